@@ -1,0 +1,38 @@
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+namespace pycomm {
+
+/// Root of everything pycomm raises; the Python classes of the same names mirror this tree.
+class CommError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// The caller's mistake, found before anything was sent: the group stays usable.
+class InvalidArgumentError : public CommError {
+ public:
+  using CommError::CommError;
+};
+
+/// Ranks made different calls at the same position. The group is finished.
+class MismatchError : public CommError {
+ public:
+  using CommError::CommError;
+};
+
+/// A peer did not come in time. The group is finished.
+class CommTimeoutError : public CommError {
+ public:
+  using CommError::CommError;
+};
+
+/// A peer's process is gone or has given up. The group is finished.
+class PeerLostError : public CommError {
+ public:
+  using CommError::CommError;
+};
+
+}  // namespace pycomm

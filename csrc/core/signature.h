@@ -1,0 +1,62 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "core/operation.h"
+
+namespace pycomm {
+
+/// What a rank is about to do, in the form in which ranks compare it: plain bytes, no pointers, no
+/// padding. Equal signatures mean the same call at the same position after the same history.
+struct Signature {
+  static constexpr std::size_t kMaxName = 47;
+
+  std::uint64_t sequence = 0;
+  /// Extends over every earlier signature of the group.
+  std::uint64_t history = 0;
+  std::uint64_t count = 0;
+  std::int64_t divisor = 0;
+  std::array<std::int64_t, Shape::kMaxDims> dims{};
+  std::int32_t root = 0;
+  Kind kind = Kind::kBarrier;
+  DType dtype = DType::kUint8;
+  ReduceOp op = ReduceOp::kSum;
+  Algorithm algorithm = Algorithm::kAuto;
+  std::int8_t dim_count = -1;
+  std::array<char, kMaxName> name{};  // cut off, padded with zeros
+
+  static Signature of(const Operation& operation, std::uint64_t sequence, std::uint64_t history);
+
+  /// 64 bits over everything above. Ranks compare this; the rest is read to explain a difference.
+  std::uint64_t hash() const;
+
+  /// "all_reduce of 4096 float32, shape (64, 64), SUM".
+  std::string describe() const;
+};
+
+static_assert(sizeof(Signature) == 8 * 12 + 4 + 5 + Signature::kMaxName, "no padding");
+
+constexpr const char* name_of(Kind kind) {
+  switch (kind) {
+    case Kind::kBarrier:
+      return "barrier";
+    case Kind::kAllReduce:
+      return "all_reduce";
+    case Kind::kBroadcast:
+      return "broadcast";
+    case Kind::kAllGather:
+      return "all_gather";
+    case Kind::kShutdown:
+      return "shutdown";
+  }
+  return "unknown operation";
+}
+
+/// "call #41 differs: rank 2 made all_reduce of ..., rank 3 made broadcast of ...", with the
+/// remedy.
+std::string describe_mismatch(int rank, const Signature& mine, int other_rank,
+                              const Signature& other);
+
+}  // namespace pycomm
