@@ -1,0 +1,80 @@
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <memory>
+#include <mutex>
+
+namespace pycomm {
+
+/// One process's shared memory: a sparse memfd without a name, sealed against shrinking, so nothing
+/// is left behind after kill -9 and no /dev/shm limit applies. Peers map it through its descriptor.
+///
+/// Pages cost memory once touched; freed blocks give theirs back to the kernel. The arena stays
+/// mapped until its last block dies.
+class Arena : public std::enable_shared_from_this<Arena> {
+ public:
+  /// Blocks are whole pages: a freed one is punched out of the file, so it costs nothing and the
+  /// next owner finds zeros.
+  static constexpr std::size_t kAlignment = 4096;
+
+  /// A new arena of this process.
+  /// @throws CommError  names the failing system call and what to do.
+  static std::shared_ptr<Arena> create(std::size_t reserve_bytes);
+
+  /// A peer's arena. Takes over `descriptor`; nothing may be allocated in it.
+  static std::shared_ptr<Arena> map(int descriptor, std::size_t reserve_bytes);
+
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  std::byte* base() const { return base_; }
+  std::size_t reserve_bytes() const { return reserve_bytes_; }
+  int descriptor() const { return descriptor_; }
+
+  bool contains(const void* address, std::size_t bytes) const;
+  std::size_t offset_of(const void* address) const {
+    return static_cast<std::size_t>(static_cast<const std::byte*>(address) - base_);
+  }
+
+  /// Zeroed memory of this process's arena.
+  /// @throws CommError  the reservation is exhausted.
+  std::shared_ptr<class ArenaBlock> allocate(std::size_t bytes);
+
+  /// Bytes in live blocks.
+  std::size_t allocated_bytes() const;
+
+ private:
+  friend class ArenaBlock;
+  Arena(std::byte* base, std::size_t reserve_bytes, int descriptor);
+  void release(std::size_t offset);
+
+  std::byte* base_;
+  std::size_t reserve_bytes_;
+  int descriptor_;
+  mutable std::mutex mutex_;
+  std::map<std::size_t, std::size_t> free_;  // offset -> bytes, neighbours merged
+  std::map<std::size_t, std::size_t> used_;
+};
+
+/// A piece of an arena, freed when the last owner lets go.
+class ArenaBlock {
+ public:
+  ArenaBlock(std::shared_ptr<Arena> arena, std::size_t offset, std::size_t bytes)
+      : arena_(std::move(arena)), offset_(offset), bytes_(bytes) {}
+  ~ArenaBlock() { arena_->release(offset_); }
+  ArenaBlock(const ArenaBlock&) = delete;
+  ArenaBlock& operator=(const ArenaBlock&) = delete;
+
+  std::byte* data() const { return arena_->base() + offset_; }
+  std::size_t offset() const { return offset_; }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  std::shared_ptr<Arena> arena_;
+  std::size_t offset_;
+  std::size_t bytes_;
+};
+
+}  // namespace pycomm

@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <span>
+
+#include "core/task.h"
+
+namespace pycomm {
+
+/// A message in flight: `co_await until(*message)` returns once it has arrived or left its buffer.
+/// Destroying an unfinished message withdraws it; its buffer must then stay mapped until the
+/// channel itself is destroyed, because the network may still touch it.
+class Message : public Wait {
+ public:
+  bool rings_doorbell() const override { return false; }
+};
+
+/// Point-to-point messages between hosts: MPI, or mailboxes in one process for tests.
+///
+/// Messages of one (sender, receiver, tag) arrive in the order they were sent. Both calls return at
+/// once. Only one thread at a time may use a channel and poll its messages.
+class Channel {
+ public:
+  virtual ~Channel() = default;
+
+  virtual int rank() const = 0;
+  virtual int size() const = 0;
+
+  /// @param peer    rank of the receiver in the world.
+  /// @param bytes   at most 2^31-1; unchanged until the message is over.
+  /// @throws PeerLostError
+  virtual std::unique_ptr<Message> send(int peer, int tag, std::span<const std::byte> bytes) = 0;
+
+  /// @param bytes   exactly as long as what the peer sends; a longer message is a MismatchError.
+  virtual std::unique_ptr<Message> receive(int peer, int tag, std::span<std::byte> bytes) = 0;
+};
+
+}  // namespace pycomm

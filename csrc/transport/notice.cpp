@@ -1,0 +1,34 @@
+#include "transport/notice.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/error.h"
+
+namespace pycomm {
+
+bool Notice::post(NoticeKind kind, int rank, const std::string& text) {
+  std::uint32_t expected = 0;
+  if (!state_.compare_exchange_strong(expected, kWriting, std::memory_order_acq_rel)) return false;
+  kind_ = kind;
+  rank_ = rank;
+  const std::size_t length = std::min(text.size(), kMaxText);
+  std::memcpy(text_, text.data(), length);
+  text_[length] = '\0';
+  state_.store(kReadable, std::memory_order_release);
+  return true;
+}
+
+void Notice::raise() const {
+  switch (kind_) {
+    case NoticeKind::kMismatch:
+      throw MismatchError(text_);
+    case NoticeKind::kTimeout:
+      throw CommTimeoutError(text_);
+    case NoticeKind::kPeerLost:
+      break;
+  }
+  throw PeerLostError(text_);
+}
+
+}  // namespace pycomm

@@ -1,0 +1,113 @@
+#include "transport/window.h"
+
+#include <cstring>
+#include <utility>
+
+#include "core/error.h"
+
+namespace pycomm {
+
+Window::Window(int local_rank, std::vector<Peer> peers, std::size_t staging_bytes,
+               const Notice& job_notice)
+    : local_rank_(local_rank),
+      peers_(std::move(peers)),
+      staging_bytes_(staging_bytes),
+      job_notice_(job_notice) {}
+
+void Window::announce(const Signature& signature, std::uint64_t buffer_offset,
+                      const std::byte* payload, std::size_t payload_bytes) {
+  Announcement& mine = peers_[index(local_rank_)].page->announcements[signature.sequence % 2];
+  mine.hash = signature.hash();
+  mine.buffer_offset = buffer_offset;
+  mine.signature = signature;
+  if (payload_bytes > 0) {
+    std::byte* target = payload_bytes <= Announcement::kInlineBytes ? mine.inline_payload.data()
+                                                                    : mine.eager_payload.data();
+    std::memcpy(target, payload, payload_bytes);
+  }
+  mine.sequence.store(signature.sequence, std::memory_order_release);
+  ring_all();
+}
+
+const Signature& Window::announced_signature(int peer, std::uint64_t sequence) const {
+  return slot(peer, sequence).signature;
+}
+
+std::uint64_t Window::announced_hash(int peer, std::uint64_t sequence) const {
+  return slot(peer, sequence).hash;
+}
+
+std::byte* Window::announced_buffer(int peer, std::uint64_t sequence) const {
+  const std::uint64_t offset = slot(peer, sequence).buffer_offset;
+  return offset == Announcement::kNotInArena ? nullptr : peers_[index(peer)].arena + offset;
+}
+
+const std::byte* Window::announced_payload(int peer, std::uint64_t sequence,
+                                           std::size_t payload_bytes) const {
+  const Announcement& announcement = slot(peer, sequence);
+  return payload_bytes <= Announcement::kInlineBytes ? announcement.inline_payload.data()
+                                                     : announcement.eager_payload.data();
+}
+
+bool Window::AllAnnounced::poll() {
+  for (; next_ < window_.local_size(); ++next_) {
+    const Announcement& theirs = window_.slot(next_, sequence_);
+    if (theirs.sequence.load(std::memory_order_acquire) != sequence_) return false;
+    if (!compare_) continue;
+    const Announcement& mine = window_.slot(window_.local_rank_, sequence_);
+    if (theirs.hash != mine.hash) {
+      throw MismatchError(describe_mismatch(window_.group_rank(window_.local_rank_), mine.signature,
+                                            window_.group_rank(next_), theirs.signature));
+    }
+  }
+  return true;
+}
+
+std::string Window::AllAnnounced::describe() const {
+  return "rank " + std::to_string(window_.group_rank(next_)) + " has not made this call";
+}
+
+void Window::complete_phase() {
+  ++phase_;
+  peers_[index(local_rank_)].page->phase.store(phase_, std::memory_order_release);
+  ring_all();
+}
+
+bool Window::AllCompleted::poll() {
+  for (; next_ < window_.local_size(); ++next_) {
+    const auto& phase = window_.peers_[index(next_)].page->phase;
+    if (phase.load(std::memory_order_acquire) < target_) return false;
+  }
+  return true;
+}
+
+std::string Window::AllCompleted::describe() const {
+  return "rank " + std::to_string(window_.group_rank(next_)) +
+         " made the call but has not finished its part";
+}
+
+void Window::check_notices() const {
+  if (notice().posted()) notice().raise();
+  if (job_notice_.posted()) job_notice_.raise();
+}
+
+int Window::lost_peer() const {
+  for (const Peer& peer : peers_) {
+    if (peer.process->life.owner_died()) return peer.rank;
+  }
+  return -1;
+}
+
+bool Window::all_left() const {
+  for (const Peer& peer : peers_) {
+    if (!peer.page->left.load(std::memory_order_acquire)) return false;
+  }
+  return true;
+}
+
+void Window::ring_all() const {
+  Doorbell::fence();
+  for (const Peer& peer : peers_) peer.process->doorbell.ring_after_fence();
+}
+
+}  // namespace pycomm

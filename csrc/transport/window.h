@@ -1,0 +1,162 @@
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/signature.h"
+#include "core/task.h"
+#include "transport/arena.h"
+#include "transport/doorbell.h"
+#include "transport/liveness.h"
+#include "transport/notice.h"
+
+namespace pycomm {
+
+/// What one process shows the others of its host. It lies at the beginning of its arena.
+struct ProcessPage {
+  Doorbell doorbell;
+  alignas(64) LifeWord life;
+  /// Posted on the first local rank's page when a rank ends the whole job.
+  alignas(64) Notice notice;
+};
+
+/// What a rank shows the others of its host when it starts an operation.
+struct Announcement {
+  /// A payload up to this long travels in the cache line that announces it.
+  static constexpr std::size_t kInlineBytes = 40;
+  /// A payload up to this long travels beside the announcement; a longer one through staging, or it
+  /// is read where it lies in the arena.
+  static constexpr std::size_t kEagerBytes = 4096;
+  static constexpr std::uint64_t kNotInArena = ~std::uint64_t{0};
+
+  /// Published last, with release order; all of the rest is for the operation of this number.
+  alignas(128) std::atomic<std::uint64_t> sequence;
+  std::uint64_t hash;
+  /// Where in the rank's arena its buffer lies, or kNotInArena.
+  std::uint64_t buffer_offset;
+  std::array<std::byte, kInlineBytes> inline_payload;
+
+  alignas(128) Signature signature;
+  alignas(128) std::array<std::byte, kEagerBytes> eager_payload;
+};
+
+/// One rank's shared state for one group.
+///
+/// Announcements alternate between two slots. A rank writes slot s % 2 for operation s only after
+/// it has finished s-1, for which every peer had to arrive, having finished s-2: nobody reads the
+/// old content any more.
+struct GroupPage {
+  std::array<Announcement, 2> announcements;
+  /// How many phases of operations this rank has completed since the group began.
+  alignas(128) std::atomic<std::uint64_t> phase;
+  /// Set when the rank has destroyed the group: it reads no peer's memory any more.
+  std::atomic<bool> left;
+  /// Posted on the group's first local rank's page when the group is finished by an error.
+  alignas(128) Notice notice;
+};
+
+/// One group's view of the ranks that share a host: announcing, waiting, and reading each other's
+/// memory. A concrete class: ranks that are threads of one process (in tests) differ from processes
+/// only in how the memory came to be mapped.
+class Window {
+ public:
+  struct Peer {
+    ProcessPage* process;
+    std::byte* arena;
+    GroupPage* page;
+    /// The rank's staging memory for this group.
+    std::byte* staging;
+    /// Rank in the group, for errors.
+    int rank;
+  };
+
+  /// @param job_notice  of the host's first rank: posted when the whole job ends.
+  Window(int local_rank, std::vector<Peer> peers, std::size_t staging_bytes,
+         const Notice& job_notice);
+
+  int local_rank() const { return local_rank_; }
+  int local_size() const { return static_cast<int>(peers_.size()); }
+  int group_rank(int peer) const { return peers_[index(peer)].rank; }
+  std::byte* staging(int peer) const { return peers_[index(peer)].staging; }
+  std::size_t staging_bytes() const { return staging_bytes_; }
+  Doorbell& doorbell() const { return peers_[index(local_rank_)].process->doorbell; }
+  Notice& notice() const { return peers_.front().page->notice; }
+
+  /// Start operation `signature.sequence`: show the peers what it is, where the buffer lies, and a
+  /// small payload if there is one (at most kEagerBytes).
+  void announce(const Signature& signature, std::uint64_t buffer_offset,
+                const std::byte* payload = nullptr, std::size_t payload_bytes = 0);
+
+  const Signature& announced_signature(int peer, std::uint64_t sequence) const;
+  std::uint64_t announced_hash(int peer, std::uint64_t sequence) const;
+  /// Where a peer announced its buffer, in this process's addresses; null: not in its arena.
+  std::byte* announced_buffer(int peer, std::uint64_t sequence) const;
+  const std::byte* announced_payload(int peer, std::uint64_t sequence,
+                                     std::size_t payload_bytes) const;
+
+  /// Waits until every local rank has announced operation `sequence`.
+  class AllAnnounced : public Wait {
+   public:
+    /// @param compare  throw MismatchError as soon as a peer's announcement differs from ours.
+    AllAnnounced(const Window& window, std::uint64_t sequence, bool compare)
+        : window_(window), sequence_(sequence), compare_(compare) {}
+    bool poll() override;
+    std::string describe() const override;
+    bool rings_doorbell() const override { return true; }
+
+   private:
+    const Window& window_;
+    const std::uint64_t sequence_;
+    const bool compare_;
+    int next_ = 0;
+  };
+
+  /// This rank has completed one more phase of the current operation; tell the others.
+  void complete_phase();
+
+  /// Waits until every local rank has completed as many phases as this one.
+  class AllCompleted : public Wait {
+   public:
+    explicit AllCompleted(const Window& window) : window_(window), target_(window.phase_) {}
+    bool poll() override;
+    std::string describe() const override;
+    bool rings_doorbell() const override { return true; }
+
+   private:
+    const Window& window_;
+    const std::uint64_t target_;
+    int next_ = 0;
+  };
+
+  /// Throws what a peer of the group, or the job, has posted.
+  void check_notices() const;
+
+  /// Group rank of a local process that died, or -1.
+  int lost_peer() const;
+
+  /// This rank reads its peers' memory no more; whether nobody does.
+  void leave() const { peers_[index(local_rank_)].page->left.store(true); }
+  bool all_left() const;
+
+  /// Wake every local rank of the group: something was posted.
+  void ring_all() const;
+
+ private:
+  static std::size_t index(int peer) { return static_cast<std::size_t>(peer); }
+  const Announcement& slot(int peer, std::uint64_t sequence) const {
+    return peers_[index(peer)].page->announcements[sequence % 2];
+  }
+
+  int local_rank_;
+  std::vector<Peer> peers_;
+  std::size_t staging_bytes_;
+  const Notice& job_notice_;
+  std::uint64_t phase_ = 0;
+};
+
+}  // namespace pycomm
