@@ -1,0 +1,80 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "collectives/placement.h"
+#include "transport/channel.h"
+#include "transport/window.h"
+
+namespace pycomm {
+
+/// The ranks, one on each host, that exchange one share of every buffer between the hosts.
+struct Lane {
+  Channel& channel;
+  int tag;
+  int host;                // mine
+  std::vector<int> peers;  // world rank of this lane's member, by host
+
+  int host_count() const { return static_cast<int>(peers.size()); }
+  /// Hosts are modulo host_count(), so `host + 1` needs no care.
+  int wrap(int other) const { return (other % host_count() + host_count()) % host_count(); }
+
+  std::unique_ptr<Message> send(int to_host, std::span<const std::byte> bytes) const {
+    return channel.send(peers[static_cast<std::size_t>(wrap(to_host))], tag, bytes);
+  }
+  std::unique_ptr<Message> receive(int from_host, std::span<std::byte> bytes) const {
+    return channel.receive(peers[static_cast<std::size_t>(wrap(from_host))], tag, bytes);
+  }
+};
+
+/// Staging memory of a group, the same on each of its ranks. Inside one host three pieces suffice;
+/// between hosts a lane also holds its host's sum, what it receives, and the result.
+struct Staging {
+  static constexpr std::size_t kPieceBytes = 512 << 10;
+  static constexpr std::size_t kHostBytes = 3 * kPieceBytes;
+
+  static constexpr std::size_t kRegionBytes = 2 << 20;
+  static constexpr std::size_t kInput = 0;
+  static constexpr std::size_t kHostSum = 1 * kRegionBytes;
+  static constexpr std::size_t kReceived = 2 * kRegionBytes;
+  static constexpr std::size_t kResult = 3 * kRegionBytes;
+  static constexpr std::size_t kClusterBytes = 4 * kRegionBytes;
+
+  static constexpr std::size_t bytes(int host_count) {
+    return host_count == 1 ? kHostBytes : kClusterBytes;
+  }
+};
+
+/// Everything a collective may use, owned by the group it runs in.
+struct Context {
+  Window& window;
+  Channel* channel;  // null inside one host
+  int tag;
+  const Placement& placement;
+  const std::vector<int>& world_ranks;  // by group rank
+  const Arena& arena;                   // this rank's
+  int rank;
+  std::uint64_t sequence = 0;  // of the current operation
+  std::uint64_t history = 0;   // hash over all earlier ones
+
+  int size() const { return static_cast<int>(world_ranks.size()); }
+  int host() const { return placement.host_of[static_cast<std::size_t>(rank)]; }
+  int host_count() const { return placement.host_count(); }
+  /// Group ranks of a host.
+  const std::vector<int>& ranks_of(int other_host) const {
+    return placement.hosts[static_cast<std::size_t>(other_host)];
+  }
+  int world_rank(int group_rank) const { return world_ranks[static_cast<std::size_t>(group_rank)]; }
+
+  /// Lane `index`, made of each host's rank at that position.
+  Lane lane(int index) const;
+
+  /// Offset of a buffer that lies in this rank's arena, else Announcement::kNotInArena.
+  std::uint64_t arena_offset(const void* buffer, std::size_t bytes) const;
+};
+
+}  // namespace pycomm

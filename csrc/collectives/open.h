@@ -1,0 +1,29 @@
+#pragma once
+
+#include "collectives/context.h"
+#include "core/operation.h"
+#include "core/task.h"
+
+namespace pycomm {
+
+/// Start an operation together: announce it, wait until every rank of the group has, and compare.
+/// Nothing has been written when this throws.
+///
+/// Inside a host every rank compares with every other; the announcement carries a small payload
+/// and where the buffer lies, so a small operation needs no further step. Between hosts each host's
+/// first rank gathers its ranks' signatures, and the hosts spread the two extreme hashes by
+/// dissemination (Hensgen, Finkel & Manber, Int. J. Parallel Program. 17 (1988)): after
+/// ceil(log2 H) rounds all of them know whether all signatures are equal, and if not, two ranks
+/// that differ. So every rank raises the same error, whoever it would have exchanged data with.
+///
+/// Cost: one arrival inside a host; between H hosts ceil(log2 H) alpha more.
+///
+/// @param payload  at most Announcement::kEagerBytes, for the ranks of this host.
+/// @throws MismatchError
+Task<> open_operation(Context& context, const Operation& operation, std::uint64_t buffer_offset,
+                      std::span<const std::byte> payload);
+
+/// Wait until every rank of this host is here.
+Task<> meet(Context& context);
+
+}  // namespace pycomm
