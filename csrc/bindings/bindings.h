@@ -1,0 +1,32 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <memory>
+
+#include "group/work.h"
+#include "transport/arena.h"
+
+namespace pycomm {
+
+/// A block of the arena as Python sees it; the tensors made from it keep it alive.
+struct Buffer {
+  std::shared_ptr<ArenaBlock> block;
+};
+
+// Each adds one class, or family of classes, to the module.
+void bind_types(pybind11::module_& module);
+void bind_errors();
+void bind_work(pybind11::module_& module);
+void bind_group(pybind11::module_& module);
+void bind_world(pybind11::module_& module);
+void bind_reducer(pybind11::module_& module);
+
+/// Lets Python handle pending signals; throws what a handler raised (KeyboardInterrupt). For waits
+/// without the GIL. Cheap in threads that never handle signals.
+void check_python_signals();
+
+/// The check above where it can work, for calls made from Python.
+InterruptCheck interrupt_check();
+
+}  // namespace pycomm

@@ -1,0 +1,17 @@
+// The module pycomm._core: everything Python can see of the core. Only this folder knows Python;
+// the GIL is released around everything that can wait.
+
+#include "bindings/bindings.h"
+#include "kernels/fold.h"
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "The C++ core of pycomm. Tensors cross as address, element count and dtype.";
+  pycomm::bind_errors();
+  pycomm::bind_types(module);
+  pycomm::bind_work(module);
+  pycomm::bind_group(module);
+  pycomm::bind_world(module);
+  pycomm::bind_reducer(module);
+  module.def("simd_level", &pycomm::simd_level,
+             "The instruction set the folds use: avx512, avx2 or baseline.");
+}

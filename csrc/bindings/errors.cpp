@@ -1,0 +1,36 @@
+#include "bindings/bindings.h"
+#include "core/error.h"
+
+namespace pycomm {
+namespace {
+
+namespace py = pybind11;
+
+/// The classes are Python's (pycomm.errors), so that users can read and document them; they are
+/// looked up when an error is thrown, which is rare.
+void raise_as(const char* name, const CommError& error) {
+  const py::object type = py::module_::import("pycomm.errors").attr(name);
+  PyErr_SetString(type.ptr(), error.what());
+}
+
+}  // namespace
+
+void bind_errors() {
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const InvalidArgumentError& error) {
+      raise_as("InvalidArgumentError", error);
+    } catch (const MismatchError& error) {
+      raise_as("MismatchError", error);
+    } catch (const CommTimeoutError& error) {
+      raise_as("CommTimeoutError", error);
+    } catch (const PeerLostError& error) {
+      raise_as("PeerLostError", error);
+    } catch (const CommError& error) {
+      raise_as("CommError", error);
+    }
+  });
+}
+
+}  // namespace pycomm

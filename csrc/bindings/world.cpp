@@ -1,0 +1,71 @@
+#include "group/world.h"
+
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/bindings.h"
+
+namespace pycomm {
+namespace {
+
+namespace py = pybind11;
+
+/// As much address space as the host has memory: pages cost nothing until they are touched.
+std::size_t default_arena_bytes() {
+  return static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) *
+         static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+}
+
+Process::Options options_of(double timeout_s, std::size_t arena_bytes) {
+  return {timeout_s, arena_bytes > 0 ? arena_bytes : default_arena_bytes()};
+}
+
+std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
+                               const py::function& all_gather_bytes, double timeout_s,
+                               std::shared_ptr<Channel> channel, std::size_t arena_bytes) {
+  const auto gather = [&](const std::string& mine) {
+    std::vector<std::string> all;
+    for (const auto& theirs : all_gather_bytes(py::bytes(mine))) {
+      all.push_back(theirs.cast<std::string>());
+    }
+    return all;
+  };
+  return World::connect(rank, size, host_key, gather, std::move(channel),
+                        options_of(timeout_s, arena_bytes));
+}
+
+}  // namespace
+
+void bind_world(py::module_& module) {
+  py::class_<World>(module, "World",
+                    "This process's memory, peers and progress thread; `group` holds all ranks.")
+      .def(py::init(&connect), py::arg("rank"), py::arg("size"), py::arg("host_key"),
+           py::arg("all_gather_bytes"), py::kw_only(), py::arg("timeout_s"),
+           py::arg("channel") = nullptr, py::arg("arena_bytes") = 0)
+      .def_property_readonly("group", &World::group)
+      .def("abort", &World::abort, py::arg("reason"), py::call_guard<py::gil_scoped_release>(),
+           "Make every rank's pending and later calls raise `reason`; True if none was before.")
+      .def(
+          "close",
+          [](World& world) {
+            const py::gil_scoped_release no_gil;
+            world.close(interrupt_check());
+          },
+          "Leave together with all other ranks.");
+  module.def(
+      "loopback_worlds",
+      [](const std::vector<int>& hosts, double timeout_s) {
+        return World::loopback(hosts, options_of(timeout_s, std::size_t{1} << 30));
+      },
+      py::arg("hosts"), py::kw_only(), py::arg("timeout_s") = 60.0,
+      "Worlds whose ranks are threads of this process; rank i lies on pretend host hosts[i].");
+}
+
+}  // namespace pycomm

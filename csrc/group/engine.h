@@ -1,0 +1,57 @@
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "transport/window.h"
+
+namespace pycomm {
+
+/// Something the progress thread moves along: a group's queue.
+class Progressive {
+ public:
+  virtual ~Progressive() = default;
+
+  enum class State {
+    kIdle,      // nothing to do; forget it until it is submitted again
+    kAdvanced,  // did something
+    kWaiting,   // for somebody who will ring the doorbell
+    kPolling,   // for something that must be looked at
+  };
+  virtual State advance() = 0;
+  /// Look at deadlines and peers; errors end the operation, not the thread.
+  virtual void check() = 0;
+  /// The thread ends: nothing submitted will be moved along any more.
+  virtual void abandon() = 0;
+};
+
+/// The progress thread of a process. It alone calls the channel, drives whatever is submitted, in
+/// turns, and holds the process's LifeWord as long as it lives.
+class Engine {
+ public:
+  explicit Engine(ProcessPage& page);
+  /// Stops the thread; what is still submitted is abandoned.
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  /// There is work in `queue` (again). Kept alive until it is idle.
+  void submit(std::shared_ptr<Progressive> queue);
+
+ private:
+  void run();
+  Progressive::State advance_all(std::vector<std::shared_ptr<Progressive>>& active);
+
+  ProcessPage& page_;
+  std::mutex mutex_;
+  std::vector<std::shared_ptr<Progressive>> submitted_;
+  std::atomic<bool> has_submitted_{false};
+  std::atomic<bool> stopping_{false};
+  std::atomic<bool> started_{false};
+  std::thread thread_;
+};
+
+}  // namespace pycomm

@@ -1,0 +1,56 @@
+#include "group/execution.h"
+
+#include <cstdio>
+#include <utility>
+
+#include "collectives/run.h"
+#include "core/error.h"
+#include "core/signature.h"
+
+namespace pycomm {
+namespace {
+
+Task<> begin(Context& context, const Operation& operation) {
+  ++context.sequence;
+  return run_collective(context, operation);
+}
+
+}  // namespace
+
+Execution::Execution(Context& context, Operation operation)
+    : context_(context), operation_(std::move(operation)), task_(begin(context, operation_)) {
+  task_.start(suspension_);
+}
+
+bool Execution::advance() {
+  if (task_.done()) return true;
+  if (!suspension_.wait->poll()) return false;
+  suspension_.innermost.resume();
+  return true;
+}
+
+void Execution::check() const {
+  const Window& window = context_.window;
+  window.check_notices();
+  if (const int lost = window.lost_peer(); lost >= 0) {
+    throw PeerLostError(describe() + ": rank " + std::to_string(lost) +
+                        " is gone, its process ended without leaving the job (killed, crashed or "
+                        "out of memory).\n  Read that rank's log and the kernel's (dmesg).");
+  }
+  if (seconds() > operation_.timeout_s) {
+    char waited[32];
+    std::snprintf(waited, sizeof(waited), "%.1f s", seconds());
+    throw CommTimeoutError(
+        describe() + ": timeout after " + waited + ": " + suspension_.wait->describe() +
+        ".\n  Read that rank's log first; if it is only slow, raise the timeout (timeout_s of the "
+        "call or of init, or PYCOMM_TIMEOUT_S).");
+  }
+}
+
+std::string Execution::describe() const {
+  const Signature signature = Signature::of(operation_, context_.sequence, context_.history);
+  return signature.describe() + " (call #" + std::to_string(context_.sequence) + ") on rank " +
+         std::to_string(context_.rank);
+}
+
+}  // namespace pycomm

@@ -1,0 +1,47 @@
+#pragma once
+
+#include <chrono>
+#include <string>
+
+#include "collectives/context.h"
+#include "core/operation.h"
+#include "core/task.h"
+
+namespace pycomm {
+
+/// One operation on its way, driven from outside by whichever thread has it.
+class Execution {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  /// Starts the operation, as the group's next one, and its clock. `context` outlives this.
+  Execution(Context& context, Operation operation);
+  Execution(const Execution&) = delete;
+  Execution& operator=(const Execution&) = delete;
+
+  bool done() const { return task_.done(); }
+
+  /// Go on as far as possible. False if the operation still waits for what it waited for before.
+  bool advance();
+
+  /// The operation is done: throws what ended it, if it was an error.
+  void finish() { task_.take(); }
+
+  /// @throws CommTimeoutError, PeerLostError, or what a peer has posted.
+  void check() const;
+
+  bool rings_doorbell() const { return suspension_.wait->rings_doorbell(); }
+  double seconds() const { return std::chrono::duration<double>(Clock::now() - began_).count(); }
+
+  /// "all_reduce #41 'bucket 3' of 4096 float32 ... on rank 2", for errors.
+  std::string describe() const;
+
+ private:
+  Context& context_;
+  const Operation operation_;
+  const Clock::time_point began_ = Clock::now();
+  Suspension suspension_;
+  Task<> task_;
+};
+
+}  // namespace pycomm

@@ -1,0 +1,325 @@
+#include "group/group.h"
+
+#include <algorithm>
+#include <new>
+#include <utility>
+
+#include "core/error.h"
+#include "core/fork_guard.h"
+#include "core/signature.h"
+#include "group/backoff.h"
+#include "group/process.h"
+
+namespace pycomm {
+namespace {
+
+constexpr std::size_t kPageBytes =
+    (sizeof(GroupPage) + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment;
+
+/// Which members share hosts, in group ranks.
+Placement placement_of(const Process& process, const std::vector<int>& ranks) {
+  std::vector<std::string> keys;
+  for (const int rank : ranks) {
+    keys.push_back(std::to_string(process.placement.host_of[static_cast<std::size_t>(rank)]));
+  }
+  return Placement::of(keys);
+}
+
+NoticeKind kind_of(const std::exception_ptr& error) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const MismatchError&) {
+    return NoticeKind::kMismatch;
+  } catch (const CommTimeoutError&) {
+    return NoticeKind::kTimeout;
+  } catch (...) {
+    return NoticeKind::kPeerLost;
+  }
+}
+
+}  // namespace
+
+std::shared_ptr<Group> Group::create(
+    std::shared_ptr<Process> process, std::vector<int> ranks,
+    const std::function<std::vector<GroupRecord>(const GroupRecord&)>& gather) {
+  Placement placement = placement_of(*process, ranks);
+  const auto memory = process->arena->allocate(kPageBytes + Staging::bytes(placement.host_count()));
+  new (memory->data()) GroupPage();
+  const auto records = gather({memory->offset(), process->free_tag.load()});
+
+  std::int64_t tag = 0;
+  for (const GroupRecord& record : records) tag = std::max(tag, record.free_tag);
+  process->free_tag = tag + 1;
+
+  const auto member = static_cast<std::size_t>(
+      std::find(ranks.begin(), ranks.end(), process->rank) - ranks.begin());
+  std::vector<Window::Peer> peers;
+  for (const int group_rank :
+       placement.hosts[static_cast<std::size_t>(placement.host_of[member])]) {
+    const auto at = static_cast<std::size_t>(group_rank);
+    const int local = process->placement.local_rank_of[static_cast<std::size_t>(ranks[at])];
+    const Arena& arena = *process->local_arenas[static_cast<std::size_t>(local)];
+    std::byte* const page = arena.base() + records[at].page_offset;
+    peers.push_back({&Process::page_of(arena), arena.base(), reinterpret_cast<GroupPage*>(page),
+                     page + kPageBytes, group_rank});
+  }
+  Window window(placement.local_rank_of[member], std::move(peers),
+                Staging::bytes(placement.host_count()), process->job_notice());
+  return std::shared_ptr<Group>(new Group(std::move(process), std::move(ranks),
+                                          static_cast<int>(member), std::move(placement), memory,
+                                          std::move(window), static_cast<int>(tag)));
+}
+
+Group::Group(std::shared_ptr<Process> process, std::vector<int> ranks, int rank,
+             Placement placement, std::shared_ptr<ArenaBlock> memory, Window window, int tag)
+    : process_(std::move(process)),
+      ranks_(std::move(ranks)),
+      placement_(std::move(placement)),
+      memory_(std::move(memory)),
+      window_(std::move(window)),
+      context_{window_, process_->channel.get(), tag, placement_, ranks_, *process_->arena, rank} {}
+
+Group::~Group() {
+  if (in_forked_child()) return;
+  window_.leave();
+  process_->retire(memory_, [window = window_] { return window.all_left(); });
+}
+
+void Group::prepare(Operation& operation) const {
+  if (in_forked_child()) {
+    throw CommError(std::string(name_of(operation.kind)) +
+                    ": this process was forked from a rank and is not one itself. Communicate in "
+                    "the parent, or start workers with the 'spawn' method and call pycomm.init().");
+  }
+  const std::string where =
+      std::string(name_of(operation.kind)) + " on rank " + std::to_string(rank()) + ": ";
+  if (operation.kind == Kind::kBroadcast && (operation.root < 0 || operation.root >= size())) {
+    throw InvalidArgumentError(where + "root is " + std::to_string(operation.root) +
+                               ", the group has ranks 0 to " + std::to_string(size() - 1) + ".");
+  }
+  if (operation.kind == Kind::kAllReduce) {
+    if (!can_reduce(operation.dtype, operation.op)) {
+      throw InvalidArgumentError(where + "dtype " + name_of(operation.dtype) +
+                                 " cannot be reduced with " + name_of(operation.op) + ".");
+    }
+    if (operation.op == ReduceOp::kAvg && operation.divisor == 0) operation.divisor = size();
+    if (operation.divisor < 0 || (operation.divisor > 1 && !is_floating(operation.dtype))) {
+      throw InvalidArgumentError(where + "divisor " + std::to_string(operation.divisor) +
+                                 " needs a floating dtype and must be positive.");
+    }
+  }
+  if (operation.timeout_s <= 0) operation.timeout_s = process_->options.timeout_s;
+}
+
+std::shared_ptr<Work> Group::start(Operation operation) {
+  prepare(operation);
+  return enqueue(std::move(operation));
+}
+
+std::shared_ptr<Work> Group::enqueue(Operation operation) {
+  auto work = std::make_shared<Work>(process_->page().doorbell);
+  {
+    std::lock_guard lock(mutex_);
+    if (failure_) std::rethrow_exception(failure_);
+    queue_.push_back({std::move(operation), work});
+    if (running_here_ || running_there_ || queue_.size() > 1) return work;
+  }
+  process_->submit(shared_from_this());
+  return work;
+}
+
+void Group::run(Operation operation, const InterruptCheck& check_interrupt) {
+  prepare(operation);
+  if (placement_.host_count() == 1) {
+    std::unique_lock lock(mutex_);
+    if (failure_) std::rethrow_exception(failure_);
+    if (process_->stopped()) throw CommError("pycomm was shut down; call pycomm.init() again.");
+    if (!running_here_ && !running_there_ && queue_.empty()) {
+      running_here_ = true;
+      lock.unlock();
+      run_here(std::move(operation), check_interrupt);
+      return;
+    }
+  }
+  const std::string call = name_of(operation.kind);
+  const auto work = enqueue(std::move(operation));
+  std::exception_ptr interrupt;
+  try {
+    work->wait([&] {
+      try {
+        check_interrupt();
+      } catch (...) {
+        interrupt = std::current_exception();
+        throw;
+      }
+    });
+  } catch (...) {
+    if (!interrupt) throw;
+    // The operation must not outlive the caller's memory: end it, then go.
+    abort("rank " + std::to_string(rank()) + " was interrupted in " + call + ".");
+    try {
+      work->wait([] {});
+    } catch (const CommError&) {
+      // the abort itself
+    }
+    std::rethrow_exception(interrupt);
+  }
+}
+
+void Group::run_here(Operation operation, const InterruptCheck& check_interrupt) {
+  std::string call = name_of(operation.kind);
+  std::exception_ptr error;
+  try {
+    Execution execution(context_, std::move(operation));
+    Backoff backoff(window_.doorbell(), process_->may_spin);
+    try {
+      while (!execution.done()) {
+        if (execution.advance()) {
+          backoff.reset();
+        } else if (backoff.relax([&] { return execution.advance(); }, /*rings_doorbell=*/true)) {
+          execution.check();
+          check_interrupt();
+        }
+      }
+      execution.finish();
+    } catch (...) {
+      call = execution.describe();
+      throw;
+    }
+  } catch (...) {
+    error = std::current_exception();
+    fail(call);
+  }
+  bool more = false;
+  {
+    std::lock_guard lock(mutex_);
+    running_here_ = false;
+    more = !queue_.empty();
+  }
+  if (more) process_->submit(shared_from_this());
+  if (error) std::rethrow_exception(error);
+}
+
+Progressive::State Group::advance() {
+  if (current_ == nullptr) {
+    Pending next;
+    std::exception_ptr failure;
+    {
+      std::lock_guard lock(mutex_);
+      if (running_here_ || queue_.empty()) return State::kIdle;
+      next = std::move(queue_.front());
+      queue_.pop_front();
+      running_there_ = true;
+      failure = failure_;
+    }
+    current_work_ = std::move(next.work);
+    if (failure) {
+      end_current(failure);  // issued before the failure, never begun
+      return State::kAdvanced;
+    }
+    current_ = std::make_unique<Execution>(context_, std::move(next.operation));
+  }
+  try {
+    if (!current_->advance()) {
+      return current_->rings_doorbell() ? State::kWaiting : State::kPolling;
+    }
+    if (current_->done()) {
+      current_->finish();
+      end_current(nullptr);
+    }
+  } catch (...) {
+    fail(current_->describe());
+    end_current(std::current_exception());
+  }
+  return State::kAdvanced;
+}
+
+void Group::check() {
+  if (current_ == nullptr) return;
+  try {
+    current_->check();
+  } catch (...) {
+    fail(current_->describe());
+    end_current(std::current_exception());
+  }
+}
+
+void Group::abandon() {
+  std::deque<Pending> left;
+  const auto error = std::make_exception_ptr(CommError(
+      "pycomm was shut down before this operation had ended; wait for every Work first."));
+  {
+    std::lock_guard lock(mutex_);
+    if (!failure_) failure_ = error;
+    left.swap(queue_);
+  }
+  if (current_work_) end_current(error);
+  for (const Pending& pending : left) pending.work->complete(error, 0);
+}
+
+void Group::end_current(std::exception_ptr error) {
+  const double seconds = current_ ? current_->seconds() : 0;
+  current_.reset();
+  const auto work = std::move(current_work_);
+  current_work_ = nullptr;
+  {
+    std::lock_guard lock(mutex_);
+    running_there_ = false;
+  }
+  work->complete(std::move(error), seconds);
+}
+
+void Group::fail(const std::string& call) {
+  const std::exception_ptr error = std::current_exception();
+  std::string text = "rank " + std::to_string(rank()) + " was interrupted in " + call + ".";
+  std::exception_ptr lasting;
+  try {
+    std::rethrow_exception(error);
+  } catch (const CommError& comm_error) {
+    text = comm_error.what();
+    lasting = error;
+  } catch (...) {
+    // Not ours (Ctrl-C in the caller): it ends this call alone, the group ends with our own error.
+    lasting = std::make_exception_ptr(PeerLostError(text));
+  }
+  {
+    std::lock_guard lock(mutex_);
+    if (!failure_) failure_ = lasting;
+  }
+  window_.notice().post(kind_of(lasting), rank(), text);
+  window_.ring_all();
+}
+
+std::shared_ptr<ArenaBlock> Group::allocate(std::size_t bytes) {
+  return process_->arena->allocate(bytes);
+}
+
+std::shared_ptr<Group> Group::duplicate(const InterruptCheck& check_interrupt) {
+  return create(process_, ranks_, [&](const GroupRecord& mine) {
+    std::vector<GroupRecord> records(ranks_.size());
+    Operation operation;
+    operation.kind = Kind::kAllGather;
+    operation.count = sizeof(GroupRecord);
+    operation.input = reinterpret_cast<const std::byte*>(&mine);
+    operation.output = reinterpret_cast<std::byte*>(records.data());
+    operation.name = "new group";
+    run(std::move(operation), check_interrupt);
+    return records;
+  });
+}
+
+void Group::abort(const std::string& reason) {
+  {
+    std::lock_guard lock(mutex_);
+    if (!failure_) failure_ = std::make_exception_ptr(PeerLostError(reason));
+  }
+  window_.notice().post(NoticeKind::kPeerLost, rank(), reason);
+  window_.ring_all();
+}
+
+bool Group::failed() const {
+  std::lock_guard lock(mutex_);
+  return failure_ != nullptr;
+}
+
+}  // namespace pycomm

@@ -1,0 +1,117 @@
+#pragma once
+
+#include <cstddef>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "collectives/context.h"
+#include "core/operation.h"
+#include "group/engine.h"
+#include "group/execution.h"
+#include "group/work.h"
+#include "transport/arena.h"
+
+namespace pycomm {
+
+class Process;
+
+/// What a rank tells the other members when a group is made.
+struct GroupRecord {
+  /// Where in the rank's arena its page for the group lies.
+  std::uint64_t page_offset;
+  /// The lowest channel tag no group of this rank uses yet.
+  std::int64_t free_tag;
+};
+
+/// Ranks that make collective calls together. Operations run in the order they were issued; a
+/// failed one finishes the group, and every later call raises the same error.
+///
+/// All calls may be made from any thread. Groups are independent: none waits for another's
+/// operations or memory.
+class Group : public Progressive, public std::enable_shared_from_this<Group> {
+ public:
+  /// A member's half of making a group: reserve memory, tell the others, receive what they told.
+  ///
+  /// @param ranks   world rank of each group rank, the same on every member.
+  /// @param gather  collects one record from each member, in group order.
+  static std::shared_ptr<Group> create(
+      std::shared_ptr<Process> process, std::vector<int> ranks,
+      const std::function<std::vector<GroupRecord>(const GroupRecord&)>& gather);
+
+  ~Group() override;
+
+  int rank() const { return context_.rank; }
+  int size() const { return context_.size(); }
+  /// World rank of each group rank.
+  const std::vector<int>& ranks() const { return ranks_; }
+  const Placement& placement() const { return placement_; }
+
+  /// Queue an operation and return at once.
+  /// @throws InvalidArgumentError  nothing was queued; the group stays usable.
+  std::shared_ptr<Work> start(Operation operation);
+
+  /// Run an operation to its end. On an idle group inside one host this happens in the caller's
+  /// thread, without a hand-over.
+  void run(Operation operation, const InterruptCheck& check_interrupt);
+
+  /// Memory in this rank's arena, zeroed, page-aligned: what lies there is reduced without a copy.
+  /// It returns to the arena when the last reference dies.
+  std::shared_ptr<ArenaBlock> allocate(std::size_t bytes);
+
+  /// A group of the same ranks with a queue and memory of its own. Collective.
+  std::shared_ptr<Group> duplicate(const InterruptCheck& check_interrupt);
+
+  /// Finish the group: this and every other member's pending and later calls raise PeerLostError
+  /// with `reason`.
+  void abort(const std::string& reason);
+
+  /// Whether an error has finished the group.
+  bool failed() const;
+
+  // For the progress thread.
+  State advance() override;
+  void check() override;
+  void abandon() override;
+
+ private:
+  struct Pending {
+    Operation operation;
+    std::shared_ptr<Work> work;
+  };
+
+  Group(std::shared_ptr<Process> process, std::vector<int> ranks, int rank, Placement placement,
+        std::shared_ptr<ArenaBlock> memory, Window window, int tag);
+
+  /// Fill in defaults and refuse what cannot work.
+  void prepare(Operation& operation) const;
+  std::shared_ptr<Work> enqueue(Operation operation);
+  void run_here(Operation operation, const InterruptCheck& check_interrupt);
+  /// The group is finished by the exception being handled; tells the other members why.
+  void fail(const std::string& call);
+  /// The progress thread's operation is over.
+  void end_current(std::exception_ptr error);
+
+  const std::shared_ptr<Process> process_;
+  const std::vector<int> ranks_;
+  const Placement placement_;
+  const std::shared_ptr<ArenaBlock> memory_;
+  Window window_;
+  Context context_;
+
+  mutable std::mutex mutex_;
+  std::deque<Pending> queue_;
+  bool running_here_ = false;   // a caller's thread drives an operation
+  bool running_there_ = false;  // the progress thread does
+  std::exception_ptr failure_;
+
+  // Touched by the progress thread alone.
+  std::unique_ptr<Execution> current_;
+  std::shared_ptr<Work> current_work_;
+};
+
+}  // namespace pycomm

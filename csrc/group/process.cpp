@@ -1,0 +1,148 @@
+#include "group/process.h"
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <new>
+#include <utility>
+
+#include "core/error.h"
+#include "transport/handover.h"
+
+namespace pycomm {
+namespace {
+
+/// Whether `ranks` processes can all run at once. Bound ranks (one core each) count their cores
+/// together.
+bool enough_cores(int ranks) {
+  cpu_set_t mine;
+  const int bound_to = sched_getaffinity(0, sizeof(mine), &mine) == 0 ? CPU_COUNT(&mine) : ranks;
+  const long online = sysconf(_SC_NPROCESSORS_ONLN);
+  return ranks <= std::min<long>(online, static_cast<long>(ranks) * bound_to);
+}
+
+/// What a rank tells all others when the world is made.
+struct Introduction {
+  std::string address;
+  std::string arena_bytes;
+  std::string token;
+  std::string host_key;  // last: may contain anything
+
+  std::string encode() const {
+    return address + '\n' + arena_bytes + '\n' + token + '\n' + host_key;
+  }
+  static Introduction decode(const std::string& text) {
+    std::string fields[3];
+    std::size_t begin = 0;
+    for (auto& field : fields) {
+      const std::size_t end = text.find('\n', begin);
+      if (end == std::string::npos) throw CommError("init: a rank sent a malformed introduction.");
+      field = text.substr(begin, end - begin);
+      begin = end + 1;
+    }
+    return {fields[0], fields[1], fields[2], text.substr(begin)};
+  }
+};
+
+std::size_t parse_bytes(const std::string& text) {
+  std::size_t value = 0;
+  for (const char digit : text) {
+    if (digit < '0' || digit > '9') throw CommError("init: a rank sent a malformed introduction.");
+    value = value * 10 + static_cast<std::size_t>(digit - '0');
+  }
+  return value;
+}
+
+}  // namespace
+
+std::shared_ptr<ArenaBlock> make_process_page(Arena& arena) {
+  auto block = arena.allocate(sizeof(ProcessPage));
+  new (block->data()) ProcessPage();
+  return block;
+}
+
+std::shared_ptr<Process> Process::connect(int rank, int size, const std::string& host_key,
+                                          const AllGatherBytes& all_gather_bytes,
+                                          std::shared_ptr<Channel> channel, Options options) {
+  auto arena = Arena::create(options.arena_bytes);
+  auto page = make_process_page(*arena);
+  Handover handover;
+  const Introduction mine{handover.address(), std::to_string(arena->reserve_bytes()),
+                          random_hex(16), host_key};
+  std::vector<Introduction> all;
+  std::vector<std::string> keys;
+  for (const std::string& text : all_gather_bytes(mine.encode())) {
+    all.push_back(Introduction::decode(text));
+    keys.push_back(all.back().host_key);
+  }
+  if (static_cast<int>(all.size()) != size) {
+    throw CommError("init: all_gather_bytes returned " + std::to_string(all.size()) +
+                    " introductions in a world of " + std::to_string(size) + " ranks.");
+  }
+  Placement placement = Placement::of(keys);
+  if (placement.host_count() > 1 && channel == nullptr) {
+    throw CommError("init: the ranks run on " + std::to_string(placement.host_count()) +
+                    " hosts, which exchange data over MPI, and there is no MPI channel.");
+  }
+
+  const auto me = static_cast<std::size_t>(rank);
+  const auto& locals = placement.hosts[static_cast<std::size_t>(placement.host_of[me])];
+  std::vector<std::string> addresses;
+  for (const int peer : locals) addresses.push_back(all[static_cast<std::size_t>(peer)].address);
+  const auto descriptors = handover.exchange(
+      placement.local_rank_of[me], addresses, locals, all.front().token, arena->descriptor(),
+      std::chrono::nanoseconds(static_cast<std::int64_t>(options.timeout_s * 1e9)));
+  std::vector<std::shared_ptr<Arena>> local_arenas;
+  for (std::size_t i = 0; i < locals.size(); ++i) {
+    const std::size_t bytes = parse_bytes(all[static_cast<std::size_t>(locals[i])].arena_bytes);
+    local_arenas.push_back(descriptors[i] < 0 ? arena : Arena::map(descriptors[i], bytes));
+  }
+  return std::shared_ptr<Process>(new Process(rank, size, options, std::move(placement),
+                                              std::move(page), std::move(arena), std::move(channel),
+                                              std::move(local_arenas)));
+}
+
+Process::Process(int rank_in, int size_in, Options options_in, Placement placement_in,
+                 std::shared_ptr<ArenaBlock> page_block, std::shared_ptr<Arena> arena_in,
+                 std::shared_ptr<Channel> channel_in,
+                 std::vector<std::shared_ptr<Arena>> local_arenas_in)
+    : rank(rank_in),
+      size(size_in),
+      options(options_in),
+      placement(std::move(placement_in)),
+      arena(std::move(arena_in)),
+      channel(std::move(channel_in)),
+      local_arenas(std::move(local_arenas_in)),
+      may_spin(enough_cores(static_cast<int>(local_arenas.size()))),
+      page_block_(std::move(page_block)),
+      engine_(std::make_shared<Engine>(page())) {}
+
+void Process::submit(std::shared_ptr<Progressive> queue) {
+  std::lock_guard lock(mutex_);
+  if (engine_ == nullptr) throw CommError("pycomm was shut down; call pycomm.init() again.");
+  engine_->submit(std::move(queue));
+}
+
+void Process::stop() {
+  std::shared_ptr<Engine> engine;
+  {
+    std::lock_guard lock(mutex_);
+    engine.swap(engine_);
+  }
+  // The thread is joined here, outside the lock that it may want.
+}
+
+bool Process::stopped() {
+  std::lock_guard lock(mutex_);
+  return engine_ == nullptr;
+}
+
+void Process::retire(std::shared_ptr<ArenaBlock> memory, std::function<bool()> all_left) {
+  std::lock_guard lock(mutex_);
+  std::erase_if(retired_, [](const Retired& group) { return group.all_left(); });
+  retired_.push_back({std::move(memory), std::move(all_left)});
+}
+
+}  // namespace pycomm

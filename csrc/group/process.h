@@ -1,0 +1,96 @@
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "collectives/placement.h"
+#include "group/engine.h"
+#include "transport/arena.h"
+#include "transport/channel.h"
+
+namespace pycomm {
+
+/// What the groups of one rank share: memory, peers, channel and progress thread.
+class Process {
+ public:
+  /// Collects one string from every rank, in rank order; provided by whoever started the ranks.
+  using AllGatherBytes = std::function<std::vector<std::string>(const std::string&)>;
+
+  struct Options {
+    double timeout_s;
+    std::size_t arena_bytes;
+  };
+
+  /// Find the other ranks and map the memory of those on the same host. Collective.
+  ///
+  /// @param host_key  equal on ranks that can share memory.
+  /// @param channel   may be null if all ranks have the same key.
+  static std::shared_ptr<Process> connect(int rank, int size, const std::string& host_key,
+                                          const AllGatherBytes& all_gather_bytes,
+                                          std::shared_ptr<Channel> channel, Options options);
+
+  /// Ranks of one process, for tests: rank i lies on pretend host `hosts[i]`.
+  static std::vector<std::shared_ptr<Process>> loopback(const std::vector<int>& hosts,
+                                                        Options options);
+
+  Process(const Process&) = delete;
+  Process& operator=(const Process&) = delete;
+
+  const int rank;
+  const int size;
+  const Options options;
+  const Placement placement;  // of the world
+  const std::shared_ptr<Arena> arena;
+  const std::shared_ptr<Channel> channel;
+  /// The arenas of this host's ranks, by local rank, this one's among them.
+  const std::vector<std::shared_ptr<Arena>> local_arenas;
+  /// Whether every rank of this host has a core, so that a short spin robs nobody.
+  const bool may_spin;
+
+  ProcessPage& page() const { return page_of(*arena); }
+  static ProcessPage& page_of(const Arena& of) {
+    return *reinterpret_cast<ProcessPage*>(of.base());
+  }
+  /// Posted when a rank ends the whole job.
+  Notice& job_notice() const { return page_of(*local_arenas.front()).notice; }
+
+  /// Let the progress thread take care of `queue`.
+  /// @throws CommError  after stop().
+  void submit(std::shared_ptr<Progressive> queue);
+  /// End the progress thread: nothing will be communicated any more.
+  void stop();
+  bool stopped();
+
+  int local_rank() const { return placement.local_rank_of[static_cast<std::size_t>(rank)]; }
+
+  /// Free a dead group's memory as soon as no peer reads it any more.
+  void retire(std::shared_ptr<ArenaBlock> memory, std::function<bool()> all_left);
+
+  /// The lowest channel tag that no group of this rank uses yet.
+  std::atomic<std::int64_t> free_tag{0};
+
+ private:
+  struct Retired {
+    std::shared_ptr<ArenaBlock> memory;
+    std::function<bool()> all_left;
+  };
+
+  Process(int rank, int size, Options options, Placement placement,
+          std::shared_ptr<ArenaBlock> page_block, std::shared_ptr<Arena> arena,
+          std::shared_ptr<Channel> channel, std::vector<std::shared_ptr<Arena>> local_arenas);
+
+  const std::shared_ptr<ArenaBlock> page_block_;
+  std::mutex mutex_;
+  std::vector<Retired> retired_;
+  std::shared_ptr<Engine> engine_;
+};
+
+/// The first block of an arena, so that peers find it at offset 0.
+std::shared_ptr<ArenaBlock> make_process_page(Arena& arena);
+
+}  // namespace pycomm

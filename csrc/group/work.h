@@ -1,0 +1,39 @@
+#pragma once
+
+#include <atomic>
+#include <exception>
+#include <functional>
+
+#include "transport/doorbell.h"
+
+namespace pycomm {
+
+/// Called now and then while a thread waits, without any lock held; throws to give up (Ctrl-C).
+using InterruptCheck = std::function<void()>;
+
+/// An operation somebody may wait for. Completed by the progress thread, which rings the process's
+/// doorbell; it never calls back.
+class Work {
+ public:
+  explicit Work(Doorbell& doorbell) : doorbell_(doorbell) {}
+
+  bool done() const { return done_.load(std::memory_order_acquire); }
+
+  /// Block until the operation is over; rethrows what ended it. An interrupted wait leaves the
+  /// operation running.
+  void wait(const InterruptCheck& check_interrupt);
+
+  /// Seconds from its start to its end; valid once done().
+  double seconds() const { return seconds_; }
+
+  /// For the driver: the operation is over, with an error or without.
+  void complete(std::exception_ptr error, double seconds);
+
+ private:
+  Doorbell& doorbell_;
+  std::exception_ptr error_;
+  double seconds_ = 0;
+  std::atomic<bool> done_{false};
+};
+
+}  // namespace pycomm

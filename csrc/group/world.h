@@ -1,0 +1,45 @@
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "group/group.h"
+#include "group/process.h"
+
+namespace pycomm {
+
+/// One rank's membership in the job: its process-wide state and the group of all ranks.
+class World {
+ public:
+  /// Collective; see Process::connect.
+  static std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
+                                        const Process::AllGatherBytes& all_gather_bytes,
+                                        std::shared_ptr<Channel> channel, Process::Options options);
+
+  /// Ranks of one process, for tests.
+  static std::vector<std::unique_ptr<World>> loopback(const std::vector<int>& hosts,
+                                                      Process::Options options);
+
+  ~World();
+
+  const std::shared_ptr<Group>& group() const { return group_; }
+
+  /// End the job: every pending and later call of every rank of this host raises PeerLostError
+  /// with `reason`. False if another rank was first, whose reason stands.
+  bool abort(const std::string& reason);
+
+  /// Leave together with all other ranks; nothing can be communicated afterwards. After a failure
+  /// it leaves alone.
+  /// @throws MismatchError  another rank still calls something.
+  void close(const InterruptCheck& check_interrupt);
+
+ private:
+  World(std::shared_ptr<Process> process, std::shared_ptr<Group> group)
+      : process_(std::move(process)), group_(std::move(group)) {}
+
+  std::shared_ptr<Process> process_;
+  std::shared_ptr<Group> group_;
+};
+
+}  // namespace pycomm
