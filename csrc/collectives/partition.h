@@ -13,7 +13,7 @@ struct Range {
 };
 
 /// Chunk `index` of `count` elements cut into `parts`: the chunks tile the buffer in order and
-/// differ by at most one granule. A granule is `granule` elements (a cache line's worth, so that
+/// differ by less than two granules. A granule is `granule` elements (a cache line's worth, so that
 /// two ranks never write one line); the last one may be short.
 constexpr Range partition(std::size_t count, int parts, int index, std::size_t granule = 1) {
   const std::size_t granules = (count + granule - 1) / granule;

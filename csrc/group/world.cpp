@@ -57,6 +57,7 @@ World::~World() {
 }
 
 bool World::abort(const std::string& reason) {
+  aborted_ = true;
   const bool first = process_->job_notice().post(NoticeKind::kPeerLost, process_->rank, reason);
   group_->abort(reason);
   for (const auto& arena : process_->local_arenas) Process::page_of(*arena).doorbell.ring();
@@ -66,7 +67,8 @@ bool World::abort(const std::string& reason) {
 void World::close(const InterruptCheck& check_interrupt) {
   if (process_->stopped()) return;
   try {
-    if (!group_->failed() && !process_->job_notice().posted()) {
+    if (!aborted_ && !group_->failed()) {
+      if (process_->job_notice().posted()) process_->job_notice().raise();
       Operation leave;
       leave.kind = Kind::kShutdown;
       group_->run(std::move(leave), check_interrupt);

@@ -29,9 +29,10 @@ class World {
   /// with `reason`. False if another rank was first, whose reason stands.
   bool abort(const std::string& reason);
 
-  /// Leave together with all other ranks; nothing can be communicated afterwards. After a failure
-  /// it leaves alone.
+  /// Leave together with all other ranks; nothing can be communicated afterwards. After an error
+  /// that finished the group, or abort(), it leaves alone.
   /// @throws MismatchError  another rank still calls something.
+  /// @throws PeerLostError  another rank ended the job.
   void close(const InterruptCheck& check_interrupt);
 
  private:
@@ -40,6 +41,7 @@ class World {
 
   std::shared_ptr<Process> process_;
   std::shared_ptr<Group> group_;
+  bool aborted_ = false;  // by this rank
 };
 
 }  // namespace pycomm

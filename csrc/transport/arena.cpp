@@ -101,7 +101,7 @@ void Arena::release(std::size_t offset) {
   const auto entry = used_.find(offset);
   std::size_t bytes = entry->second;
   used_.erase(entry);
-  madvise(base_ + offset, bytes, MADV_REMOVE);
+  if (!keeps_pages_) madvise(base_ + offset, bytes, MADV_REMOVE);
   auto next = free_.lower_bound(offset);
   if (next != free_.end() && offset + bytes == next->first) {
     bytes += next->second;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <map>
 #include <memory>
@@ -42,6 +43,9 @@ class Arena : public std::enable_shared_from_this<Arena> {
   /// @throws CommError  the reservation is exhausted.
   std::shared_ptr<class ArenaBlock> allocate(std::size_t bytes);
 
+  /// From now on freed blocks keep their content until the arena goes: peers may still read it.
+  void keep_pages() { keeps_pages_ = true; }
+
   /// Bytes in live blocks.
   std::size_t allocated_bytes() const;
 
@@ -53,6 +57,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::byte* base_;
   std::size_t reserve_bytes_;
   int descriptor_;
+  std::atomic<bool> keeps_pages_{false};
   mutable std::mutex mutex_;
   std::map<std::size_t, std::size_t> free_;  // offset -> bytes, neighbours merged
   std::map<std::size_t, std::size_t> used_;

@@ -64,7 +64,7 @@ bool Window::AllAnnounced::poll() {
 }
 
 std::string Window::AllAnnounced::describe() const {
-  return "rank " + std::to_string(window_.group_rank(next_)) + " has not made this call";
+  return "rank " + std::to_string(window_.group_rank(next_)) + " to make this call";
 }
 
 void Window::complete_phase() {
@@ -82,8 +82,7 @@ bool Window::AllCompleted::poll() {
 }
 
 std::string Window::AllCompleted::describe() const {
-  return "rank " + std::to_string(window_.group_rank(next_)) +
-         " made the call but has not finished its part";
+  return "rank " + std::to_string(window_.group_rank(next_)) + " to finish its part of this call";
 }
 
 void Window::check_notices() const {

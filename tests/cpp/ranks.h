@@ -1,0 +1,46 @@
+#pragma once
+
+#include <exception>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "group/world.h"
+
+/// Runs `body(group)` on every rank, a thread each, over the loopback transport; rank i lies on
+/// pretend host hosts[i]. A rank that throws ends the job for the others. Returns what each threw
+/// ("" if nothing).
+inline std::vector<std::string> run_ranks_catching(const std::vector<int>& hosts,
+                                                   const std::function<void(pycomm::Group&)>& body,
+                                                   double timeout_s = 60) {
+  const auto worlds = pycomm::World::loopback(hosts, {timeout_s, std::size_t{64} << 20});
+  std::vector<std::string> errors(hosts.size());
+  std::vector<std::thread> threads;
+  for (std::size_t rank = 0; rank < hosts.size(); ++rank) {
+    threads.emplace_back([&, rank] {
+      try {
+        body(*worlds[rank]->group());
+        worlds[rank]->close([] {});
+      } catch (const std::exception& error) {
+        errors[rank] = error.what();
+        worlds[rank]->abort("rank " + std::to_string(rank) + " failed: " + error.what());
+      }
+    });
+  }
+  for (auto& thread : threads) thread.join();
+  return errors;
+}
+
+/// The same, where nothing may be thrown.
+inline void run_ranks(const std::vector<int>& hosts,
+                      const std::function<void(pycomm::Group&)>& body) {
+  const auto errors = run_ranks_catching(hosts, body);
+  for (std::size_t rank = 0; rank < errors.size(); ++rank) {
+    if (!errors[rank].empty()) {
+      throw check::Failure("rank " + std::to_string(rank) + ": " + errors[rank]);
+    }
+  }
+}

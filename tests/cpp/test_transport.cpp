@@ -1,0 +1,195 @@
+// Shared memory between real processes: what threads cannot show.
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "core/error.h"
+#include "transport/arena.h"
+#include "transport/doorbell.h"
+#include "transport/handover.h"
+#include "transport/liveness.h"
+#include "transport/notice.h"
+
+namespace {
+
+using namespace std::chrono_literals;
+using Clock = std::chrono::steady_clock;
+
+}  // namespace
+
+TEST(arena_blocks_do_not_overlap_and_come_back_zeroed) {
+  const auto arena = pycomm::Arena::create(1 << 20);
+  auto first = arena->allocate(5000);
+  auto second = arena->allocate(1);
+  CHECK_EQUAL(first->offset(), std::size_t{0});
+  CHECK_EQUAL(second->offset(), std::size_t{8192});
+  std::memset(first->data(), 1, first->bytes());
+  first.reset();
+  auto again = arena->allocate(8192);
+  CHECK_EQUAL(again->offset(), std::size_t{0});
+  for (std::size_t i = 0; i < again->bytes(); ++i) CHECK(again->data()[i] == std::byte{0});
+}
+
+TEST(arena_merges_freed_neighbours_and_names_its_limit) {
+  const auto arena = pycomm::Arena::create(16 * 4096);
+  std::vector<std::shared_ptr<pycomm::ArenaBlock>> blocks;
+  for (int i = 0; i < 16; ++i) blocks.push_back(arena->allocate(4096));
+  std::string text;
+  try {
+    arena->allocate(1);
+  } catch (const pycomm::CommError& error) {
+    text = error.what();
+  }
+  CHECK(text.find("PYCOMM_ARENA_BYTES") != std::string::npos);
+  for (const int freed : {3, 5, 4}) blocks[static_cast<std::size_t>(freed)].reset();
+  CHECK_EQUAL(arena->allocate(3 * 4096)->offset(), std::size_t{3 * 4096});
+  CHECK_EQUAL(arena->allocated_bytes(), std::size_t{13 * 4096});
+}
+
+TEST(arena_outlives_its_owner_as_long_as_a_block_lives) {
+  auto arena = pycomm::Arena::create(1 << 20);
+  const auto block = arena->allocate(100);
+  arena.reset();
+  std::memset(block->data(), 7, block->bytes());
+  CHECK(block->data()[99] == std::byte{7});
+}
+
+TEST(arena_cannot_be_shrunk_under_its_peers) {
+  const auto arena = pycomm::Arena::create(1 << 20);
+  CHECK_EQUAL(ftruncate(arena->descriptor(), 0), -1);
+}
+
+TEST(handover_maps_the_same_memory_in_another_process) {
+  pycomm::Handover mine;
+  int pipe_ends[2];
+  CHECK_EQUAL(pipe(pipe_ends), 0);
+  const std::string token = pycomm::random_hex(16);
+  const pid_t child = fork();
+  if (child == 0) {
+    pycomm::Handover theirs;
+    const auto& address = theirs.address();
+    if (write(pipe_ends[1], address.data(), address.size()) < 0) _exit(2);
+    const int descriptor = memfd_create("theirs", MFD_CLOEXEC);
+    if (ftruncate(descriptor, 4096) != 0) _exit(3);
+    auto* bytes =
+        static_cast<char*>(mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor, 0));
+    std::strcpy(bytes, "written by the child");
+    theirs.exchange(1, {mine.address(), address}, {0, 1}, token, descriptor, 10s);
+    _exit(0);
+  }
+  std::string address(mine.address().size(), '\0');
+  CHECK_EQUAL(read(pipe_ends[0], address.data(), address.size()),
+              static_cast<ssize_t>(address.size()));
+  const int own = memfd_create("mine", MFD_CLOEXEC);
+  const auto descriptors = mine.exchange(0, {mine.address(), address}, {0, 1}, token, own, 10s);
+  const auto* bytes =
+      static_cast<char*>(mmap(nullptr, 4096, PROT_READ, MAP_SHARED, descriptors[1], 0));
+  CHECK_EQUAL(std::string(bytes), std::string("written by the child"));
+  int status = -1;
+  waitpid(child, &status, 0);
+  CHECK_EQUAL(status, 0);
+}
+
+TEST(handover_refuses_a_stranger_and_names_who_did_not_come) {
+  pycomm::Handover mine;
+  pycomm::Handover absent;
+  std::string text;
+  try {
+    mine.exchange(0, {mine.address(), absent.address()}, {4, 7}, "token", 0, 100ms);
+  } catch (const pycomm::PeerLostError& error) {
+    text = error.what();
+  }
+  CHECK(text.find("did not come") != std::string::npos);
+
+  pycomm::Handover here;
+  pycomm::Handover there;
+  std::thread stranger([&] {
+    try {
+      there.exchange(1, {here.address(), there.address()}, {0, 1}, "another token", 0, 2s);
+    } catch (const pycomm::CommError&) {
+      // the other end hangs up
+    }
+  });
+  try {
+    here.exchange(0, {here.address(), there.address()}, {0, 1}, "token", 0, 2s);
+    text.clear();
+  } catch (const pycomm::CommError& error) {
+    text = error.what();
+  }
+  stranger.join();
+  CHECK(text.find("does not belong to this job") != std::string::npos);
+}
+
+TEST(life_word_tells_a_killed_process_within_a_second) {
+  auto* word = new (mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0))
+      pycomm::LifeWord();
+  int pipe_ends[2];
+  CHECK_EQUAL(pipe(pipe_ends), 0);
+  const pid_t child = fork();
+  if (child == 0) {
+    const pycomm::LifeKeeper alive(*word);
+    if (write(pipe_ends[1], "x", 1) != 1) _exit(1);
+    for (;;) pause();
+  }
+  char byte = 0;
+  CHECK_EQUAL(read(pipe_ends[0], &byte, 1), ssize_t{1});
+  CHECK(!word->owner_died());
+  kill(child, SIGKILL);
+  const auto deadline = Clock::now() + 1s;  // the child stays a zombie meanwhile
+  while (!word->owner_died() && Clock::now() < deadline) std::this_thread::yield();
+  CHECK(word->owner_died());
+  waitpid(child, nullptr, 0);
+}
+
+TEST(life_word_of_a_thread_that_let_go_stays_clean) {
+  pycomm::LifeWord word;
+  std::thread([&] { const pycomm::LifeKeeper alive(word); }).join();
+  CHECK(!word.owner_died());
+}
+
+TEST(doorbell_never_loses_a_ring) {
+  pycomm::Doorbell bell;
+  std::atomic<int> turn = 0;
+  constexpr int kTurns = 2000;
+  const auto player = [&](int parity) {
+    for (int i = parity; i < kTurns; i += 2) {
+      while (turn.load(std::memory_order_acquire) != i) {
+        const auto ticket = bell.listen();
+        if (turn.load(std::memory_order_acquire) == i) {
+          bell.leave();
+          break;
+        }
+        bell.sleep(ticket, 10s);  // a lost ring would hang the test
+      }
+      turn.store(i + 1, std::memory_order_release);
+      bell.ring();
+    }
+  };
+  std::thread other([&] { player(1); });
+  player(0);
+  other.join();
+  CHECK_EQUAL(turn.load(), kTurns);
+}
+
+TEST(notice_keeps_the_first_reason) {
+  pycomm::Notice notice;
+  CHECK(notice.post(pycomm::NoticeKind::kTimeout, 3, "first"));
+  CHECK(!notice.post(pycomm::NoticeKind::kMismatch, 4, "second"));
+  std::string text;
+  try {
+    notice.raise();
+  } catch (const pycomm::CommTimeoutError& error) {
+    text = error.what();
+  }
+  CHECK_EQUAL(text, std::string("first"));
+  CHECK_EQUAL(notice.rank(), 3);
+}
