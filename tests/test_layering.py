@@ -1,0 +1,78 @@
+"""No arrow points up: C++ folders and Python modules include and import only what lies below."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# Each folder may include itself and those before it.
+CSRC_LAYERS = ["core", "kernels", "transport", "collectives", "group", "reducer", "bindings"]
+
+# Each line may import the lines before it, never its own neighbours.
+PYTHON_LAYERS = [
+    {"errors", "_core"},
+    {"launch", "mpi_library", "failure", "work", "arguments"},
+    {"rendezvous"},
+    {"runtime"},
+    {"collectives"},
+    {"objects"},
+    {"state", "end_of_backward", "gradient_layout"},
+    {"gradient_sync"},
+    {"owned_parameters", "join"},
+    {"optimizer"},
+    {"__init__"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def test_csrc_includes_point_down() -> None:
+    checked = 0
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.suffix not in {".h", ".cpp"}:
+            continue
+        layer = CSRC_LAYERS.index(path.relative_to(ROOT / "csrc").parts[0])
+        for included in re.findall(r'#include "([a-z_]+)/', path.read_text()):
+            checked += 1
+            assert CSRC_LAYERS.index(included) <= layer, f"{path} includes {included}/"
+    assert checked > 100
+
+
+def test_the_core_knows_neither_torch_nor_python() -> None:
+    for folder in CSRC_LAYERS:
+        for path in sorted((ROOT / "csrc" / folder).glob("*.[hc]*")):
+            includes = re.findall(r"#include <([^>]+)>", path.read_text())
+            assert not any(name.startswith(("torch", "ATen", "c10")) for name in includes), path
+            if folder != "bindings":
+                assert not any(name.startswith(("pybind11", "Python")) for name in includes), path
+            if path.stem not in {"channel_mpi", "mpi_module"}:
+                assert "mpi.h" not in includes, path
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Names of the pycomm modules that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.startswith("pycomm")}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pycomm":
+            if node.module == "pycomm":
+                names |= {f"pycomm.{alias.name}" for alias in node.names}
+            else:
+                names.add(node.module or "")
+    return {name.split(".")[1] if "." in name else "__init__" for name in names}
+
+
+def test_python_imports_point_down() -> None:
+    level = {name: i for i, names in enumerate(PYTHON_LAYERS) for name in names}
+    for path in sorted((ROOT / "pycomm").rglob("*.py")):
+        parts = path.relative_to(ROOT / "pycomm").with_suffix("").parts
+        module = parts[0]
+        assert module in level, f"{path}: give the module its place in PYTHON_LAYERS"
+        for name in imported_modules(path) - {module}:
+            if name == "_mpi":  # built where there is an MPI; loaded by mpi_library alone
+                assert module == "mpi_library"
+                continue
+            assert name in level, f"{path} imports pycomm.{name}"
+            assert level[name] < level[module], f"{path} imports pycomm.{name}, which lies above it"
