@@ -1,0 +1,55 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "core/dtype.h"
+#include "core/reduce_op.h"
+
+namespace pycomm {
+
+/// What a fold does: `destination[i] = round(op(... op(sources[0][i], sources[1][i]) ...) /
+/// divisor)`.
+struct FoldSpec {
+  DType source_dtype;
+  /// `source_dtype`, or its accumulator (a host's partial sum), or, when `source_dtype` is an
+  /// accumulator, the 16-bit type it is finally rounded to.
+  DType destination_dtype;
+  /// kAvg folds like kSum; the division is by `divisor` alone.
+  ReduceOp op = ReduceOp::kSum;
+  /// Divides once, in the accumulator, after the last source. 1 divides nothing. Floats only.
+  std::int64_t divisor = 1;
+};
+
+/// Fold `count` elements of k sources, strictly in the order given, into `destination`.
+///
+/// Every element is computed by the same sequence of operations whatever `count`, the alignment or
+/// the instruction set, so a buffer may be cut anywhere: the bits do not change. 16-bit floats are
+/// widened to float32, folded, divided, and rounded once to nearest even. MIN and MAX return NaN
+/// if any source is NaN, and of two equal elements (0.0 and -0.0) the later. Integer sums and
+/// products wrap. A NaN that is computed or converted becomes the one positive quiet NaN of its
+/// type, since which NaN an addition passes on is for the compiler to choose. The calling thread's
+/// rounding and flush-to-zero modes have no effect.
+///
+/// `destination` may be any of the sources, exactly, unless the fold widens; other overlap is not
+/// allowed. No pointer need be aligned. k >= 1; k == 1 converts and divides, or just copies.
+///
+/// Cost: k reads and one write per element, in one pass; no memory is allocated.
+/// @throws InvalidArgumentError  no source, bool, AVG or a divisor for integers, a divisor below 1,
+///         or a destination dtype other than those of FoldSpec.
+void fold(const FoldSpec& spec, std::byte* destination, std::span<const std::byte* const> sources,
+          std::size_t count);
+
+/// The same fold, its result written to every one of `destinations` (each may be a source), in the
+/// same pass.
+void fold_to_all(const FoldSpec& spec, std::span<std::byte* const> destinations,
+                 std::span<const std::byte* const> sources, std::size_t count);
+
+/// The instruction set chosen at run time: "avx512", "avx2", "baseline".
+/// `PYCOMM_SIMD=baseline|avx2|avx512` lowers the choice; it is read once, by the first fold or
+/// here.
+/// @throws InvalidArgumentError  PYCOMM_SIMD names none that this processor and build have.
+const char* simd_level();
+
+}  // namespace pycomm
