@@ -1,0 +1,91 @@
+#include "reducer/reducer.h"
+
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "core/error.h"
+#include "reducer/bucket_plan.h"
+
+namespace pycomm {
+
+namespace py = pybind11;
+
+namespace {
+
+std::vector<ParameterSpec> specs_of(const std::vector<DType>& dtypes,
+                                    const std::vector<std::size_t>& counts) {
+  if (dtypes.size() != counts.size()) {
+    throw InvalidArgumentError("plan_buckets: " + std::to_string(dtypes.size()) + " dtypes and " +
+                               std::to_string(counts.size()) +
+                               " counts. Give one of each a parameter.");
+  }
+  std::vector<ParameterSpec> specs;
+  for (std::size_t i = 0; i < dtypes.size(); ++i) specs.push_back({dtypes[i], counts[i]});
+  return specs;
+}
+
+std::shared_ptr<Reducer> make_reducer(std::shared_ptr<Group> group,
+                                      const std::vector<std::string>& names,
+                                      const std::vector<DType>& dtypes,
+                                      const std::vector<std::size_t>& counts,
+                                      const std::vector<std::uint32_t>& expected_firings,
+                                      std::vector<Bucket> buckets, bool overlap) {
+  const auto specs = specs_of(dtypes, counts);
+  std::vector<Reducer::Parameter> parameters;
+  for (std::size_t i = 0; i < specs.size(); ++i) {
+    parameters.push_back({names.at(i), specs[i], expected_firings.at(i)});
+  }
+  return std::make_shared<Reducer>(std::move(group), std::move(parameters), std::move(buckets),
+                                   overlap);
+}
+
+void wait(Reducer& reducer) {
+  const py::gil_scoped_release no_gil;
+  reducer.wait(interrupt_check());
+}
+
+}  // namespace
+
+void bind_reducer(py::module_& module) {
+  py::class_<Bucket>(module, "Bucket")
+      .def_readonly("dtype", &Bucket::dtype)
+      .def_readonly("parameters", &Bucket::parameters)
+      .def_readonly("offsets", &Bucket::offsets)
+      .def_readonly("flags_offset", &Bucket::flags_offset)
+      .def_readonly("count", &Bucket::count);
+
+  module.def(
+      "plan_buckets",
+      [](const std::vector<DType>& dtypes, const std::vector<std::size_t>& counts,
+         const std::vector<std::size_t>& order, std::size_t bucket_cap_bytes,
+         std::size_t first_bucket_cap_bytes) {
+        return plan_buckets(specs_of(dtypes, counts), order, bucket_cap_bytes,
+                            first_bucket_cap_bytes);
+      },
+      py::arg("dtypes"), py::arg("counts"), py::arg("order"), py::arg("bucket_cap_bytes"),
+      py::arg("first_bucket_cap_bytes"));
+
+  // Only wait() blocks: the rest counts, fills and queues, and keeps the GIL.
+  py::class_<Reducer, std::shared_ptr<Reducer>>(module, "Reducer")
+      .def(py::init(&make_reducer), py::arg("group"), py::kw_only(), py::arg("names"),
+           py::arg("dtypes"), py::arg("counts"), py::arg("expected_firings"), py::arg("buckets"),
+           py::arg("overlap"))
+      .def_property_readonly("buckets", &Reducer::buckets)
+      .def_property_readonly("launched", &Reducer::launched)
+      .def(
+          "memory",
+          [](const Reducer& reducer, std::size_t bucket) { return Buffer{reducer.memory(bucket)}; },
+          py::arg("bucket"))
+      .def("begin", &Reducer::begin, py::arg("op"), py::arg("divisor"), py::arg("label"))
+      .def("ready", &Reducer::ready, py::arg("parameter"))
+      .def("hold", &Reducer::hold, py::arg("parameter"))
+      .def("unfired", &Reducer::unfired)
+      .def("finish", &Reducer::finish)
+      .def("wait", &wait)
+      .def("used", &Reducer::used, py::arg("parameter"));
+}
+
+}  // namespace pycomm

@@ -1,0 +1,161 @@
+"""Where each gradient lies: the buckets all ranks agree on, and the parameters' views of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pycomm import _core
+from pycomm.errors import InvalidArgumentError, MismatchError
+from pycomm.objects import all_gather_object
+
+# Large enough that what a reduction costs besides its bytes hardly shows, small enough that a model
+# has several and all but the last overlap with backward.
+DEFAULT_BUCKET_CAP_BYTES = 4 << 20
+# Reducing starts as soon as this much is final. A cap below it holds for the first bucket too.
+FIRST_BUCKET_CAP_BYTES = 1 << 20
+
+# What a gradient is to the core: elements of a dtype, and how many of them make one of its own.
+_GRADIENT_DTYPES = {
+    torch.float16: (_core.DType.FLOAT16, 1),
+    torch.bfloat16: (_core.DType.BFLOAT16, 1),
+    torch.float32: (_core.DType.FLOAT32, 1),
+    torch.float64: (_core.DType.FLOAT64, 1),
+    torch.complex64: (_core.DType.FLOAT32, 2),
+    torch.complex128: (_core.DType.FLOAT64, 2),
+}
+
+
+class Slot:
+    """A parameter and where its gradient lies."""
+
+    __slots__ = (
+        "firings",
+        "index",
+        "last_pass",
+        "name",
+        "param",
+        "pending",
+        "private_grad",
+        "version",
+        "view",
+    )
+
+    def __init__(self, name: str, param: Tensor) -> None:
+        self.name = name
+        self.param = param
+        self.view: Tensor | None = None  # of its bucket; None until it is planned
+        self.index = -1  # among the planned parameters
+        self.firings = 0  # seen by the pass that records them
+        self.pending = False  # .grad holds what no synchronised pass has reduced yet
+        self.last_pass = 0  # the last synchronised pass whose result is, or will be, in the view
+        self.version = 0  # of the view when that pass was over
+        self.private_grad: Tensor | None = None  # .grad of an unused parameter during a pass
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recording:
+    """What a rank brings to the plan: names of trained parameters, indices into them, strides."""
+
+    trained: list[str]
+    order: list[int]
+    strides: list[tuple[int, ...]]
+
+
+def lay_out(
+    slots: Sequence[Slot],
+    order: Sequence[Slot],
+    group: _core.Group,
+    *,
+    bucket_cap_bytes: int,
+    overlap: bool,
+) -> _core.Reducer:
+    """Agree on buckets and give each slot its view of its own. Collective.
+
+    Args:
+        slots: the parameters to be reduced, the same on every rank; ``firings`` counted.
+        order: those this rank has used, as their gradients arrived. Rank 0's counts, or, if it
+            used nothing, that of the first rank that did.
+
+    Raises:
+        MismatchError: ranks train different parameters; on every rank.
+    """
+    for slot in slots:
+        check_gradient_dtype(slot.name, slot.param)  # frozen until now, it may have any
+        slot.last_pass = 0
+    for index, slot in enumerate(slots):
+        slot.index = index
+    mine = _Recording(
+        trained=[slot.name for slot in slots],
+        order=[slot.index for slot in order],
+        strides=[_dense_strides(slot.param) for slot in slots],
+    )
+    recordings: list[_Recording] = all_gather_object(mine, group=group)
+    _check_same_trained(recordings)
+    chosen = next((recording for recording in recordings if recording.order), recordings[0])
+
+    core = [_GRADIENT_DTYPES[slot.param.dtype] for slot in slots]
+    dtypes = [dtype for dtype, _ in core]
+    counts = [slot.param.numel() * scalars for slot, (_, scalars) in zip(slots, core, strict=True)]
+    first_bucket_cap_bytes = min(bucket_cap_bytes, FIRST_BUCKET_CAP_BYTES)
+    reducer = _core.Reducer(
+        group,
+        names=mine.trained,
+        dtypes=dtypes,
+        counts=counts,
+        expected_firings=[max(slot.firings, 1) for slot in slots],
+        buckets=_core.plan_buckets(
+            dtypes, counts, chosen.order, bucket_cap_bytes, first_bucket_cap_bytes
+        ),
+        overlap=overlap,
+    )
+    for number, bucket in enumerate(reducer.buckets):
+        memory = reducer.memory(number)
+        for index, offset in zip(bucket.parameters, bucket.offsets, strict=True):
+            param = slots[index].param
+            offset_bytes = offset * param.element_size() // core[index][1]
+            slots[index].view = _view(memory, offset_bytes, param, chosen.strides[index])
+    return reducer
+
+
+def check_gradient_dtype(name: str, param: Tensor) -> None:
+    if param.dtype not in _GRADIENT_DTYPES:
+        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in _GRADIENT_DTYPES)
+        raise InvalidArgumentError(
+            f"parameter '{name}' is {param.dtype}, and gradients are reduced as {supported}.\n"
+            "  Convert or freeze it."
+        )
+
+
+def _check_same_trained(recordings: list[_Recording]) -> None:
+    for rank, recording in enumerate(recordings):
+        difference = set(recording.trained) ^ set(recordings[0].trained)
+        if difference:
+            name = min(difference)
+            trained, frozen = (rank, 0) if name in recording.trained else (0, rank)
+            raise MismatchError(
+                f"parameter '{name}' requires a gradient on rank {trained} and is frozen on "
+                f"rank {frozen}.\n  Freeze and unfreeze the same parameters on every rank."
+            )
+
+
+def _dense_strides(param: Tensor) -> tuple[int, ...]:
+    """The parameter's own strides if its elements fill their memory, else contiguous ones.
+
+    Every rank lays a gradient out in the same strides, because a reduction pairs elements by their
+    place in memory.
+    """
+    return torch.empty_like(param, device="meta").stride()
+
+
+def _view(
+    memory: _core.Buffer, offset_bytes: int, param: Tensor, strides: tuple[int, ...]
+) -> Tensor:
+    """A gradient-to-be; it keeps the bucket's memory alive."""
+    if param.numel() == 0:
+        return torch.empty_like(param, requires_grad=False)
+    flat = torch.frombuffer(memory, dtype=param.dtype, count=param.numel(), offset=offset_bytes)
+    return flat.as_strided(param.shape, strides)

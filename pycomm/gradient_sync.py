@@ -1,0 +1,406 @@
+"""Reduce gradients while autograd computes them. Knows parameters and groups, no optimizers."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import NoReturn, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from pycomm import _core
+from pycomm.end_of_backward import EndOfBackward, no_backward
+from pycomm.errors import CommError, InvalidArgumentError
+from pycomm.gradient_layout import DEFAULT_BUCKET_CAP_BYTES, Slot, lay_out
+
+
+@dataclasses.dataclass(frozen=True)
+class SyncOptions:
+    """How gradients are reduced; the same on all ranks. ``DistributedOptimizer`` documents them."""
+
+    op: _core.ReduceOp = _core.ReduceOp.AVG
+    bucket_cap_bytes: int = DEFAULT_BUCKET_CAP_BYTES
+    backward_passes_per_step: int = 1
+    average_accumulated: bool = False
+    sparse_as_dense: bool = False
+    overlap: bool = True
+
+    def check(self) -> None:
+        if self.op not in (_core.ReduceOp.AVG, _core.ReduceOp.SUM):
+            raise InvalidArgumentError(
+                f"op is {self.op!r}. Gradients are averaged or summed: pass AVG or SUM."
+            )
+        for name in ("bucket_cap_bytes", "backward_passes_per_step"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InvalidArgumentError(f"{name} is {value!r}. Pass a positive integer.")
+
+
+class Announce(Protocol):
+    """Called by every rank that opens a synchronised pass, before it reduces anything."""
+
+    def __call__(self, label: int) -> int:
+        """Return the number of ranks an average is over."""
+
+
+class GradientSync:
+    """Makes the gradients of a list of parameters equal on all ranks of a group.
+
+    A backward pass is *accumulating* (inside ``no_sync()``, or one of the first
+    ``backward_passes_per_step - 1``): it leaves each rank its own sum in ``.grad``. Or it is
+    *synchronised*: when ``backward()`` returns, every ``.grad`` is a view of a bucket and holds
+    the reduced result. Synchronised passes are collective: all ranks make the same ones.
+
+    The first synchronised pass only records how often and in which order gradients become final.
+    At its end rank 0's order lays out the buckets of all ranks; later passes reduce each bucket as
+    soon as it is full. Parameters added or unfrozen make the next pass record again.
+
+    Which contribution a rank makes is its ``.grad`` at the end of the pass, zero if it is None. A
+    parameter that fired on no rank keeps the ``.grad`` it had.
+
+    Dropping the object unhooks its parameters.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[tuple[str, Tensor]],
+        group: _core.Group,
+        options: SyncOptions,
+        announce: Announce,
+    ) -> None:
+        self.group = group
+        self.options = options
+        self.wait_seconds = 0.0
+        """Time this rank's training thread has spent waiting for gradients."""
+        self.passes = 0
+        """Synchronised passes begun so far."""
+        self._announce = announce
+        self._slots: list[Slot] = []
+        self._planned: list[Slot] = []
+        self._unplanned: list[Slot] = []  # frozen so far, or added
+        self._reducer: _core.Reducer | None = None  # None: the next pass records
+        self._order: list[Slot] = []  # recorded
+        self._end_of_backward: Callable[[], EndOfBackward | None] = no_backward
+        self._accumulating = False  # the backward in progress
+        self._accumulated_passes = 0
+        self._no_sync_depth = 0
+        self._final = False  # no backward since the last synchronised pass
+        self._released_pass = 0  # results up to this pass were consumed and may be overwritten
+        self._passes_since_step = 0
+        self._divisor = 1
+        self._handles: list[RemovableHandle] = []
+        weakref.finalize(self, _remove_hooks, self._handles)
+        self.extend(parameters)
+
+    def extend(self, parameters: Sequence[tuple[str, Tensor]]) -> None:
+        """Synchronise more parameters; the next synchronised pass lays out all buckets anew."""
+        self._forget_abandoned_backward()
+        for name, param in parameters:
+            slot = Slot(name, param)
+            self._slots.append(slot)
+            self._unplanned.append(slot)
+            self._hook(slot)
+        self._reducer = None
+
+    # --- what the training loop tells -------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        return [slot.name for slot in self._slots]
+
+    def enter_no_sync(self) -> None:
+        self._no_sync_depth += 1
+
+    def leave_no_sync(self) -> None:
+        self._no_sync_depth -= 1
+
+    def synchronize(self) -> None:
+        """Make a synchronised pass of what is in ``.grad``, unless gradients are final already."""
+        self._forget_abandoned_backward()
+        if not self._final:
+            self._begin_pass()
+            self._finish_pass()
+
+    def release(self) -> None:
+        """The final gradients were consumed: a later backward may overwrite them."""
+        self._released_pass = self.passes
+
+    def expect_backward(self) -> None:
+        """A closure is about to compute new gradients; the old ones were consumed."""
+        self.release()
+        self._final = False
+
+    def step_done(self) -> None:
+        self.release()
+        self._final = False
+        self._accumulated_passes = 0
+        self._passes_since_step = 0
+
+    def gradients_zeroed(self) -> None:
+        self.release()
+        self._final = False
+        self._accumulated_passes = 0
+        for slot in self._slots:
+            slot.pending = False
+
+    def shadow_pass(self, label: int, ranks: int) -> None:
+        """Take part in a synchronised pass of other ranks with zeros.
+
+        Afterwards ``.grad`` holds what it holds there.
+        """
+        self._forget_abandoned_backward()
+        for slot in self._slots:
+            slot.param.grad = None
+            slot.pending = False
+        self._passes_since_step = label
+        self._open_pass(ranks)
+        self._finish_pass()
+        self.release()
+
+    # --- hooks ------------------------------------------------------------------------------------
+
+    def _hook(self, slot: Slot) -> None:
+        sync_reference = weakref.ref(self)  # parameters do not keep the optimizer alive
+
+        def on_gradient(_: Tensor) -> None:
+            sync = sync_reference()
+            if sync is not None:
+                sync._on_gradient(slot)
+
+        # Torch hooks only what requires a gradient. The hook outlives freezing, so a parameter
+        # that is unfrozen later has it.
+        param = slot.param
+        frozen = not param.requires_grad
+        if frozen and not (param.is_floating_point() or param.is_complex()):
+            return
+        if frozen:
+            param.requires_grad_(True)
+        handle = param.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]
+        self._handles.append(handle)
+        if frozen:
+            param.requires_grad_(False)
+
+    def _on_gradient(self, slot: Slot) -> None:
+        if self._end_of_backward() is None:
+            self._open_backward()
+        grad = slot.param.grad
+        assert grad is not None
+        if grad.requires_grad:
+            self._refuse(
+                slot,
+                "was computed by backward(create_graph=True), and the reduced gradient has no "
+                "graph.\n  Take gradients of gradients from torch.autograd.grad(..., "
+                "create_graph=True) and call backward() without it on the final loss.",
+            )
+        in_place = grad is slot.view  # autograd added to what was there
+        if in_place and (self._accumulating or slot.last_pass != self.passes):
+            self._refuse_final(slot, grad)
+        reducer = self._reducer
+        if self._accumulating:
+            slot.pending = True
+        elif reducer is None:
+            if slot.firings == 0:
+                self._order.append(slot)
+            slot.firings += 1
+            slot.pending = True
+        else:
+            if not in_place:
+                self._stage(slot, grad)
+            slot.pending = False
+            slot.last_pass = self.passes
+            reducer.ready(slot.index)
+
+    def _open_backward(self) -> None:
+        """The first hook of a backward decides what becomes of it."""
+        accumulating = (
+            self._no_sync_depth > 0
+            or self._accumulated_passes + 1 < self.options.backward_passes_per_step
+        )
+        if not accumulating:
+            self._begin_pass()
+        self._accumulating = accumulating
+        self._final = False
+        self._end_of_backward = weakref.ref(EndOfBackward(self._close_backward))
+
+    def _close_backward(self) -> None:
+        self._end_of_backward = no_backward
+        if self._accumulating:
+            self._accumulating = False
+            if self._no_sync_depth == 0:
+                self._accumulated_passes += 1
+        else:
+            self._finish_pass()
+
+    def _forget_abandoned_backward(self) -> None:
+        """Outside a backward: one that an exception ended may have left its end behind."""
+        self._end_of_backward = no_backward
+        self._accumulating = False
+
+    # --- a synchronised pass ----------------------------------------------------------------------
+
+    def _begin_pass(self) -> None:
+        self._passes_since_step += 1
+        self._open_pass(self._announce(self._passes_since_step))
+
+    def _open_pass(self, ranks: int) -> None:
+        if any(slot.param.requires_grad for slot in self._unplanned):
+            self._reducer = None
+        self.passes += 1
+        self._divisor = ranks if self.options.op is _core.ReduceOp.AVG else 1
+        if self.options.average_accumulated:
+            self._divisor *= self.options.backward_passes_per_step
+        if self._reducer is not None:
+            self._begin_reduction(self._reducer)
+        else:
+            self._order.clear()
+            for slot in self._slots:
+                slot.firings = 0
+
+    def _begin_reduction(self, reducer: _core.Reducer) -> None:
+        # The core divides a SUM by nothing, and an AVG by what it is told.
+        op = _core.ReduceOp.AVG if self._divisor > 1 else _core.ReduceOp.SUM
+        reducer.begin(op, self._divisor, self._passes_since_step)
+
+    def _finish_pass(self) -> None:
+        """Launch what is left of the pass and wait for all of it."""
+        started = time.perf_counter()
+        reducer = self._reducer
+        if reducer is None:
+            reducer = self._reducer = self._plan()
+            self._begin_reduction(reducer)
+        unused_here = []
+        for index in reducer.unfired():
+            slot = self._planned[index]
+            if slot.pending and slot.param.grad is not None:
+                self._stage_pending(slot)
+                reducer.ready(index)
+            else:
+                self._set_aside(slot, reducer)
+                unused_here.append(slot)
+        try:
+            reducer.finish()
+            reducer.wait()
+        except CommError:
+            self._evacuate()
+            raise
+        finally:
+            self.wait_seconds += time.perf_counter() - started
+        for slot in unused_here:
+            if reducer.used(slot.index):
+                slot.param.grad = slot.view
+                slot.last_pass = self.passes
+            else:
+                slot.param.grad = slot.private_grad
+            slot.private_grad = None
+            slot.pending = False
+        if self.options.op is _core.ReduceOp.SUM:
+            for slot in self._planned:
+                assert slot.view is not None
+                slot.version = slot.view._version
+        self._accumulated_passes = 0
+        self._final = True
+
+    def _stage_pending(self, slot: Slot) -> None:
+        """What accumulating passes, or the recording one, left in .grad is reduced now."""
+        grad = slot.param.grad
+        assert grad is not None
+        if grad is not slot.view:
+            self._stage(slot, grad)
+        slot.pending = False
+        slot.last_pass = self.passes
+
+    def _stage(self, slot: Slot, grad: Tensor) -> None:
+        """Copy a gradient into its bucket and let ``.grad`` be the view of it."""
+        view = slot.view
+        assert view is not None
+        if grad.layout is not torch.strided:
+            if not self.options.sparse_as_dense:
+                self._refuse(
+                    slot,
+                    f"is sparse ({grad.layout}), and buckets are dense.\n  Pass "
+                    "sparse_as_dense=True to DistributedOptimizer, or build the module with "
+                    "sparse=False.",
+                )
+            grad = grad.to_dense()
+        if grad.dtype is not view.dtype or grad.shape != view.shape:
+            self._refuse(
+                slot,
+                f"is {grad.dtype} of shape {tuple(grad.shape)}, and its bucket was laid out for "
+                f"{view.dtype} of shape {tuple(view.shape)}.\n  Convert the model before "
+                "DistributedOptimizer wraps its optimizer.",
+            )
+        view.copy_(grad)
+        slot.param.grad = view
+
+    def _set_aside(self, slot: Slot, reducer: _core.Reducer) -> None:
+        """Keep ``.grad`` of a parameter this pass has not used; the bucket will be overwritten.
+
+        It may be a final gradient of another loss, or an accumulated one the user keeps. If others
+        use the parameter it counts as this rank's contribution, as if zero had been added to it.
+        """
+        grad = slot.param.grad
+        slot.private_grad = grad
+        if grad is None or grad.layout is not torch.strided:
+            return
+        assert slot.view is not None
+        if grad is slot.view:
+            slot.private_grad = grad.clone()
+        else:
+            slot.view.copy_(grad)
+        reducer.hold(slot.index)
+
+    def _evacuate(self) -> None:
+        """After a failure a peer may still write to the buckets: move gradients out of them."""
+        for slot in self._planned:
+            if slot.param.grad is slot.view and slot.view is not None:
+                slot.param.grad = slot.view.clone()
+
+    def _plan(self) -> _core.Reducer:
+        # A parameter once planned stays so: freezing it costs overlap, not a new plan.
+        planned = [
+            slot for slot in self._slots if slot.view is not None or slot.param.requires_grad
+        ]
+        reducer = lay_out(
+            planned,
+            self._order,
+            self.group,
+            bucket_cap_bytes=self.options.bucket_cap_bytes,
+            overlap=self.options.overlap,
+        )
+        self._planned = planned
+        self._unplanned = [slot for slot in self._slots if slot.view is None]
+        return reducer
+
+    # --- refusals ---------------------------------------------------------------------------------
+
+    def _refuse_final(self, slot: Slot, grad: Tensor) -> None:
+        """Raise if autograd has just added to a result that nobody has consumed."""
+        if slot.last_pass > self._released_pass:
+            self._refuse(
+                slot,
+                "is final, reduced over all ranks, and a second backward pass has added to it.\n"
+                "  Call optimizer.step() or optimizer.zero_grad() before it; or, to accumulate, "
+                "run all backward passes but the last in `with optimizer.no_sync():` or pass "
+                "backward_passes_per_step to DistributedOptimizer.",
+            )
+        if self.options.op is _core.ReduceOp.SUM and grad._version == slot.version + 1:
+            self._refuse(
+                slot,
+                "is a sum over all ranks from an earlier step, and a backward pass has added to "
+                "it; summed again, it would count once for each rank.\n"
+                "  Call optimizer.zero_grad() in every step, or use op=AVG.",
+            )
+
+    def _refuse(self, slot: Slot, problem: str) -> NoReturn:
+        raise InvalidArgumentError(
+            f"the gradient of '{slot.name}' on rank {self.group.rank} {problem}"
+        )
+
+
+def _remove_hooks(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
