@@ -58,6 +58,7 @@ Task<> agree_between_hosts(Context& context) {
 
 Task<> open_operation(Context& context, const Operation& operation, std::uint64_t buffer_offset,
                       std::span<const std::byte> payload) {
+  context.window.check_notices();  // who comes late to a finished group must not get a result
   const Signature signature = Signature::of(operation, context.sequence, context.history);
   context.history = signature.hash();  // the signature contains the history before it
   context.window.announce(signature, buffer_offset, payload.data(), payload.size());

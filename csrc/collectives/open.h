@@ -19,7 +19,7 @@ namespace pycomm {
 /// Cost: one arrival inside a host; between H hosts ceil(log2 H) alpha more.
 ///
 /// @param payload  at most Announcement::kEagerBytes, for the ranks of this host.
-/// @throws MismatchError
+/// @throws MismatchError, and what has finished the group before.
 Task<> open_operation(Context& context, const Operation& operation, std::uint64_t buffer_offset,
                       std::span<const std::byte> payload);
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/fork_guard.h"
 #include "group/backoff.h"
 
 namespace pycomm {
@@ -12,6 +13,10 @@ Engine::Engine(ProcessPage& page) : page_(page), thread_([this] { run(); }) {
 }
 
 Engine::~Engine() {
+  if (in_forked_child()) {  // the parent has the thread
+    thread_.detach();
+    return;
+  }
   stopping_.store(true, std::memory_order_release);
   page_.doorbell.ring();
   thread_.join();
