@@ -26,17 +26,14 @@ DEFAULT_TIMEOUT_S = 600.0
 @dataclass(frozen=True)
 class _Session:
     world: _core.World
+    group: _core.Group  # world.group, at hand: every call without a group asks for it
     comm: MPI.Intracomm | None  # as given to init()
     timeout_s: float
-    pid: int
-
-    @property
-    def in_forked_child(self) -> bool:
-        return os.getpid() != self.pid
 
 
 _session: _Session | None = None
 _sessions_begun = 0
+_forked_from: _Session | None = None  # in a forked child: its parent's session
 
 
 def init(*, comm: MPI.Intracomm | None = None, timeout_s: float | None = None) -> None:
@@ -61,6 +58,8 @@ def init(*, comm: MPI.Intracomm | None = None, timeout_s: float | None = None) -
         CommError: MPI is missing or mixed up, or ranks of several hosts have no way to talk.
     """
     global _session, _sessions_begun
+    if _forked_from is not None:
+        raise NotInitializedError(_fork_problem("init", _forked_from))
     if _session is not None:
         _refuse_second_init(_session, comm, timeout_s)
         return
@@ -75,6 +74,7 @@ def init(*, comm: MPI.Intracomm | None = None, timeout_s: float | None = None) -
 
     if _sessions_begun == 0:
         atexit.register(_leave_at_exit)
+        os.register_at_fork(after_in_child=_disown)
     _sessions_begun += 1
     if comm is None:
         rendezvous = meet(launch, os.environ, attempt=_sessions_begun, timeout_s=default_timeout_s)
@@ -83,7 +83,7 @@ def init(*, comm: MPI.Intracomm | None = None, timeout_s: float | None = None) -
     world = _connect(rendezvous, host_key(os.environ), default_timeout_s)
     if rendezvous.size > 1:
         failure.watch(failure.Member(rendezvous.rank, rendezvous.size, host_name, world.abort))
-    _session = _Session(world, comm, default_timeout_s, os.getpid())
+    _session = _Session(world, world.group, comm, default_timeout_s)
 
 
 def shutdown() -> None:
@@ -96,7 +96,7 @@ def shutdown() -> None:
     """
     global _session
     session = _session
-    if session is None or session.in_forked_child:
+    if session is None:
         return
     try:
         session.world.close()
@@ -107,7 +107,7 @@ def shutdown() -> None:
 
 def is_initialized() -> bool:
     """Whether this process is a rank: between ``init()`` and ``shutdown()``."""
-    return _session is not None and not _session.in_forked_child
+    return _session is not None
 
 
 def rank() -> int:
@@ -154,12 +154,11 @@ def world_group(call: str | None = None) -> _core.Group:
     Raises:
         NotInitializedError: before ``init()``, after ``shutdown()``, or in a forked child.
     """
-    session = _session
-    if session is not None and not session.in_forked_child:
-        return session.world.group
+    if _session is not None:
+        return _session.group
     name = call or sys._getframe(1).f_code.co_name
-    if session is not None:
-        raise NotInitializedError(_fork_problem(name, session))
+    if _forked_from is not None:
+        raise NotInitializedError(_fork_problem(name, _forked_from))
     if _sessions_begun:
         raise NotInitializedError(
             f"{name}: called after shutdown(), or after an init() that failed.\n"
@@ -228,8 +227,6 @@ def _connect(rendezvous: Rendezvous, key: str, timeout_s: float) -> _core.World:
 def _refuse_second_init(
     session: _Session, comm: MPI.Intracomm | None, timeout_s: float | None
 ) -> None:
-    if session.in_forked_child:
-        raise NotInitializedError(_fork_problem("init", session))
     remedy = "  Call shutdown() before an init() that asks for something else."
     if comm is not None and comm != session.comm:
         raise InvalidArgumentError(f"init: called before with another comm.\n{remedy}")
@@ -242,7 +239,7 @@ def _refuse_second_init(
 
 def _fork_problem(call: str, session: _Session) -> str:
     return (
-        f"{call}: process {os.getpid()} was forked from rank {session.world.group.rank} and is "
+        f"{call}: process {os.getpid()} was forked from rank {session.group.rank} and is "
         "not a rank itself.\n"
         "  Data-loader workers and other children cannot use pycomm; start ranks with the launcher."
     )
@@ -267,6 +264,12 @@ def _timeout_s(argument: float | None, environ: Mapping[str, str]) -> float:
 def _own_host(call: str) -> list[int]:
     group = world_group(call)
     return next(ranks for ranks in group.hosts if group.rank in ranks)
+
+
+def _disown() -> None:
+    """In a forked child: the session, kept alive, is the parent's."""
+    global _session, _forked_from
+    _session, _forked_from = None, _session or _forked_from
 
 
 def _leave_at_exit() -> None:
