@@ -1,0 +1,190 @@
+"""The C++ core. It does not know torch: tensors cross as address, element count and dtype."""
+
+import enum
+from collections.abc import Callable, Sequence
+
+class DType(enum.Enum):
+    BOOL = 0
+    UINT8 = 1
+    INT8 = 2
+    INT16 = 3
+    INT32 = 4
+    INT64 = 5
+    FLOAT16 = 6
+    BFLOAT16 = 7
+    FLOAT32 = 8
+    FLOAT64 = 9
+
+class ReduceOp(enum.Enum):
+    """How a reduction combines two elements; AVG divides the sum once, by the number of ranks."""
+
+    SUM = 0
+    AVG = 1
+    MIN = 2
+    MAX = 3
+    PROD = 4
+
+class Algorithm(enum.Enum):
+    AUTO = 0
+    DIRECT = 1
+    RING = 2
+
+class Buffer:
+    """Zeroed memory in this rank's arena, with the (writable) buffer protocol."""
+
+    @property
+    def address(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class Work:
+    def wait(self) -> None: ...
+    def done(self) -> bool: ...
+    @property
+    def seconds(self) -> float: ...
+
+class Channel:
+    """Point-to-point messages between hosts; made by ``pycomm._mpi``."""
+
+class Group:
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def ranks(self) -> list[int]: ...
+    @property
+    def hosts(self) -> list[list[int]]: ...
+    def all_reduce(
+        self,
+        input: int,
+        output: int,
+        count: int,
+        dtype: DType,
+        op: ReduceOp,
+        *,
+        divisor: int = 0,
+        shape: Sequence[int] | None = None,
+        name: str = "",
+        algorithm: Algorithm = ...,
+        timeout_s: float = 0.0,
+        async_op: bool = False,
+    ) -> Work | None: ...
+    def broadcast(
+        self,
+        data: int,
+        count: int,
+        dtype: DType,
+        root: int,
+        *,
+        shape: Sequence[int] | None = None,
+        name: str = "",
+        timeout_s: float = 0.0,
+        async_op: bool = False,
+    ) -> Work | None: ...
+    def all_gather(
+        self,
+        input: int,
+        output: int,
+        count: int,
+        dtype: DType,
+        *,
+        shape: Sequence[int] | None = None,
+        name: str = "",
+        timeout_s: float = 0.0,
+        async_op: bool = False,
+    ) -> Work | None: ...
+    def barrier(self, *, timeout_s: float = 0.0, async_op: bool = False) -> Work | None: ...
+    def allocate(self, nbytes: int) -> Buffer: ...
+    def duplicate(self) -> Group: ...
+    def abort(self, reason: str) -> None: ...
+
+class World:
+    """This process's memory, peers and progress thread; ``group`` holds all ranks."""
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        host_key: str,
+        all_gather_bytes: Callable[[bytes], list[bytes]],
+        *,
+        timeout_s: float,
+        channel: Channel | None = None,
+    ) -> None: ...
+    @property
+    def group(self) -> Group: ...
+    def abort(self, reason: str) -> bool:
+        """Make every rank's pending and later calls raise ``reason``.
+
+        True if this host had not been aborted by another rank before.
+        """
+
+    def close(self) -> None:
+        """Leave together with all other ranks, then free what can be freed."""
+
+def loopback_worlds(hosts: Sequence[int], *, timeout_s: float = 60.0) -> list[World]:
+    """Worlds whose ranks are threads of this process; rank i lies on pretend host ``hosts[i]``."""
+
+class Bucket:
+    """Gradients laid end to end, reduced together; then a flag for each: was it used."""
+
+    @property
+    def dtype(self) -> DType: ...
+    @property
+    def parameters(self) -> list[int]: ...
+    @property
+    def offsets(self) -> list[int]:
+        """Of each parameter, in elements."""
+    @property
+    def flags_offset(self) -> int: ...
+    @property
+    def count(self) -> int:
+        """Elements in all, flags included."""
+
+def plan_buckets(
+    dtypes: Sequence[DType],
+    counts: Sequence[int],
+    order: Sequence[int],
+    bucket_cap_bytes: int,
+    first_bucket_cap_bytes: int,
+) -> list[Bucket]:
+    """Buckets of one dtype each, in the order of their reduction; a pure function.
+
+    ``order`` names parameters as their gradients arrive; those missing follow in buckets of their
+    own.
+    """
+
+class Reducer:
+    """Counts gradients as they become final and reduces each bucket once it is full.
+
+    A pass is: ``begin``, ``ready`` or ``hold`` for parameters, ``finish``, ``wait``, ``used``.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        *,
+        names: Sequence[str],
+        dtypes: Sequence[DType],
+        counts: Sequence[int],
+        expected_firings: Sequence[int],
+        buckets: Sequence[Bucket],
+        overlap: bool,
+    ) -> None: ...
+    @property
+    def buckets(self) -> list[Bucket]: ...
+    @property
+    def launched(self) -> int:
+        """How many buckets of the current or last pass were launched: the first ones."""
+
+    def memory(self, bucket: int) -> Buffer: ...
+    def begin(self, op: ReduceOp, divisor: int, label: int) -> None: ...
+    def ready(self, parameter: int) -> None: ...
+    def hold(self, parameter: int) -> None: ...
+    def unfired(self) -> list[int]: ...
+    def finish(self) -> None: ...
+    def wait(self) -> None: ...
+    def used(self, parameter: int) -> bool: ...
+
+def simd_level() -> str: ...

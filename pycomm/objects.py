@@ -1,0 +1,130 @@
+"""Python objects between ranks, as pickles.
+
+Unpickling runs code that the sender chose: ranks trust each other. What one rank cannot pickle or
+unpickle raises on every rank, so that none is left waiting.
+"""
+
+import pickle
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from pycomm._core import Group
+from pycomm.arguments import root_rank
+from pycomm.collectives import all_gather, broadcast_
+from pycomm.errors import CommError, InvalidArgumentError
+from pycomm.runtime import world_group
+
+T = TypeVar("T")
+
+
+def broadcast_object(obj: Any, root: int = 0, *, group: Group | None = None) -> Any:
+    """``root``'s ``obj``, on every rank. On the root it is ``obj`` itself, elsewhere a copy.
+
+    Args:
+        obj: anything ``pickle`` can handle; ignored on the other ranks. Unpickling runs code that
+            the root chose, so use it only among ranks that trust each other.
+        root: a rank of the group.
+        group: the ranks taking part, the world if None; every one of them makes this call.
+
+    Raises:
+        InvalidArgumentError: on every rank, if the root cannot pickle the object or a rank cannot
+            unpickle it; the group stays usable.
+        MismatchError, CommTimeoutError, PeerLostError: as for ``all_reduce``.
+
+    Cost: three small messages and one of the pickle's size; no rank holds more than one copy.
+    """
+    if group is None:
+        group = world_group()
+    root = root_rank("broadcast_object", root, group)
+    payload, mistake = b"", None
+    if group.rank == root:
+        payload, mistake = _attempt(lambda: pickle.dumps(obj, pickle.HIGHEST_PROTOCOL), b"")
+    raise_together("broadcast_object", mistake, group)
+    payload = broadcast_bytes(payload, root, group)
+    mistake = None
+    if group.rank != root:
+        obj, mistake = _attempt(lambda: pickle.loads(payload), None)
+    raise_together("broadcast_object", mistake, group)
+    return obj
+
+
+def all_gather_object(obj: Any, *, group: Group | None = None) -> list[Any]:
+    """Every rank's ``obj``, by rank. This rank's own place holds a copy as well.
+
+    Args:
+        obj: anything ``pickle`` can handle, of any size, different on each rank. Unpickling runs
+            code that the other ranks chose, so use it only among ranks that trust each other.
+        group: the ranks taking part, the world if None; every one of them makes this call.
+
+    Raises:
+        InvalidArgumentError: on every rank, if one cannot pickle its object or unpickle another's;
+            the group stays usable.
+        MismatchError, CommTimeoutError, PeerLostError: as for ``all_reduce``.
+
+    Memory: ``p`` times the largest pickle.
+    """
+    if group is None:
+        group = world_group()
+    payload, mistake = _attempt(lambda: pickle.dumps(obj, pickle.HIGHEST_PROTOCOL), b"")
+    raise_together("all_gather_object", mistake, group)
+    payloads = all_gather_bytes(payload, group)
+    objects: list[Any]
+    objects, mistake = _attempt(lambda: [pickle.loads(theirs) for theirs in payloads], [])
+    raise_together("all_gather_object", mistake, group)
+    return objects
+
+
+def raise_together(call: str, mistake: Exception | None, group: Group) -> None:
+    """Raise on every rank if any has made a mistake, naming the first one that has.
+
+    Every rank calls this, with None if all is well there: one all-gather of a number then.
+    """
+    text = "" if mistake is None else f"{type(mistake).__name__}: {mistake}"
+    for rank, theirs in enumerate(all_gather_bytes(text.encode(), group)):
+        if theirs:
+            raise InvalidArgumentError(
+                f"{call} on rank {group.rank}: failed on rank {rank}: {theirs.decode()}"
+            ) from mistake
+
+
+def broadcast_bytes(payload: bytes, root: int, group: Group) -> bytes:
+    """``root``'s bytes, on every rank; what the others pass is ignored."""
+    length = torch.tensor(len(payload))
+    broadcast_(length, root, group=group)
+    if group.rank == root:
+        broadcast_(_tensor_of(payload), root, group=group)
+        return payload
+    data = torch.empty(int(length), dtype=torch.uint8)
+    broadcast_(data, root, group=group)
+    return data.numpy().tobytes()
+
+
+def all_gather_bytes(payload: bytes, group: Group) -> list[bytes]:
+    """Every rank's bytes, by rank; their lengths may differ."""
+    lengths = all_gather(torch.tensor(len(payload)), group=group).tolist()
+    padded = torch.zeros(max(lengths), dtype=torch.uint8)
+    if not len(padded):
+        return [b""] * group.size
+    padded[: len(payload)] = _tensor_of(payload)
+    rows = all_gather(padded, group=group)
+    return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+
+def _tensor_of(payload: bytes) -> Tensor:
+    if not payload:  # frombuffer refuses
+        return torch.empty(0, dtype=torch.uint8)
+    # A bytearray, because torch warns about memory that it must not write.
+    return torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+
+
+def _attempt(action: Callable[[], T], otherwise: T) -> tuple[T, Exception | None]:
+    """What ``action`` returns, or what it raised: user code inside pickle may raise anything."""
+    try:
+        return action(), None
+    except CommError:
+        raise
+    except Exception as mistake:
+        return otherwise, mistake

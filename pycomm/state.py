@@ -1,0 +1,279 @@
+"""The same model and optimizer on every rank."""
+
+import hashlib
+import io
+import pickle
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from pycomm._core import Group
+from pycomm.arguments import MOVABLE, root_rank
+from pycomm.collectives import broadcast_
+from pycomm.errors import InvalidArgumentError, MismatchError
+from pycomm.objects import (
+    all_gather_bytes,
+    all_gather_object,
+    broadcast_bytes,
+    broadcast_object,
+    raise_together,
+)
+from pycomm.runtime import world_group
+
+
+def broadcast_parameters(
+    parameters: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    root: int = 0,
+    *,
+    group: Group | None = None,
+) -> None:
+    """Overwrite every rank's parameters and buffers with ``root``'s. Gradients are left alone.
+
+    Args:
+        parameters: a module (all its parameters and buffers), a ``state_dict()``, or (name, tensor)
+            pairs; same names, order, shapes and dtypes on every rank, any strides. A tensor that
+            appears twice (tied weights) travels once.
+        root: a rank of the group.
+        group: the ranks taking part, the world if None; every one of them makes this call.
+
+    Raises:
+        InvalidArgumentError: on every rank, if one passed something that cannot be broadcast; no
+            tensor has been changed and the group stays usable.
+        MismatchError: on every rank, naming the first tensor that differs; no tensor has been
+            changed and the group stays usable.
+        CommTimeoutError, PeerLostError: as for ``all_reduce``.
+    """
+    call = "broadcast_parameters"
+    if group is None:
+        group = world_group()
+    root = root_rank(call, root, group)
+    tensors: dict[str, Tensor] = {}
+    mistake = None
+    try:
+        tensors = _distinct(_named_tensors(parameters))
+    except InvalidArgumentError as error:
+        mistake = error
+    raise_together(call, mistake, group)
+    _require_same(call, {name: _describe(t) for name, t in tensors.items()}, group)
+    for tensor in tensors.values():
+        _broadcast_any_strides(tensor, root, group)
+
+
+def broadcast_optimizer_state(
+    optimizer: torch.optim.Optimizer, root: int = 0, *, group: Group | None = None
+) -> None:
+    """Give every rank ``root``'s optimizer state and hyper-parameters (learning rate, ...).
+
+    The root's optimizer may be fresh or in use, and so may the others': what the root does not have
+    is dropped elsewhere. No step is made, no gradient touched, and step counters keep the type that
+    they have on the root.
+
+    Args:
+        optimizer: over parameters of the same shapes and dtypes, in the same groups, on every rank.
+        root: a rank of the group.
+        group: the ranks taking part, the world if None; every one of them makes this call.
+
+    Raises:
+        InvalidArgumentError: on every rank, if the root's state cannot be sent or a rank's
+            optimizer does not accept it; the group stays usable.
+        MismatchError: on every rank, naming the first parameter that differs; no state has been
+            changed and the group stays usable.
+        CommTimeoutError, PeerLostError: as for ``all_reduce``.
+    """
+    call = "broadcast_optimizer_state"
+    if group is None:
+        group = world_group()
+    root = root_rank(call, root, group)
+    _require_same(call, _describe_optimizer(optimizer), group)
+
+    structure = b""
+    tensors: list[Tensor] = []
+    mistake: Exception | None = None
+    if group.rank == root:
+        try:
+            structure, tensors = _take_apart(optimizer.state_dict())
+        except Exception as error:  # whatever a state's own pickling raises
+            mistake = error
+    raise_together(call, mistake, group)
+    structure = broadcast_bytes(structure, root, group)
+    layouts = broadcast_object([_layout(t) for t in tensors], root, group=group)
+    if group.rank != root:
+        tensors = [torch.empty_strided(*sizes, dtype=dtype) for *sizes, dtype in layouts]
+    for tensor in tensors:
+        broadcast_(tensor, root, group=group)
+
+    if group.rank != root:
+        try:
+            _install(optimizer, _put_together(structure, tensors))
+        except Exception as error:  # the optimizer's own load_state_dict
+            mistake = error
+    raise_together(call, mistake, group)
+
+
+def _named_tensors(
+    parameters: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+) -> list[tuple[str, Tensor]]:
+    if isinstance(parameters, nn.Module):
+        return [*parameters.named_parameters(), *parameters.named_buffers()]
+    if isinstance(parameters, Mapping):
+        return list(parameters.items())
+    pairs = list(parameters)
+    for pair in pairs:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise InvalidArgumentError(
+                f"parameters yields a {type(pair).__name__}, not a (name, tensor) pair. "
+                "Pass model, model.state_dict() or model.named_parameters()."
+            )
+    return pairs
+
+
+def _distinct(pairs: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors by name, without those that are the same memory as an earlier one."""
+    tensors: dict[str, Tensor] = {}
+    seen_names: set[str] = set()
+    seen_memory: set[tuple[object, ...]] = set()
+    for name, tensor in pairs:
+        if name in seen_names:
+            raise InvalidArgumentError(f"the name '{name}' appears twice. Name each tensor once.")
+        seen_names.add(name)
+        if not isinstance(tensor, Tensor):
+            raise InvalidArgumentError(
+                f"'{name}' is a {type(tensor).__name__}, not a tensor. "
+                "Leave it out and send it with broadcast_object."
+            )
+        if is_lazy(tensor):
+            raise InvalidArgumentError(
+                f"'{name}' has no shape yet. Run one batch through the lazy module first."
+            )
+        if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.dtype not in MOVABLE:
+            raise InvalidArgumentError(
+                f"'{name}' is a {tensor.dtype} tensor on {tensor.device} with layout "
+                f"{tensor.layout}, and pycomm moves dense CPU tensors only."
+            )
+        memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() == 0 or memory not in seen_memory:
+            seen_memory.add(memory)
+            tensors[name] = tensor
+    return tensors
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+
+
+def _describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    return {
+        f"parameter {position} of group {index}": _describe(param)
+        for index, param_group in enumerate(optimizer.param_groups)
+        for position, param in enumerate(param_group["params"])
+    }
+
+
+def _require_same(call: str, described: dict[str, str], group: Group) -> None:
+    """Raise on every rank, naming the first difference, unless all ranks describe the same.
+
+    Digests are compared first, so that equal lists, the usual case, cost 32 bytes a rank.
+    """
+    digest = hashlib.sha256(repr(list(described.items())).encode()).digest()
+    if len(set(all_gather_bytes(digest, group))) == 1:
+        return
+    everyone = all_gather_object(list(described.items()), group=group)
+    first = everyone[0]
+    rank = next(rank for rank, theirs in enumerate(everyone) if theirs != first)
+    other = everyone[rank]
+    at = next(
+        (i for i, (a, b) in enumerate(zip(first, other, strict=False)) if a != b),
+        min(len(first), len(other)),
+    )
+    raise MismatchError(
+        f"{call} on rank {group.rank}: tensor {at} differs: rank 0 has {_entry(first, at)}, "
+        f"rank {rank} has {_entry(other, at)}.\n"
+        "  Build the same model, in the same order, on every rank."
+    )
+
+
+def _entry(described: list[tuple[str, str]], at: int) -> str:
+    if at >= len(described):
+        return f"only {len(described)} tensors"
+    name, what = described[at]
+    return f"'{name}', {what}"
+
+
+def _broadcast_any_strides(tensor: Tensor, root: int, group: Group) -> None:
+    with torch.no_grad():
+        if tensor.is_contiguous() and not tensor.is_conj():
+            broadcast_(tensor, root, group=group)
+            return
+        # Ranks need not agree on strides, so what travels is row-major.
+        wire = tensor.contiguous().resolve_conj()
+        broadcast_(wire, root, group=group)
+        if group.rank == root:
+            return
+        for dim in range(tensor.dim()):
+            if (
+                tensor.stride(dim) == 0 and tensor.size(dim) > 1
+            ):  # expanded: one element, seen often
+                tensor, wire = tensor.narrow(dim, 0, 1), wire.narrow(dim, 0, 1)
+        tensor.copy_(wire)
+
+
+def _layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+class _TensorsApart(pickle.Pickler):
+    """Pickles an object but for its tensors, which are collected; one seen twice is kept once."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[Tensor] = []
+        self._place: dict[int, int] = {}
+
+    def persistent_id(self, obj: Any) -> int | None:
+        if not isinstance(obj, Tensor):
+            return None
+        if id(obj) not in self._place:
+            self._place[id(obj)] = len(self.tensors)
+            self.tensors.append(obj)
+        return self._place[id(obj)]
+
+
+class _TensorsBack(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, pid: int) -> Tensor:
+        return self._tensors[pid]
+
+
+def _take_apart(obj: Any) -> tuple[bytes, list[Tensor]]:
+    file = io.BytesIO()
+    pickler = _TensorsApart(file)
+    pickler.dump(obj)
+    for tensor in pickler.tensors:
+        if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.dtype not in MOVABLE:
+            raise InvalidArgumentError(
+                f"the state holds a {tensor.dtype} tensor on {tensor.device} with layout "
+                f"{tensor.layout}, and pycomm moves dense CPU tensors only."
+            )
+    # Strides are kept where the elements fill their memory (channels-last), as torch.clone does.
+    tensors = [t.detach() for t in pickler.tensors]
+    dense = [t if t.is_contiguous() else torch.empty_like(t).copy_(t) for t in tensors]
+    return file.getvalue(), dense
+
+
+def _put_together(structure: bytes, tensors: list[Tensor]) -> Any:
+    return _TensorsBack(io.BytesIO(structure), tensors).load()
+
+
+def _install(optimizer: torch.optim.Optimizer, received: dict[str, Any]) -> None:
+    optimizer.load_state_dict(received)
+    # torch casts state to its parameter's dtype while loading; the root has not cast.
+    installed = optimizer.state_dict()["state"]
+    for key, entry in received["state"].items():
+        if isinstance(entry, dict):
+            installed[key].update(entry)
