@@ -43,7 +43,9 @@ void exec_addr2line(char (*addresses)[24], int count) {
 void print_stack_of_this_thread(int) {
   void* frames[kMaxFrames];
   const int count = backtrace(frames, kMaxFrames);
-  dprintf(STDERR_FILENO, "\nthread %ld:\n", syscall(SYS_gettid));
+  char heading[32];
+  const int length = std::snprintf(heading, sizeof heading, "\nthread %ld:\n", syscall(SYS_gettid));
+  [[maybe_unused]] const auto written = write(STDERR_FILENO, heading, length);
   char addresses[kMaxFrames][24];
   for (int i = 0; i < count; ++i) {
     // A return address lies behind its call; frames of other libraries come out as "??".

