@@ -123,8 +123,13 @@ class World:
     def close(self) -> None:
         """Leave together with all other ranks, then free what can be freed."""
 
-def loopback_worlds(hosts: Sequence[int], *, timeout_s: float = 60.0) -> list[World]:
-    """Worlds whose ranks are threads of this process; rank i lies on pretend host ``hosts[i]``."""
+def loopback_worlds(
+    hosts: Sequence[int], *, timeout_s: float = 60.0, piece_bytes: int = 524288
+) -> list[World]:
+    """Worlds whose ranks are threads of this process; rank i lies on pretend host ``hosts[i]``.
+
+    Small pieces make small tensors take the way of large ones.
+    """
 
 class Bucket:
     """Gradients laid end to end, reduced together; then a flag for each: was it used."""

@@ -217,6 +217,33 @@ def test_all_reduce_equals_the_canonical_fold(hosts, count, dtype_and_op, algori
 @given(
     hosts=st.sampled_from(LAYOUTS),
     dtype=st.sampled_from(FLOATING),
+    count=st.integers(0, 5000),
+    piece_bytes=st.sampled_from([1024, 1088, 4096, 65536]),
+    in_arena=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_no_piece_size_changes_a_bit(hosts, dtype, count, piece_bytes, in_arena, seed):
+    inputs = [tensor_of(rank, (count,), dtype, seed) for rank in range(len(hosts))]
+
+    def body(group):
+        mine = inputs[group.rank].clone()
+        if in_arena and count:
+            memory = group.allocate(count * mine.element_size())
+            mine = torch.frombuffer(memory, dtype=dtype).copy_(mine)
+        all_reduce_(mine, group=group)
+        gathered = all_gather(inputs[group.rank], group=group)
+        sent = broadcast(inputs[group.rank], 0, group=group)
+        assert_same_bits(mine, canonical_fold(inputs, group.hosts, ReduceOp.SUM))
+        assert_same_bits(gathered, torch.stack(inputs))
+        assert_same_bits(sent, inputs[0])
+
+    run_ranks(len(hosts), body, hosts=hosts, piece_bytes=piece_bytes)
+
+
+@laws
+@given(
+    hosts=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from(FLOATING),
     cuts=st.lists(st.integers(0, 500), max_size=4),
     seed=st.integers(0, 1000),
 )

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "core/error.h"
 
 namespace pycomm {
 namespace {
@@ -24,7 +25,7 @@ std::size_t default_arena_bytes() {
 }
 
 Process::Options options_of(double timeout_s, std::size_t arena_bytes) {
-  return {timeout_s, arena_bytes > 0 ? arena_bytes : default_arena_bytes()};
+  return {timeout_s, arena_bytes > 0 ? arena_bytes : default_arena_bytes(), {}};
 }
 
 std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
@@ -61,11 +62,18 @@ void bind_world(py::module_& module) {
           "Leave together with all other ranks.");
   module.def(
       "loopback_worlds",
-      [](const std::vector<int>& hosts, double timeout_s) {
-        return World::loopback(hosts, options_of(timeout_s, std::size_t{1} << 30));
+      [](const std::vector<int>& hosts, double timeout_s, std::size_t piece_bytes) {
+        if (piece_bytes < 1024 || piece_bytes % 64 != 0) {
+          throw InvalidArgumentError("loopback_worlds: piece_bytes is " +
+                                     std::to_string(piece_bytes) +
+                                     ". Pass a multiple of 64, at least 1024.");
+        }
+        return World::loopback(hosts, {timeout_s, std::size_t{1} << 30, Staging{piece_bytes}});
       },
       py::arg("hosts"), py::kw_only(), py::arg("timeout_s") = 60.0,
-      "Worlds whose ranks are threads of this process; rank i lies on pretend host hosts[i].");
+      py::arg("piece_bytes") = Staging().piece_bytes,
+      "Worlds whose ranks are threads of this process; rank i lies on pretend host hosts[i]. "
+      "Small pieces make small tensors take the way of large ones.");
 }
 
 }  // namespace pycomm

@@ -15,6 +15,8 @@ struct Share {
   /// Room for what is received: at least as many bytes as `host_sum` plus one element a host.
   std::byte* received;
   std::size_t count;
+  /// The ring receives by segments of this many bytes, two of which fit `received`.
+  std::size_t segment_bytes;
   FoldSpec fold;
 };
 

@@ -30,7 +30,7 @@ class HierarchicalAllReduce {
     for (std::size_t begin = 0; begin < operation_.count; begin += step) {
       const Range piece{begin, std::min(operation_.count, begin + step)};
       if (!all_in_arena_) {
-        std::memcpy(window().staging(window().local_rank()) + Staging::kInput,
+        std::memcpy(window().staging(window().local_rank()) + context_.staging.input(),
                     operation_.input + piece.begin * element_, piece.count() * element_);
       }
       co_await meet(context_);
@@ -55,15 +55,16 @@ class HierarchicalAllReduce {
   std::size_t piece_count() const {
     // direct exchange may receive one element a host more than its even part
     const auto hosts = static_cast<std::size_t>(context_.host_count());
-    const std::size_t share = Staging::kRegionBytes / size_of(wire_dtype_) - hosts;
-    return std::min(share * static_cast<std::size_t>(lanes_), Staging::kRegionBytes / element_);
+    const std::size_t share = context_.staging.region_bytes() / size_of(wire_dtype_) - hosts;
+    return std::min(share * static_cast<std::size_t>(lanes_),
+                    context_.staging.region_bytes() / element_);
   }
 
   Range share(const Range& piece, int lane) const { return partition(piece.count(), lanes_, lane); }
 
   /// A local rank's input, from the piece's first element on.
   const std::byte* input_of(int peer, const Range& piece) const {
-    if (!all_in_arena_) return window().staging(peer) + Staging::kInput;
+    if (!all_in_arena_) return window().staging(peer) + context_.staging.input();
     return window().announced_buffer(peer, context_.sequence) + piece.begin * element_;
   }
 
@@ -75,14 +76,15 @@ class HierarchicalAllReduce {
     for (int peer = 0; peer < window().local_size(); ++peer) {
       sources.push_back(input_of(peer, piece) + mine.begin * element_);
     }
-    std::byte* const host_sum = staging + Staging::kHostSum;
+    std::byte* const host_sum = staging + context_.staging.host_sum();
     fold({operation_.dtype, wire_dtype_, operation_.op, 1}, host_sum, sources, mine.count());
 
     const Lane lane = context_.lane(index);
     const Share whole{host_sum,
-                      staging + Staging::kResult,
-                      staging + Staging::kReceived,
+                      staging + context_.staging.result(),
+                      staging + context_.staging.received(),
                       mine.count(),
+                      context_.staging.piece_bytes / 2,
                       {wire_dtype_, operation_.dtype, operation_.op,
                        std::max<std::int64_t>(1, operation_.divisor)}};
     if (operation_.algorithm == Algorithm::kRing) {
@@ -96,7 +98,7 @@ class HierarchicalAllReduce {
     for (int lane = 0; lane < lanes_; ++lane) {
       const Range theirs = share(piece, lane);
       std::memcpy(operation_.output + (piece.begin + theirs.begin) * element_,
-                  window().staging(lane) + Staging::kResult, theirs.count() * element_);
+                  window().staging(lane) + context_.staging.result(), theirs.count() * element_);
     }
   }
 

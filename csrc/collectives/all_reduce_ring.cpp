@@ -13,12 +13,12 @@ namespace {
 Task<> fold_step(const Lane& lane, const Share& share, std::span<const std::byte> outgoing,
                  std::span<std::byte> accumulator) {
   const std::size_t element = size_of(share.fold.source_dtype);
-  const auto segment_of = [](std::size_t index, auto chunk) {
-    const std::size_t begin = std::min(chunk.size(), index * kRingSegmentBytes);
-    return chunk.subspan(begin, std::min(kRingSegmentBytes, chunk.size() - begin));
+  const auto segment_of = [&](std::size_t index, auto chunk) {
+    const std::size_t begin = std::min(chunk.size(), index * share.segment_bytes);
+    return chunk.subspan(begin, std::min(share.segment_bytes, chunk.size() - begin));
   };
-  const auto segments = [](std::size_t bytes) {
-    return (bytes + kRingSegmentBytes - 1) / kRingSegmentBytes;
+  const auto segments = [&](std::size_t bytes) {
+    return (bytes + share.segment_bytes - 1) / share.segment_bytes;
   };
   std::vector<std::unique_ptr<Message>> sent;
   for (std::size_t i = 0; i < segments(outgoing.size()); ++i) {
@@ -27,7 +27,7 @@ Task<> fold_step(const Lane& lane, const Share& share, std::span<const std::byte
   const std::size_t expected = segments(accumulator.size());
   std::array<std::unique_ptr<Message>, 2> received;
   const auto post = [&](std::size_t i) {
-    std::byte* const target = share.received + i % 2 * kRingSegmentBytes;
+    std::byte* const target = share.received + i % 2 * share.segment_bytes;
     received[i % 2] = lane.receive(lane.host - 1, {target, segment_of(i, accumulator).size()});
   };
   for (std::size_t i = 0; i < std::min<std::size_t>(2, expected); ++i) post(i);
@@ -35,7 +35,8 @@ Task<> fold_step(const Lane& lane, const Share& share, std::span<const std::byte
   for (std::size_t i = 0; i < expected; ++i) {
     co_await until(*received[i % 2]);
     const auto segment = segment_of(i, accumulator);
-    const std::byte* const sources[] = {share.received + i % 2 * kRingSegmentBytes, segment.data()};
+    const std::byte* const sources[] = {share.received + i % 2 * share.segment_bytes,
+                                        segment.data()};
     fold(partial, segment.data(), sources, segment.size() / element);
     if (i + 2 < expected) post(i + 2);
   }

@@ -11,7 +11,7 @@ namespace pycomm {
 ///                                      (host h now owns the finished chunk h+1)
 ///   all-gather       step s = 0..H-2   send chunk h+1-s,  receive chunk h-s
 ///
-/// A chunk travels as segments of at most `kRingSegmentBytes`, two receives in flight, so that
+/// A chunk travels as segments of at most `share.segment_bytes`, two receives in flight, so that
 /// folding one overlaps receiving the next.
 ///
 /// Every host talks to two neighbours only, whatever H. What it gives up: chunk c is folded in the
@@ -27,7 +27,5 @@ namespace pycomm {
 ///
 /// @param share  `fold.source_dtype` must be an accumulator type.
 Task<> all_reduce_ring(const Lane& lane, const Share& share);
-
-inline constexpr std::size_t kRingSegmentBytes = 256 << 10;
 
 }  // namespace pycomm

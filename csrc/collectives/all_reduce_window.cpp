@@ -37,7 +37,7 @@ class StagedAllReduce {
       : context_(context),
         operation_(operation),
         element_(size_of(operation.dtype)),
-        piece_count_(Staging::kPieceBytes / element_) {}
+        piece_count_(context.staging.piece_bytes / element_) {}
 
   Task<> run() {
     const std::size_t pieces = (operation_.count + piece_count_ - 1) / piece_count_;
@@ -56,7 +56,7 @@ class StagedAllReduce {
     return {i * piece_count_, std::min(operation_.count, (i + 1) * piece_count_)};
   }
   std::byte* slot(int peer, std::size_t i) const {
-    return context_.window.staging(peer) + i % 3 * Staging::kPieceBytes;
+    return context_.window.staging(peer) + i % 3 * context_.staging.piece_bytes;
   }
   Range part(int peer, std::size_t i) const {
     return partition(piece(i).count(), context_.window.local_size(), peer,

@@ -16,7 +16,7 @@ void all_reduce_announced(Context& context, const Operation& operation);
 ///
 ///   announced | fold part r of all buffers, write it to all buffers | meet
 ///
-/// Otherwise pieces of Staging::kPieceBytes go through three staging slots a rank, one meeting for
+/// Otherwise pieces of `staging.piece_bytes` go through three staging slots a rank, one meeting for
 /// each piece (i counts pieces; slot i % 3):
 ///
 ///   copy in 0 | meet | copy in 1, fold part r of 0 | meet | copy out 0, copy in 2, fold of 1 | ...

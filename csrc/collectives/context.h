@@ -31,21 +31,20 @@ struct Lane {
   }
 };
 
-/// Staging memory of a group, the same on each of its ranks. Inside one host three pieces suffice;
-/// between hosts a lane also holds its host's sum, what it receives, and the result.
+/// How a group divides the staging memory that each of its ranks has. Inside one host three pieces
+/// suffice; between hosts a lane also holds its host's sum, what it receives, and the result, in
+/// regions of four pieces. No result depends on the size of a piece.
 struct Staging {
-  static constexpr std::size_t kPieceBytes = 512 << 10;
-  static constexpr std::size_t kHostBytes = 3 * kPieceBytes;
+  /// A multiple of 64. The default keeps what a core copies in and folds within its cache.
+  std::size_t piece_bytes = 512 << 10;
 
-  static constexpr std::size_t kRegionBytes = 2 << 20;
-  static constexpr std::size_t kInput = 0;
-  static constexpr std::size_t kHostSum = 1 * kRegionBytes;
-  static constexpr std::size_t kReceived = 2 * kRegionBytes;
-  static constexpr std::size_t kResult = 3 * kRegionBytes;
-  static constexpr std::size_t kClusterBytes = 4 * kRegionBytes;
-
-  static constexpr std::size_t bytes(int host_count) {
-    return host_count == 1 ? kHostBytes : kClusterBytes;
+  std::size_t region_bytes() const { return 4 * piece_bytes; }
+  std::size_t input() const { return 0; }
+  std::size_t host_sum() const { return 1 * region_bytes(); }
+  std::size_t received() const { return 2 * region_bytes(); }
+  std::size_t result() const { return 3 * region_bytes(); }
+  std::size_t bytes(int host_count) const {
+    return host_count == 1 ? 3 * piece_bytes : 4 * region_bytes();
   }
 };
 
@@ -57,6 +56,7 @@ struct Context {
   const Placement& placement;
   const std::vector<int>& world_ranks;  // by group rank
   const Arena& arena;                   // this rank's
+  Staging staging;
   int rank;
   std::uint64_t sequence = 0;  // of the current operation
   std::uint64_t history = 0;   // hash over all earlier ones

@@ -43,7 +43,8 @@ std::shared_ptr<Group> Group::create(
     std::shared_ptr<Process> process, std::vector<int> ranks,
     const std::function<std::vector<GroupRecord>(const GroupRecord&)>& gather) {
   Placement placement = placement_of(*process, ranks);
-  const auto memory = process->arena->allocate(kPageBytes + Staging::bytes(placement.host_count()));
+  const std::size_t staging_bytes = process->options.staging.bytes(placement.host_count());
+  const auto memory = process->arena->allocate(kPageBytes + staging_bytes);
   new (memory->data()) GroupPage();
   const auto records = gather({memory->offset(), process->free_tag.load()});
 
@@ -63,8 +64,8 @@ std::shared_ptr<Group> Group::create(
     peers.push_back({&Process::page_of(arena), arena.base(), reinterpret_cast<GroupPage*>(page),
                      page + kPageBytes, group_rank});
   }
-  Window window(placement.local_rank_of[member], std::move(peers),
-                Staging::bytes(placement.host_count()), process->job_notice());
+  Window window(placement.local_rank_of[member], std::move(peers), staging_bytes,
+                process->job_notice());
   return std::shared_ptr<Group>(new Group(std::move(process), std::move(ranks),
                                           static_cast<int>(member), std::move(placement), memory,
                                           std::move(window), static_cast<int>(tag)));
@@ -77,7 +78,8 @@ Group::Group(std::shared_ptr<Process> process, std::vector<int> ranks, int rank,
       placement_(std::move(placement)),
       memory_(std::move(memory)),
       window_(std::move(window)),
-      context_{window_, process_->channel.get(), tag, placement_, ranks_, *process_->arena, rank} {}
+      context_{window_,          process_->channel.get(),   tag, placement_, ranks_,
+               *process_->arena, process_->options.staging, rank} {}
 
 Group::~Group() {
   if (in_forked_child()) return;

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "collectives/context.h"
 #include "collectives/placement.h"
 #include "group/engine.h"
 #include "transport/arena.h"
@@ -24,6 +25,7 @@ class Process {
   struct Options {
     double timeout_s;
     std::size_t arena_bytes;
+    Staging staging = {};
   };
 
   /// Find the other ranks and map the memory of those on the same host. Collective.
