@@ -1,0 +1,158 @@
+"""Several hosts: everywhere pretended ones, and real ones as namespaces where they can be made.
+
+Both run the same program, on four ranks and the placements below.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, what_is_missing
+from launchers import Result, mpirun_command, process_options
+
+PROGRAM = Path(__file__).with_name("hosts_program.py")
+
+# For mpirun: the slots of each host, and how ranks are dealt out to them.
+PLACEMENTS = {
+    "0,0,1,1": ([2, 2], "slot"),
+    "0,1,0,1": ([2, 2], "node"),
+    "0,0,0,1": ([3, 1], "slot"),
+    "0,1,2,3": ([1, 1, 1, 1], "slot"),
+}
+
+needs_cluster = pytest.mark.usefixtures("cluster_can_be_made")
+
+
+@pytest.fixture(scope="module")
+def cluster_can_be_made() -> None:
+    missing = what_is_missing()
+    if missing is not None:
+        pytest.skip(missing)
+
+
+def program(*placements: str, programs: list[str], runs: Path) -> list[str]:
+    options = ["--placements", *placements, "--programs", *programs, "--runs", str(runs)]
+    return [sys.executable, str(PROGRAM), *options]
+
+
+def assert_all_done(done: Result, placements: list[str]) -> None:
+    assert done.returncode == 0, done.out + done.err
+    for placement in placements:
+        for name in ("collectives", "mismatch", "train"):
+            assert f"{name} on {placement}: done" in done.out
+    assert done.out.count("largest parameter difference: 0\n") == len(placements), done.out
+
+
+# The program itself notices a hang, earlier, and shows the stacks of all ranks.
+@pytest.mark.timeout(150)
+@needs_cluster
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_real_hosts(placement: str, tmp_path: Path) -> None:
+    slots, map_by = PLACEMENTS[placement]
+    everything = program(placement, programs=["collectives", "mismatch", "train"], runs=tmp_path)
+    with Cluster(slots) as cluster:
+        done = cluster.mpirun(everything, map_by=map_by, timeout_s=140)
+    assert_all_done(done, [placement])
+
+
+@pytest.mark.timeout(300)
+def test_pretended_hosts(tmp_path: Path) -> None:
+    # One start for all placements: init() after shutdown() reads PYCOMM_HOST again.
+    placements = list(PLACEMENTS)
+    everything = program(*placements, programs=["collectives", "mismatch", "train"], runs=tmp_path)
+    done = subprocess.run(
+        [*mpirun_command(4), *everything, "--pretend"],
+        capture_output=True,
+        timeout=290,
+        **process_options(),
+    )
+    assert_all_done(Result(done.returncode, done.stdout, done.stderr), placements)
+
+
+@needs_cluster
+@pytest.mark.parametrize("slots", [[2, 2], [3, 1]])
+def test_an_exception_ends_the_job_on_all_hosts(slots: list[int], tmp_path: Path) -> None:
+    placement = next(name for name, (s, how) in PLACEMENTS.items() if s == slots and how == "slot")
+    with Cluster(slots) as cluster:
+        done = cluster.mpirun(program(placement, programs=["fail"], runs=tmp_path))
+        while cluster.running():  # mpirun does not wait for its daemons
+            assert time.time() - failed_at(done) < 5, cluster.running()
+            time.sleep(0.05)
+        assert time.time() - failed_at(done) < 5
+    assert done.returncode == 1
+    ours = [line for line in done.err.splitlines() if re.match(r"rank \d+ of 4 on ", line)]
+    assert ours[-1] == "rank 3 of 4 on host1: ValueError: bad batch"
+    assert all(line.startswith("rank 3 of 4 on host1: ") for line in ours)
+
+
+def failed_at(done: Result) -> float:
+    found = re.search(r"failing at ([\d.]+)", done.out)
+    assert found is not None, done.err
+    return float(found[1])
+
+
+# --- the cluster itself --------------------------------------------------------------------------
+
+
+@needs_cluster
+def test_a_cluster_leaves_nothing_when_its_body_raises() -> None:
+    before = interfaces_and_mounts()
+    pids: list[int] = []
+
+    def interrupted() -> None:
+        with Cluster([1, 1]) as cluster:
+            pids.extend(cluster.pids())
+            assert all(alive(pid) for pid in pids)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert len(pids) == 3
+    assert [pid for pid in pids if alive(pid)] == []
+    assert interfaces_and_mounts() == before
+
+
+USER = """
+import sys
+from cluster import Cluster
+with Cluster([1, 1]) as cluster:
+    print(*cluster.pids(), flush=True)
+    cluster.mpirun(["sh", "-c", "echo up > /dev/shm/up; sleep 300"])
+"""
+
+
+@needs_cluster
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_cluster_ends_with_whoever_made_it(number: int) -> None:
+    command = [sys.executable, "-c", USER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, **process_options()) as user:
+        assert user.stdout is not None
+        pids = [int(pid) for pid in user.stdout.readline().split()]
+        hosts = pids[1:]
+        deadline = time.monotonic() + 20
+        while not all(Path(f"/proc/{pid}/root/dev/shm/up").exists() for pid in hosts):
+            assert time.monotonic() < deadline, "the ranks did not start"
+            time.sleep(0.05)
+        user.send_signal(number)
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [pid for pid in pids if alive(pid)] == []
+
+
+def interfaces_and_mounts() -> tuple[set[str], str]:
+    return set(os.listdir("/sys/class/net")), Path("/proc/self/mounts").read_text()
+
+
+def alive(pid: int) -> bool:
+    """Zombies have ended: a container's first process may leave orphans unreaped."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return status.rsplit(")", 1)[1].split()[0] != "Z"
