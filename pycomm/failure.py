@@ -4,7 +4,9 @@ Python would print the traceback of the failing rank, go on to finalise MPI, and
 ranks that wait for it. Instead:
 
 - The first failing rank tells the others (``World.abort``), prints its traceback with rank and
-  host on every line, runs the ``atexit`` handlers, and leaves without finalising MPI.
+  host on every line, runs the ``atexit`` handlers, and leaves without finalising MPI. Ranks of
+  other hosts are ended through ``MPI_Abort`` meanwhile: the closing of its connections would reach
+  them before the launcher does, and they would complain of that.
 - A rank that fails because another did prints nothing, so that the first traceback is the last
   thing to read. It leaves a moment later, because launchers kill the job when the first rank has
   gone, and report that rank's exit code.
@@ -49,6 +51,7 @@ class Member:
     size: int
     host: str
     abort: Callable[[str], bool]  # World.abort: tell the others; True if nobody was first
+    leave: Callable[[int], object] = os._exit  # with this exit code, without finalising MPI
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.size} on {self.host}"
@@ -169,6 +172,7 @@ def _end_job(
             _flush()
             if not first:
                 time.sleep(max(0.0, start + _ECHO_DELAY_S - time.monotonic()))
+            member.leave(code)
     finally:  # whatever else goes wrong, do not stay
         os._exit(code)
 

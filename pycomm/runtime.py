@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import json
 import math
 import os
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pycomm import _core, failure, mpi_library
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT_S = 600.0
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Session:
     world: _core.World
     group: _core.Group  # world.group, at hand: every call without a group asks for it
@@ -82,7 +82,10 @@ def init(*, comm: MPI.Intracomm | None = None, timeout_s: float | None = None) -
         rendezvous = through_comm(comm, timeout_s=default_timeout_s)
     world = _connect(rendezvous, host_key(os.environ), default_timeout_s)
     if rendezvous.size > 1:
-        failure.watch(failure.Member(rendezvous.rank, rendezvous.size, host_name, world.abort))
+        member = failure.Member(rendezvous.rank, rendezvous.size, host_name, world.abort)
+        if rendezvous.comm is not None and len(world.group.hosts) > 1:
+            member = dataclasses.replace(member, leave=rendezvous.comm.Abort)
+        failure.watch(member)
     _session = _Session(world, world.group, comm, default_timeout_s)
 
 
