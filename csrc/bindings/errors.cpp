@@ -1,3 +1,5 @@
+#include <string_view>
+
 #include "bindings/bindings.h"
 #include "core/error.h"
 
@@ -10,7 +12,11 @@ namespace py = pybind11;
 /// looked up when an error is thrown, which is rare.
 void raise_as(const char* name, const CommError& error) {
   const py::object type = py::module_::import("pycomm.errors").attr(name);
-  PyErr_SetString(type.ptr(), error.what());
+  // A text may have been cut within a character.
+  const std::string_view text = error.what();
+  const auto decoded = py::reinterpret_steal<py::object>(
+      PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), "replace"));
+  PyErr_SetObject(type.ptr(), decoded.ptr());
 }
 
 }  // namespace

@@ -28,10 +28,8 @@ struct Call {
     operation.timeout_s = timeout_s;
     if (shape.is_none()) return;
     const auto dims = py::reinterpret_borrow<py::sequence>(shape);
-    operation.shape.count = static_cast<int>(std::min<std::size_t>(dims.size(), 127));
-    for (int i = 0; i < std::min(operation.shape.count, Shape::kMaxDims); ++i) {
-      operation.shape.dims[static_cast<std::size_t>(i)] = dims[i].cast<std::int64_t>();
-    }
+    operation.shape.count = 0;
+    for (const auto& dim : dims) operation.shape.append(dim.cast<std::int64_t>());
   }
 
   std::shared_ptr<Work> issue(bool async_op) {

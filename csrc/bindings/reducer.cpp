@@ -38,8 +38,12 @@ std::shared_ptr<Reducer> make_reducer(std::shared_ptr<Group> group,
   for (std::size_t i = 0; i < specs.size(); ++i) {
     parameters.push_back({names.at(i), specs[i], expected_firings.at(i)});
   }
-  return std::make_shared<Reducer>(std::move(group), std::move(parameters), std::move(buckets),
-                                   overlap);
+  const auto destroy = [](Reducer* reducer) {
+    const py::gil_scoped_release no_gil;  // it may wait for buckets in flight
+    delete reducer;
+  };
+  return {new Reducer(std::move(group), std::move(parameters), std::move(buckets), overlap),
+          destroy};
 }
 
 void wait(Reducer& reducer) {
@@ -68,7 +72,7 @@ void bind_reducer(py::module_& module) {
       py::arg("dtypes"), py::arg("counts"), py::arg("order"), py::arg("bucket_cap_bytes"),
       py::arg("first_bucket_cap_bytes"));
 
-  // Only wait() blocks: the rest counts, fills and queues, and keeps the GIL.
+  // Only wait() and the destructor block: the rest counts, fills and queues, and keeps the GIL.
   py::class_<Reducer, std::shared_ptr<Reducer>>(module, "Reducer")
       .def(py::init(&make_reducer), py::arg("group"), py::kw_only(), py::arg("names"),
            py::arg("dtypes"), py::arg("counts"), py::arg("expected_firings"), py::arg("buckets"),

@@ -32,12 +32,14 @@ std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
                                const py::function& all_gather_bytes, double timeout_s,
                                std::shared_ptr<Channel> channel, std::size_t arena_bytes) {
   const auto gather = [&](const std::string& mine) {
+    const py::gil_scoped_acquire gil;
     std::vector<std::string> all;
     for (const auto& theirs : all_gather_bytes(py::bytes(mine))) {
       all.push_back(theirs.cast<std::string>());
     }
     return all;
   };
+  const py::gil_scoped_release no_gil;
   return World::connect(rank, size, host_key, gather, std::move(channel),
                         options_of(timeout_s, arena_bytes));
 }
@@ -63,7 +65,7 @@ void bind_world(py::module_& module) {
   module.def(
       "loopback_worlds",
       [](const std::vector<int>& hosts, double timeout_s, std::size_t piece_bytes) {
-        if (piece_bytes < 1024 || piece_bytes % 64 != 0) {
+        if (piece_bytes < Staging::kLeastPieceBytes || piece_bytes % 64 != 0) {
           throw InvalidArgumentError("loopback_worlds: piece_bytes is " +
                                      std::to_string(piece_bytes) +
                                      ". Pass a multiple of 64, at least 1024.");

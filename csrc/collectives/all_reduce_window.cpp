@@ -13,6 +13,11 @@ namespace {
 /// Two ranks never write the same cache line, nor the pair that the prefetcher takes.
 constexpr std::size_t kPartGranuleBytes = 128;
 
+FoldSpec fold_spec(const Operation& operation) {
+  return {operation.dtype, operation.dtype, operation.op,
+          std::max<std::int64_t>(1, operation.divisor)};
+}
+
 Range part_of(const Context& context, const Operation& operation, std::size_t count) {
   return partition(count, context.window.local_size(), context.window.local_rank(),
                    kPartGranuleBytes / size_of(operation.dtype));
@@ -97,11 +102,6 @@ class StagedAllReduce {
 };
 
 }  // namespace
-
-FoldSpec fold_spec(const Operation& operation) {
-  return {operation.dtype, operation.dtype, operation.op,
-          std::max<std::int64_t>(1, operation.divisor)};
-}
 
 void all_reduce_announced(Context& context, const Operation& operation) {
   const std::size_t bytes = operation.count * size_of(operation.dtype);

@@ -27,8 +27,4 @@ void all_reduce_announced(Context& context, const Operation& operation);
 /// copies more through staging; one meeting for each piece.
 Task<> all_reduce_window(Context& context, const Operation& operation);
 
-/// How this operation folds: dtype, op, and the divisor AVG stands for.
-struct FoldSpec;
-FoldSpec fold_spec(const Operation& operation);
-
 }  // namespace pycomm

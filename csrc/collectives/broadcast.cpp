@@ -82,8 +82,8 @@ Task<> broadcast(Context& context, const Operation& operation) {
   const int root = context.placement.local_rank_of[static_cast<std::size_t>(operation.root)];
   const std::byte* const in_arena = context.window.announced_buffer(root, context.sequence);
   if (small) {
-    const auto* source = context.window.announced_payload(root, context.sequence, bytes);
-    if (operation.output != source) std::memcpy(operation.output, source, bytes);
+    std::memcpy(operation.output, context.window.announced_payload(root, context.sequence, bytes),
+                bytes);
   } else if (in_arena != nullptr) {
     if (operation.output != in_arena) std::memcpy(operation.output, in_arena, bytes);
     co_await meet(context);  // the root may change its buffer only now

@@ -35,7 +35,10 @@ struct Lane {
 /// suffice; between hosts a lane also holds its host's sum, what it receives, and the result, in
 /// regions of four pieces. No result depends on the size of a piece.
 struct Staging {
-  /// A multiple of 64. The default keeps what a core copies in and folds within its cache.
+  static constexpr std::size_t kLeastPieceBytes = 1024;
+
+  /// A multiple of 64, at least kLeastPieceBytes. The default keeps what a core copies in and folds
+  /// within its cache.
   std::size_t piece_bytes = 512 << 10;
 
   std::size_t region_bytes() const { return 4 * piece_bytes; }

@@ -1,5 +1,7 @@
 #include "collectives/open.h"
 
+#include <cstring>
+
 #include "core/error.h"
 
 namespace pycomm {
@@ -21,6 +23,8 @@ struct Extremes {
   }
 };
 
+static_assert(sizeof(Extremes) <= Staging::kLeastPieceBytes);
+
 Extremes extremes_of_host(const Context& context) {
   const auto entry = [&](int peer) {
     return Extremes::Entry{context.window.announced_hash(peer, context.sequence),
@@ -36,14 +40,18 @@ Extremes extremes_of_host(const Context& context) {
 Task<> agree_between_hosts(Context& context) {
   const Lane lane = context.lane(0);
   Extremes mine = extremes_of_host(context);
+  // Messages need memory that outlives this coroutine; everybody has finished with the staging.
+  const std::span<std::byte> outgoing(context.window.staging(0), sizeof(Extremes));
+  const std::span<std::byte> arriving(context.window.staging(0) + Staging::kLeastPieceBytes,
+                                      sizeof(Extremes));
   for (int distance = 1; distance < lane.host_count(); distance *= 2) {
-    const Extremes outgoing = mine;
-    Extremes incoming;
-    const auto received =
-        lane.receive(lane.host - distance, std::as_writable_bytes(std::span(&incoming, 1)));
-    const auto sent = lane.send(lane.host + distance, std::as_bytes(std::span(&outgoing, 1)));
+    std::memcpy(outgoing.data(), &mine, sizeof(mine));
+    const auto received = lane.receive(lane.host - distance, arriving);
+    const auto sent = lane.send(lane.host + distance, outgoing);
     co_await until(*received);
     co_await until(*sent);
+    Extremes incoming;
+    std::memcpy(&incoming, arriving.data(), sizeof(incoming));
     mine.include(incoming.lowest);
     mine.include(incoming.highest);
   }

@@ -14,7 +14,7 @@ namespace pycomm {
 /// first rank gathers its ranks' signatures, and the hosts spread the two extreme hashes by
 /// dissemination (Hensgen, Finkel & Manber, Int. J. Parallel Program. 17 (1988)): after
 /// ceil(log2 H) rounds all of them know whether all signatures are equal, and if not, two ranks
-/// that differ. So every rank raises the same error, whoever it would have exchanged data with.
+/// that differ. So every rank raises an error, whoever it would have exchanged data with.
 ///
 /// Cost: one arrival inside a host; between H hosts ceil(log2 H) alpha more.
 ///

@@ -22,11 +22,18 @@ enum class Kind : std::uint8_t {
 /// Between hosts; inside one host there is a single all-reduce.
 enum class Algorithm : std::uint8_t { kAuto = 0, kDirect = 1, kRing = 2 };
 
-/// A tensor's shape as far as errors need it.
+/// A tensor's shape. Beyond kMaxDims dimensions the last entry is a hash over all that remain.
 struct Shape {
   static constexpr int kMaxDims = 8;
   std::array<std::int64_t, kMaxDims> dims{};
   int count = -1;  // number of dimensions; -1: not a tensor
+
+  void append(std::int64_t dim) {
+    count = count < 0 ? 1 : count + 1;
+    auto& entry = dims[static_cast<std::size_t>(count < kMaxDims ? count - 1 : kMaxDims - 1)];
+    entry = static_cast<std::int64_t>(static_cast<std::uint64_t>(entry) * 1000003u +
+                                      static_cast<std::uint64_t>(dim));
+  }
 };
 
 /// One collective as a rank asked for it. The memory it names stays valid until the operation ends.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string_view>
 
 namespace pycomm {
 namespace {
@@ -11,6 +12,16 @@ std::uint64_t mix(std::uint64_t state, std::uint64_t word) {
   const auto product = static_cast<unsigned __int128>(state ^ word) * 0x9E3779B97F4A7C15u;
   return static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64) ^
          0xD6E8FEB86659FD93u;
+}
+
+std::uint64_t hash_of(std::string_view text) {
+  std::uint64_t state = text.size();
+  for (std::size_t i = 0; i < text.size(); i += 8) {
+    std::uint64_t word = 0;
+    std::memcpy(&word, &text[i], std::min<std::size_t>(8, text.size() - i));
+    state = mix(state, word);
+  }
+  return state;
 }
 
 std::string name_of_call(const Signature& signature) {
@@ -35,6 +46,7 @@ Signature Signature::of(const Operation& operation, std::uint64_t sequence, std:
   for (int i = 0; i < std::min(operation.shape.count, Shape::kMaxDims); ++i) {
     signature.dims[i] = operation.shape.dims[i];
   }
+  signature.name_hash = hash_of(operation.name);
   std::memcpy(signature.name.data(), operation.name.data(),
               std::min(operation.name.size(), kMaxName));
   return signature;
@@ -43,7 +55,7 @@ Signature Signature::of(const Operation& operation, std::uint64_t sequence, std:
 std::uint64_t Signature::hash() const {
   std::uint64_t state = mix(0x2545F4914F6CDD1Du, sequence);
   for (const std::uint64_t word :
-       {history, count, static_cast<std::uint64_t>(divisor),
+       {history, count, static_cast<std::uint64_t>(divisor), name_hash,
         static_cast<std::uint64_t>(root) << 40 | static_cast<std::uint64_t>(kind) << 32 |
             static_cast<std::uint64_t>(dtype) << 24 | static_cast<std::uint64_t>(op) << 16 |
             static_cast<std::uint64_t>(algorithm) << 8 | static_cast<std::uint8_t>(dim_count)}) {
@@ -51,11 +63,6 @@ std::uint64_t Signature::hash() const {
   }
   for (int i = 0; i < std::min<int>(dim_count, Shape::kMaxDims); ++i) {
     state = mix(state, static_cast<std::uint64_t>(dims[i]));
-  }
-  for (std::size_t i = 0; i < kMaxName && name[i] != '\0'; i += 8) {
-    std::uint64_t word = 0;
-    std::memcpy(&word, &name[i], std::min<std::size_t>(8, kMaxName - i));
-    state = mix(state, word);
   }
   return state;
 }
@@ -68,10 +75,11 @@ std::string Signature::describe() const {
   text += " of " + std::to_string(count) + " " + name_of(dtype);
   if (dim_count >= 0) {
     text += ", shape (";
-    for (int i = 0; i < std::min<int>(dim_count, Shape::kMaxDims); ++i) {
+    const bool cut = dim_count > Shape::kMaxDims;  // the last entry then stands for several
+    for (int i = 0; i < (cut ? Shape::kMaxDims - 1 : dim_count); ++i) {
       text += (i > 0 ? ", " : "") + std::to_string(dims[i]);
     }
-    text += dim_count == 1 ? ",)" : dim_count > Shape::kMaxDims ? ", ...)" : ")";
+    text += dim_count == 1 ? ",)" : cut ? ", ...)" : ")";
   }
   if (kind == Kind::kAllReduce) {
     text += std::string(", ") + name_of(op);

@@ -19,24 +19,26 @@ struct Signature {
   std::uint64_t count = 0;
   std::int64_t divisor = 0;
   std::array<std::int64_t, Shape::kMaxDims> dims{};
+  /// Over the whole name, of which `name` shows the beginning.
+  std::uint64_t name_hash = 0;
   std::int32_t root = 0;
   Kind kind = Kind::kBarrier;
   DType dtype = DType::kUint8;
   ReduceOp op = ReduceOp::kSum;
   Algorithm algorithm = Algorithm::kAuto;
   std::int8_t dim_count = -1;
-  std::array<char, kMaxName> name{};  // cut off, padded with zeros
+  std::array<char, kMaxName> name{};  // for errors: cut off, padded with zeros
 
   static Signature of(const Operation& operation, std::uint64_t sequence, std::uint64_t history);
 
-  /// 64 bits over everything above. Ranks compare this; the rest is read to explain a difference.
+  /// 64 bits over all but `name`. Ranks compare this; the rest is read to explain a difference.
   std::uint64_t hash() const;
 
   /// "all_reduce of 4096 float32, shape (64, 64), SUM".
   std::string describe() const;
 };
 
-static_assert(sizeof(Signature) == 8 * 12 + 4 + 5 + Signature::kMaxName, "no padding");
+static_assert(sizeof(Signature) == 8 * 13 + 4 + 5 + Signature::kMaxName, "no padding");
 
 constexpr const char* name_of(Kind kind) {
   switch (kind) {

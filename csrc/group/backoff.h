@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
 
 #include "transport/doorbell.h"
 
@@ -24,10 +25,10 @@ class Backoff {
   /// Nothing has happened yet. Relaxes once, as long as is fitting by now.
   ///
   /// @param poll           looks once more before the thread sleeps; true: do not sleep.
-  /// @param rings_doorbell whether whoever ends the wait rings; if not, sleeps are short.
+  /// @param rings_doorbell asked then: whether who ends the wait rings; if not, sleeps are short.
   /// @return  true after a sleep: time to look at deadlines and peers.
-  template <typename Poll>
-  bool relax(Poll&& poll, bool rings_doorbell) {
+  template <typename Poll, typename Rings>
+  bool relax(Poll&& poll, Rings&& rings_doorbell) {
     if (rounds_++ == 0) {
       began_ = Clock::now();
       nap_ = kShortestNap;
@@ -42,18 +43,28 @@ class Backoff {
       sleepy_ = rounds_ % kYieldsPerLook == 0 && Clock::now() - began_ > kAwake;
       return false;
     }
-    const std::uint32_t ticket = doorbell_.listen();
+    const Listener listener(doorbell_);
     if (poll()) {
-      doorbell_.leave();
       reset();
       return false;
     }
-    doorbell_.sleep(ticket, rings_doorbell ? kLongestSleep : nap_);
+    doorbell_.sleep(listener.ticket, rings_doorbell() ? kLongestSleep : nap_);
     nap_ = std::min(2 * nap_, kLongestNap);
     return true;
   }
 
  private:
+  /// At the doorbell, as long as it lives.
+  struct Listener {
+    explicit Listener(Doorbell& bell) : doorbell(bell), ticket(bell.listen()) {}
+    ~Listener() { doorbell.leave(); }
+    Listener(const Listener&) = delete;
+    Listener& operator=(const Listener&) = delete;
+
+    Doorbell& doorbell;
+    const std::uint32_t ticket;
+  };
+
   static constexpr int kSpins = 400;  // about 20 us
   static constexpr int kYieldsPerLook = 8;
   static constexpr std::chrono::nanoseconds kAwake = std::chrono::microseconds(100);

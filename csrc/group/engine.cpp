@@ -1,15 +1,29 @@
 #include "group/engine.h"
 
 #include <algorithm>
+#include <optional>
 #include <utility>
 
+#include "core/error.h"
 #include "core/fork_guard.h"
 #include "group/backoff.h"
 
 namespace pycomm {
+namespace {
 
-Engine::Engine(ProcessPage& page) : page_(page), thread_([this] { run(); }) {
+constexpr auto kLongestUnchecked = std::chrono::milliseconds(50);
+constexpr auto kDrain = std::chrono::seconds(1);
+constexpr auto kDrainNap = std::chrono::milliseconds(1);
+
+}  // namespace
+
+Engine::Engine(ProcessPage& page, Channel* channel)
+    : page_(page), channel_(channel), thread_([this] { run(); }) {
   started_.wait(false);  // until the LifeWord is held, a death would go unnoticed
+  if (startup_error_) {
+    thread_.join();
+    std::rethrow_exception(startup_error_);
+  }
 }
 
 Engine::~Engine() {
@@ -17,7 +31,11 @@ Engine::~Engine() {
     thread_.detach();
     return;
   }
-  stopping_.store(true, std::memory_order_release);
+  {
+    std::lock_guard lock(mutex_);
+    stopping_.store(true, std::memory_order_release);
+  }
+  wake_.notify_one();
   page_.doorbell.ring();
   thread_.join();
 }
@@ -26,27 +44,28 @@ void Engine::submit(std::shared_ptr<Progressive> queue) {
   {
     std::lock_guard lock(mutex_);
     submitted_.push_back(std::move(queue));
+    has_submitted_.store(true, std::memory_order_release);
   }
-  has_submitted_.store(true, std::memory_order_release);
+  wake_.notify_one();
   page_.doorbell.ring();
 }
 
-Progressive::State Engine::advance_all(std::vector<std::shared_ptr<Progressive>>& active) {
+Progressive::State Engine::advance_all() {
   using State = Progressive::State;
   if (has_submitted_.exchange(false, std::memory_order_acq_rel)) {
     std::lock_guard lock(mutex_);
     for (auto& queue : submitted_) {
-      if (std::find(active.begin(), active.end(), queue) == active.end()) {
-        active.push_back(std::move(queue));
+      if (std::find(active_.begin(), active_.end(), queue) == active_.end()) {
+        active_.push_back(std::move(queue));
       }
     }
     submitted_.clear();
   }
   State overall = State::kIdle;
-  for (std::size_t i = 0; i < active.size();) {
-    const State state = active[i]->advance();
+  for (std::size_t i = 0; i < active_.size();) {
+    const State state = active_[i]->advance();
     if (state == State::kIdle) {
-      active.erase(active.begin() + static_cast<std::ptrdiff_t>(i));
+      active_.erase(active_.begin() + static_cast<std::ptrdiff_t>(i));
       continue;
     }
     ++i;
@@ -60,29 +79,63 @@ Progressive::State Engine::advance_all(std::vector<std::shared_ptr<Progressive>>
 }
 
 void Engine::run() {
-  using State = Progressive::State;
-  const LifeKeeper alive(page_.life);
+  std::optional<LifeKeeper> alive;
+  try {
+    alive.emplace(page_.life);
+  } catch (const CommError&) {
+    startup_error_ = std::current_exception();
+  }
   started_.store(true, std::memory_order_release);
   started_.notify_all();
+  if (alive) drive();
+}
+
+void Engine::drive() {
+  using State = Progressive::State;
   // Never spin: the thread that computes needs the core more.
   Backoff backoff(page_.doorbell, /*may_spin=*/false);
-  std::vector<std::shared_ptr<Progressive>> active;
+  auto last_check = Clock::now();
   while (!stopping_.load(std::memory_order_acquire)) {
-    State state = advance_all(active);
-    if (state == State::kAdvanced) {
+    State state = advance_all();
+    bool slept = false;
+    if (active_.empty()) {
+      idle();
       backoff.reset();
-      continue;
+    } else if (state == State::kAdvanced) {
+      backoff.reset();
+    } else {
+      slept = backoff.relax(
+          [&] {
+            state = advance_all();
+            return state == State::kAdvanced || stopping_.load(std::memory_order_acquire);
+          },
+          [&] { return state != State::kPolling; });
     }
-    const auto look_again = [&] {
-      state = advance_all(active);
-      return state == State::kAdvanced || stopping_.load(std::memory_order_acquire);
-    };
-    if (backoff.relax(look_again, state != State::kPolling)) {
-      for (const auto& queue : active) queue->check();
+    // A busy group must not keep another one from noticing its deadline.
+    if (slept || Clock::now() - last_check > kLongestUnchecked) {
+      for (const auto& queue : active_) queue->check();
+      last_check = Clock::now();
     }
   }
-  advance_all(active);  // takes over what was submitted last
-  for (const auto& queue : active) queue->abandon();
+  advance_all();  // takes over what was submitted last
+  for (const auto& queue : active_) queue->abandon();
+}
+
+void Engine::idle() {
+  // Not at the doorbell, which rings for every blocking call of this process's own threads.
+  std::unique_lock lock(mutex_);
+  const auto called = [this] { return !submitted_.empty() || stopping_.load(); };
+  if (channel_ != nullptr) {
+    // A send is over once its buffer is free; MPI may hold the last bytes until it is called again.
+    const auto until = Clock::now() + kDrain;
+    while (Clock::now() < until) {
+      if (wake_.wait_for(lock, kDrainNap, called)) return;
+      lock.unlock();
+      channel_->progress();
+      lock.lock();
+    }
+  }
+  wake_.wait(lock, called);
 }
 
 }  // namespace pycomm

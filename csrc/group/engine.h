@@ -1,11 +1,15 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
+#include "transport/channel.h"
 #include "transport/window.h"
 
 namespace pycomm {
@@ -32,7 +36,9 @@ class Progressive {
 /// turns, and holds the process's LifeWord as long as it lives.
 class Engine {
  public:
-  explicit Engine(ProcessPage& page);
+  /// @param channel  null inside one host.
+  /// @throws CommError  the kernel has no robust futexes.
+  Engine(ProcessPage& page, Channel* channel);
   /// Stops the thread; what is still submitted is abandoned.
   ~Engine();
   Engine(const Engine&) = delete;
@@ -42,15 +48,25 @@ class Engine {
   void submit(std::shared_ptr<Progressive> queue);
 
  private:
+  using Clock = std::chrono::steady_clock;
+
   void run();
-  Progressive::State advance_all(std::vector<std::shared_ptr<Progressive>>& active);
+  void drive();
+  /// Nothing is submitted: wait until something is.
+  void idle();
+  Progressive::State advance_all();
 
   ProcessPage& page_;
+  Channel* const channel_;
+  std::vector<std::shared_ptr<Progressive>> active_;  // the thread's own
+
   std::mutex mutex_;
+  std::condition_variable wake_;  // from idle()
   std::vector<std::shared_ptr<Progressive>> submitted_;
   std::atomic<bool> has_submitted_{false};
   std::atomic<bool> stopping_{false};
   std::atomic<bool> started_{false};
+  std::exception_ptr startup_error_;
   std::thread thread_;
 };
 

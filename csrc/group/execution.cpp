@@ -10,6 +10,8 @@
 namespace pycomm {
 namespace {
 
+constexpr double kGraceSeconds = 1;
+
 Task<> begin(Context& context, const Operation& operation) {
   ++context.sequence;
   return run_collective(context, operation);
@@ -36,6 +38,13 @@ void Execution::check() const {
     throw PeerLostError(describe() + ": rank " + std::to_string(lost) +
                         " is gone, its process ended without leaving the job (killed, crashed or "
                         "out of memory).\n  Read that rank's log and the kernel's (dmesg).");
+  }
+  // A moment's grace: what a leaving rank had issued before may still be in its queue.
+  if (const int left = window.left_peer(context_.sequence);
+      left >= 0 && seconds() > kGraceSeconds) {
+    throw MismatchError(describe() + ": rank " + std::to_string(left) +
+                        " called shutdown() instead.\n  Every rank must make the same number of "
+                        "calls; ranks with fewer batches belong in `with pycomm.join():`.");
   }
   if (seconds() > operation_.timeout_s) {
     char waited[32];

@@ -27,13 +27,13 @@ class Execution {
   /// The operation is done: throws what ended it, if it was an error.
   void finish() { task_.take(); }
 
-  /// @throws CommTimeoutError, PeerLostError, or what a peer has posted.
+  /// @throws CommTimeoutError, PeerLostError, MismatchError, or what a peer has posted.
   void check() const;
 
   bool rings_doorbell() const { return suspension_.wait->rings_doorbell(); }
   double seconds() const { return std::chrono::duration<double>(Clock::now() - began_).count(); }
 
-  /// "all_reduce #41 'bucket 3' of 4096 float32 ... on rank 2", for errors.
+  /// "all_reduce 'bucket 3' of 4096 float32, SUM (call #41) on rank 2", for errors.
   std::string describe() const;
 
  private:

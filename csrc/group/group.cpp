@@ -44,13 +44,21 @@ std::shared_ptr<Group> Group::create(
     const std::function<std::vector<GroupRecord>(const GroupRecord&)>& gather) {
   Placement placement = placement_of(*process, ranks);
   const std::size_t staging_bytes = process->options.staging.bytes(placement.host_count());
-  const auto memory = process->arena->allocate(kPageBytes + staging_bytes);
+  const auto memory = process->allocate(kPageBytes + staging_bytes);
   new (memory->data()) GroupPage();
-  const auto records = gather({memory->offset(), process->free_tag.load()});
-
+  std::vector<GroupRecord> records;
   std::int64_t tag = 0;
-  for (const GroupRecord& record : records) tag = std::max(tag, record.free_tag);
-  process->free_tag = tag + 1;
+  {
+    const auto only_one = process->begin_group();
+    try {
+      records = gather({memory->offset(), process->free_tag.load()});
+    } catch (...) {
+      Process::quarantine(memory);  // the other members may have built their group on it
+      throw;
+    }
+    for (const GroupRecord& record : records) tag = std::max(tag, record.free_tag);
+    process->free_tag = tag + 1;
+  }
 
   const auto member = static_cast<std::size_t>(
       std::find(ranks.begin(), ranks.end(), process->rank) - ranks.begin());
@@ -84,7 +92,11 @@ Group::Group(std::shared_ptr<Process> process, std::vector<int> ranks, int rank,
 Group::~Group() {
   if (in_forked_child()) return;
   window_.leave();
-  process_->retire(memory_, [window = window_] { return window.all_left(); });
+  if (failure_ && placement_.host_count() > 1) {
+    Process::quarantine(memory_);  // MPI may still send from it, or receive into it
+  } else {
+    process_->retire(memory_, [window = window_] { return window.all_left(); });
+  }
 }
 
 void Group::prepare(Operation& operation) const {
@@ -126,8 +138,17 @@ std::shared_ptr<Work> Group::enqueue(Operation operation) {
     queue_.push_back({std::move(operation), work});
     if (running_here_ || running_there_ || queue_.size() > 1) return work;
   }
-  process_->submit(shared_from_this());
+  submit();
   return work;
+}
+
+void Group::submit() {
+  try {
+    process_->submit(shared_from_this());
+  } catch (...) {
+    abandon();  // nobody will ever take what is queued
+    throw;
+  }
 }
 
 void Group::run(Operation operation, const InterruptCheck& check_interrupt) {
@@ -178,7 +199,7 @@ void Group::run_here(Operation operation, const InterruptCheck& check_interrupt)
       while (!execution.done()) {
         if (execution.advance()) {
           backoff.reset();
-        } else if (backoff.relax([&] { return execution.advance(); }, /*rings_doorbell=*/true)) {
+        } else if (backoff.relax([&] { return execution.advance(); }, [] { return true; })) {
           execution.check();
           check_interrupt();
         }
@@ -198,7 +219,11 @@ void Group::run_here(Operation operation, const InterruptCheck& check_interrupt)
     running_here_ = false;
     more = !queue_.empty();
   }
-  if (more) process_->submit(shared_from_this());
+  try {
+    if (more) submit();
+  } catch (const CommError&) {
+    if (!error) throw;
+  }
   if (error) std::rethrow_exception(error);
 }
 
@@ -220,6 +245,7 @@ Progressive::State Group::advance() {
       return State::kAdvanced;
     }
     current_ = std::make_unique<Execution>(context_, std::move(next.operation));
+    if (!current_->done()) return State::kAdvanced;
   }
   try {
     if (!current_->advance()) {
@@ -249,7 +275,8 @@ void Group::check() {
 void Group::abandon() {
   std::deque<Pending> left;
   const auto error = std::make_exception_ptr(CommError(
-      "pycomm was shut down before this operation had ended; wait for every Work first."));
+      "pycomm was shut down: what had not ended by then was abandoned, and nothing can be started. "
+      "Wait for every Work before shutdown(); call pycomm.init() to start over."));
   {
     std::lock_guard lock(mutex_);
     if (!failure_) failure_ = error;
@@ -292,9 +319,11 @@ void Group::fail(const std::string& call) {
   window_.ring_all();
 }
 
-std::shared_ptr<ArenaBlock> Group::allocate(std::size_t bytes) {
-  return process_->arena->allocate(bytes);
+void Group::quarantine(std::shared_ptr<ArenaBlock> memory) {
+  Process::quarantine(std::move(memory));
 }
+
+std::shared_ptr<ArenaBlock> Group::allocate(std::size_t bytes) { return process_->allocate(bytes); }
 
 std::shared_ptr<Group> Group::duplicate(const InterruptCheck& check_interrupt) {
   return create(process_, ranks_, [&](const GroupRecord& mine) {
@@ -311,6 +340,7 @@ std::shared_ptr<Group> Group::duplicate(const InterruptCheck& check_interrupt) {
 }
 
 void Group::abort(const std::string& reason) {
+  if (in_forked_child()) return;
   {
     std::lock_guard lock(mutex_);
     if (!failure_) failure_ = std::make_exception_ptr(PeerLostError(reason));
@@ -318,6 +348,8 @@ void Group::abort(const std::string& reason) {
   window_.notice().post(NoticeKind::kPeerLost, rank(), reason);
   window_.ring_all();
 }
+
+void Group::check_notices() const { window_.check_notices(); }
 
 bool Group::failed() const {
   std::lock_guard lock(mutex_);

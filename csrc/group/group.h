@@ -63,7 +63,8 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   /// It returns to the arena when the last reference dies.
   std::shared_ptr<ArenaBlock> allocate(std::size_t bytes);
 
-  /// A group of the same ranks with a queue and memory of its own. Collective.
+  /// A group of the same ranks with a queue and memory of its own. Collective; a process makes one
+  /// group at a time.
   std::shared_ptr<Group> duplicate(const InterruptCheck& check_interrupt);
 
   /// Finish the group: this and every other member's pending and later calls raise PeerLostError
@@ -72,6 +73,12 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
 
   /// Whether an error has finished the group.
   bool failed() const;
+
+  /// Throws what a peer of the group, or the job, has posted.
+  void check_notices() const;
+
+  /// Never reuse memory that a peer or the network may still write, because the group has failed.
+  void quarantine(std::shared_ptr<ArenaBlock> memory);
 
   // For the progress thread.
   State advance() override;
@@ -90,6 +97,8 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   /// Fill in defaults and refuse what cannot work.
   void prepare(Operation& operation) const;
   std::shared_ptr<Work> enqueue(Operation operation);
+  /// Hand the queue to the progress thread.
+  void submit();
   void run_here(Operation operation, const InterruptCheck& check_interrupt);
   /// The group is finished by the exception being handled; tells the other members why.
   void fail(const std::string& call);

@@ -117,7 +117,7 @@ Process::Process(int rank_in, int size_in, Options options_in, Placement placeme
       local_arenas(std::move(local_arenas_in)),
       may_spin(enough_cores(static_cast<int>(local_arenas.size()))),
       page_block_(std::move(page_block)),
-      engine_(std::make_shared<Engine>(page())) {}
+      engine_(std::make_shared<Engine>(page(), channel.get())) {}
 
 void Process::submit(std::shared_ptr<Progressive> queue) {
   std::lock_guard lock(mutex_);
@@ -139,10 +139,43 @@ bool Process::stopped() {
   return engine_ == nullptr;
 }
 
+std::shared_ptr<ArenaBlock> Process::allocate(std::size_t bytes) {
+  free_retired();
+  return arena->allocate(bytes);
+}
+
 void Process::retire(std::shared_ptr<ArenaBlock> memory, std::function<bool()> all_left) {
+  {
+    std::lock_guard lock(mutex_);
+    retired_.push_back({std::move(memory), std::move(all_left)});
+  }
+  free_retired();
+}
+
+void Process::free_retired() {
   std::lock_guard lock(mutex_);
   std::erase_if(retired_, [](const Retired& group) { return group.all_left(); });
-  retired_.push_back({std::move(memory), std::move(all_left)});
+}
+
+void Process::quarantine(std::shared_ptr<ArenaBlock> memory) {
+  static std::mutex mutex;
+  static auto* const kept = new std::vector<std::shared_ptr<ArenaBlock>>();  // never destroyed
+  std::lock_guard lock(mutex);
+  kept->push_back(std::move(memory));
+}
+
+std::unique_lock<std::mutex> Process::begin_group() {
+  std::unique_lock making(making_group_, std::try_to_lock);
+  if (!making) {
+    throw CommError("rank " + std::to_string(rank) +
+                    " makes two groups at once, in two threads. Make one after the other, in the "
+                    "same order on all ranks.");
+  }
+  return making;
+}
+
+void Process::ring_all() const {
+  for (const auto& local : local_arenas) page_of(*local).doorbell.ring();
 }
 
 }  // namespace pycomm

@@ -60,6 +60,8 @@ class Process {
   static ProcessPage& page_of(const Arena& of) {
     return *reinterpret_cast<ProcessPage*>(of.base());
   }
+  /// Wake every rank of this host.
+  void ring_all() const;
   /// Posted when a rank ends the whole job.
   Notice& job_notice() const { return page_of(*local_arenas.front()).notice; }
 
@@ -72,8 +74,19 @@ class Process {
 
   int local_rank() const { return placement.local_rank_of[static_cast<std::size_t>(rank)]; }
 
-  /// Free a dead group's memory as soon as no peer reads it any more.
+  /// Zeroed memory in this rank's arena.
+  std::shared_ptr<ArenaBlock> allocate(std::size_t bytes);
+
+  /// Free a dead group's memory once no peer reads it any more.
   void retire(std::shared_ptr<ArenaBlock> memory, std::function<bool()> all_left);
+
+  /// Keep memory, and the arena it lies in, to the end of the process: after a failure a peer or
+  /// the network may write to it at any time.
+  static void quarantine(std::shared_ptr<ArenaBlock> memory);
+
+  /// While the result lives no other group can be made: two at once could agree on one channel tag.
+  /// @throws CommError  another thread is making a group.
+  std::unique_lock<std::mutex> begin_group();
 
   /// The lowest channel tag that no group of this rank uses yet.
   std::atomic<std::int64_t> free_tag{0};
@@ -83,12 +96,14 @@ class Process {
     std::shared_ptr<ArenaBlock> memory;
     std::function<bool()> all_left;
   };
+  void free_retired();
 
   Process(int rank, int size, Options options, Placement placement,
           std::shared_ptr<ArenaBlock> page_block, std::shared_ptr<Arena> arena,
           std::shared_ptr<Channel> channel, std::vector<std::shared_ptr<Arena>> local_arenas);
 
   const std::shared_ptr<ArenaBlock> page_block_;
+  std::mutex making_group_;
   std::mutex mutex_;
   std::vector<Retired> retired_;
   std::shared_ptr<Engine> engine_;

@@ -10,7 +10,7 @@ void Work::wait(const InterruptCheck& check_interrupt) {
   // Never spin: the progress thread of this very process needs a core to end the operation.
   Backoff backoff(doorbell_, /*may_spin=*/false);
   while (!done()) {
-    if (backoff.relax([this] { return done(); }, /*rings_doorbell=*/true)) check_interrupt();
+    if (backoff.relax([this] { return done(); }, [] { return true; })) check_interrupt();
   }
   if (error_) std::rethrow_exception(error_);
 }

@@ -53,30 +53,41 @@ std::vector<std::unique_ptr<World>> World::loopback(const std::vector<int>& host
 }
 
 World::~World() {
-  if (!in_forked_child()) process_->stop();
+  if (!in_forked_child()) leave();
 }
 
 bool World::abort(const std::string& reason) {
   aborted_ = true;
   const bool first = process_->job_notice().post(NoticeKind::kPeerLost, process_->rank, reason);
   group_->abort(reason);
-  for (const auto& arena : process_->local_arenas) Process::page_of(*arena).doorbell.ring();
+  process_->ring_all();
   return first;
 }
 
 void World::close(const InterruptCheck& check_interrupt) {
   if (process_->stopped()) return;
+  announce_leaving();
   try {
     if (!aborted_ && !group_->failed()) {
-      if (process_->job_notice().posted()) process_->job_notice().raise();
-      Operation leave;
-      leave.kind = Kind::kShutdown;
-      group_->run(std::move(leave), check_interrupt);
+      group_->check_notices();
+      Operation goodbye;
+      goodbye.kind = Kind::kShutdown;
+      group_->run(std::move(goodbye), check_interrupt);
     }
   } catch (...) {
-    process_->stop();
+    leave();
     throw;
   }
+  leave();
+}
+
+void World::announce_leaving() {
+  process_->page().leaving.store(true, std::memory_order_release);
+  process_->ring_all();
+}
+
+void World::leave() {
+  announce_leaving();
   process_->stop();
 }
 

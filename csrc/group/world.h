@@ -39,6 +39,10 @@ class World {
   World(std::shared_ptr<Process> process, std::shared_ptr<Group> group)
       : process_(std::move(process)), group_(std::move(group)) {}
 
+  /// Ranks that wait for this one in any group must not wait in vain.
+  void announce_leaving();
+  void leave();
+
   std::shared_ptr<Process> process_;
   std::shared_ptr<Group> group_;
   bool aborted_ = false;  // by this rank

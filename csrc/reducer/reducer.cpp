@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "core/fork_guard.h"
 
 namespace pycomm {
 namespace {
@@ -71,6 +72,11 @@ Reducer::Reducer(std::shared_ptr<Group> group, std::vector<Parameter> parameters
 }
 
 Reducer::~Reducer() {
+  if (in_forked_child()) return;  // nothing here is the child's
+  if (group_->failed()) {
+    // A peer that was only stopped may still fold into the buckets when it wakes.
+    for (BucketState& bucket : state_) group_->quarantine(bucket.memory);
+  }
   const auto in_flight = [](const BucketState& bucket) {
     return bucket.work && !bucket.work->done();
   };
@@ -167,7 +173,7 @@ void Reducer::launch_next() {
   operation.divisor = divisor_;
   operation.count = bucket.count;
   operation.input = operation.output = state_[b].memory->data();
-  operation.name = state_[b].description + ", backward " + std::to_string(label_) + " of its step";
+  operation.name = "backward " + std::to_string(label_) + " of its step, " + state_[b].description;
   state_[b].work = group_->start(std::move(operation));
   ++launched_;
 }

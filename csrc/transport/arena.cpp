@@ -80,19 +80,28 @@ bool Arena::contains(const void* address, std::size_t bytes) const {
 std::shared_ptr<ArenaBlock> Arena::allocate(std::size_t bytes) {
   const std::size_t needed =
       std::max(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
-  std::lock_guard lock(mutex_);
-  for (auto it = free_.begin(); it != free_.end(); ++it) {
-    const auto [offset, available] = *it;
-    if (available < needed) continue;
-    auto block = std::make_shared<ArenaBlock>(shared_from_this(), offset, bytes);
-    free_.erase(it);
-    if (available > needed) free_[offset + needed] = available - needed;
-    used_[offset] = needed;
-    return block;
+  if (in_forked_child()) {
+    throw CommError("this process was forked from a rank: the shared memory is its parent's.");
+  }
+  if (const std::size_t offset = reserve(needed); offset != kNowhere) {
+    return std::make_shared<ArenaBlock>(shared_from_this(), offset, bytes);
   }
   throw CommError("the shared memory arena has no " + std::to_string(bytes) +
                   " bytes in one piece left of its " + std::to_string(reserve_bytes_) +
                   ". Set PYCOMM_ARENA_BYTES to more than all gradients of this rank need.");
+}
+
+std::size_t Arena::reserve(std::size_t bytes) {
+  std::lock_guard lock(mutex_);
+  for (auto it = free_.begin(); it != free_.end(); ++it) {
+    const auto [offset, available] = *it;
+    if (available < bytes) continue;
+    free_.erase(it);
+    if (available > bytes) free_[offset + bytes] = available - bytes;
+    used_[offset] = bytes;
+    return offset;
+  }
+  return kNowhere;
 }
 
 void Arena::release(std::size_t offset) {

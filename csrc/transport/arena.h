@@ -52,6 +52,8 @@ class Arena : public std::enable_shared_from_this<Arena> {
  private:
   friend class ArenaBlock;
   Arena(std::byte* base, std::size_t reserve_bytes, int descriptor);
+  static constexpr std::size_t kNowhere = ~std::size_t{0};
+  std::size_t reserve(std::size_t bytes);
   void release(std::size_t offset);
 
   std::byte* base_;

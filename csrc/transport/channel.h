@@ -32,6 +32,10 @@ class Channel {
   /// @throws PeerLostError
   virtual std::unique_ptr<Message> send(int peer, int tag, std::span<const std::byte> bytes) = 0;
 
+  /// Move along what has left its buffer but not yet this host. Cheap; for a progress thread that
+  /// has no message to poll.
+  virtual void progress() = 0;
+
   /// @param bytes   exactly as long as what the peer sends; a longer message is a MismatchError.
   virtual std::unique_ptr<Message> receive(int peer, int tag, std::span<std::byte> bytes) = 0;
 };

@@ -30,6 +30,7 @@ class LoopbackChannel : public Channel {
   int size() const override { return static_cast<int>(mailboxes_.size()); }
   std::unique_ptr<Message> send(int peer, int tag, std::span<const std::byte> bytes) override;
   std::unique_ptr<Message> receive(int peer, int tag, std::span<std::byte> bytes) override;
+  void progress() override {}
 
   /// What this rank has sent since the channel was made; may be read from any thread.
   std::uint64_t messages_sent() const { return messages_sent_; }

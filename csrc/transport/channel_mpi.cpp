@@ -295,4 +295,10 @@ std::unique_ptr<Message> MpiChannel::receive(int peer, int tag, std::span<std::b
   return std::make_unique<MpiReceive>(inbox_, route, bytes.data());
 }
 
+void MpiChannel::progress() {
+  // Any call that looks for messages makes MPI move what it still holds.
+  int arrived = 0;
+  MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, communicator_, &arrived, MPI_STATUS_IGNORE);
+}
+
 }  // namespace pycomm

@@ -19,7 +19,7 @@ class MpiInbox;
 /// error is thrown, never aborts the job: PeerLostError where MPI knows the peer to be gone, else
 /// CommError. A message of another length than expected, longer or shorter, is a MismatchError and
 /// leaves the buffer as it was; its sender is not told and may wait on. Messages move only while
-/// somebody polls; polling any of a channel's messages moves all of them.
+/// somebody polls; polling one starts every receive whose message has come.
 class MpiChannel : public Channel {
  public:
   /// Collective over `original`, of which it makes a duplicate.
@@ -35,6 +35,7 @@ class MpiChannel : public Channel {
   int size() const override { return size_; }
   std::unique_ptr<Message> send(int peer, int tag, std::span<const std::byte> bytes) override;
   std::unique_ptr<Message> receive(int peer, int tag, std::span<std::byte> bytes) override;
+  void progress() override;
 
  private:
   MPI_Comm communicator_ = MPI_COMM_NULL;

@@ -29,7 +29,6 @@ void Doorbell::sleep(std::uint32_t ticket, std::chrono::nanoseconds timeout) {
                           static_cast<long>((timeout - seconds).count())};
   // Whatever ends the sleep (a ring, the timeout, a signal), the caller looks again.
   syscall(SYS_futex, &rings_, FUTEX_WAIT, ticket, &relative, nullptr, 0);
-  leave();
 }
 
 void Doorbell::leave() { sleepers_.fetch_sub(1, std::memory_order_relaxed); }

@@ -10,7 +10,7 @@ namespace pycomm {
 /// in the process's arena, so peers ring it as well as its own threads.
 ///
 /// Protocol: who changes a condition stores it with release order, then calls ring(). Who waits
-/// calls listen(), looks at the condition once more, and sleeps only if it still does not hold.
+/// calls listen(), looks at the condition once more, sleeps if it still does not hold, and leaves.
 /// The two fences make it impossible that the ringer sees no sleeper and the sleeper the old
 /// condition (Dekker). Rings are rare: a ring without sleepers is a fence and a load.
 class Doorbell {
@@ -29,9 +29,9 @@ class Doorbell {
 
   /// Announce that this thread is about to sleep; returns the ticket for sleep().
   std::uint32_t listen();
-  /// Sleep until rung or `timeout`, then withdraw the announcement made by listen().
+  /// Sleep until rung or `timeout`.
   void sleep(std::uint32_t ticket, std::chrono::nanoseconds timeout);
-  /// Withdraw without sleeping.
+  /// Withdraw the announcement made by listen().
   void leave();
 
  private:

@@ -8,7 +8,7 @@ namespace pycomm {
 
 /// Passes descriptors of shared memory between the ranks of one host, over Unix sockets in the
 /// abstract namespace (no file, gone with the process). Both ends check that the other runs as the
-/// same user and knows the job's token before a descriptor changes hands.
+/// same user; who gives a descriptor away checks that the other knows the job's token.
 class Handover {
  public:
   /// Opens this rank's socket under a random name.

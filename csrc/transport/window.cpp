@@ -97,11 +97,23 @@ int Window::lost_peer() const {
   return -1;
 }
 
-bool Window::all_left() const {
-  for (const Peer& peer : peers_) {
-    if (!peer.page->left.load(std::memory_order_acquire)) return false;
+int Window::left_peer(std::uint64_t sequence) const {
+  for (int peer = 0; peer < local_size(); ++peer) {
+    if (peers_[index(peer)].process->leaving.load(std::memory_order_acquire) &&
+        slot(peer, sequence).sequence.load(std::memory_order_acquire) != sequence) {
+      return peers_[index(peer)].rank;
+    }
   }
-  return true;
+  return -1;
+}
+
+void Window::leave() const {
+  // Told to every peer, because the one that hears it last frees its page: nobody may ask there.
+  for (const Peer& peer : peers_) peer.page->left.fetch_add(1, std::memory_order_acq_rel);
+}
+
+bool Window::all_left() const {
+  return peers_[index(local_rank_)].page->left.load(std::memory_order_acquire) == local_size();
 }
 
 void Window::ring_all() const {

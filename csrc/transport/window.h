@@ -21,6 +21,8 @@ namespace pycomm {
 struct ProcessPage {
   Doorbell doorbell;
   alignas(64) LifeWord life;
+  /// Set when the rank has called shutdown(): it starts nothing any more.
+  std::atomic<bool> leaving;
   /// Posted on the first local rank's page when a rank ends the whole job.
   alignas(64) Notice notice;
 };
@@ -54,8 +56,8 @@ struct GroupPage {
   std::array<Announcement, 2> announcements;
   /// How many phases of operations this rank has completed since the group began.
   alignas(128) std::atomic<std::uint64_t> phase;
-  /// Set when the rank has destroyed the group: it reads no peer's memory any more.
-  std::atomic<bool> left;
+  /// How many of the host's ranks have destroyed the group and read this page no more.
+  std::atomic<int> left;
   /// Posted on the group's first local rank's page when the group is finished by an error.
   alignas(128) Notice notice;
 };
@@ -139,8 +141,13 @@ class Window {
   /// Group rank of a local process that died, or -1.
   int lost_peer() const;
 
-  /// This rank reads its peers' memory no more; whether nobody does.
-  void leave() const { peers_[index(local_rank_)].page->left.store(true); }
+  /// Group rank of a local process that has called shutdown() without announcing operation
+  /// `sequence`, or -1.
+  int left_peer(std::uint64_t sequence) const;
+
+  /// This rank reads its peers' memory no more.
+  void leave() const;
+  /// Whether no peer reads this rank's memory any more.
   bool all_left() const;
 
   /// Wake every local rank of the group: something was posted.

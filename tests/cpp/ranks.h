@@ -16,7 +16,7 @@
 inline std::vector<std::string> run_ranks_catching(const std::vector<int>& hosts,
                                                    const std::function<void(pycomm::Group&)>& body,
                                                    double timeout_s = 60) {
-  const auto worlds = pycomm::World::loopback(hosts, {timeout_s, std::size_t{64} << 20});
+  const auto worlds = pycomm::World::loopback(hosts, {timeout_s, std::size_t{64} << 20, {}});
   std::vector<std::string> errors(hosts.size());
   std::vector<std::thread> threads;
   for (std::size_t rank = 0; rank < hosts.size(); ++rank) {

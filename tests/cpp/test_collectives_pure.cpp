@@ -66,7 +66,17 @@ TEST(every_field_of_a_signature_changes_its_hash) {
   add([](auto& o) { o.shape = {{3, 2}, 2}; });
   add([](auto& o) { o.shape = {{6}, 1}; });
   add([](auto& o) { o.name = "bucket 2"; });
-  CHECK_EQUAL(hashes.size(), std::size_t{13});
+  // Beyond what is shown of a name or a shape, too.
+  const std::string longer(pycomm::Signature::kMaxName + 20, 'x');
+  add([&](auto& o) { o.name = longer + "1"; });
+  add([&](auto& o) { o.name = longer + "2"; });
+  for (const std::int64_t last : {1, 2}) {
+    add([&](auto& o) {
+      for (int i = 0; i < pycomm::Shape::kMaxDims; ++i) o.shape.append(1);
+      o.shape.append(last);
+    });
+  }
+  CHECK_EQUAL(hashes.size(), std::size_t{17});
 }
 
 TEST(a_mismatch_tells_both_sides) {

@@ -213,6 +213,58 @@ TEST(leaving_while_others_still_call_is_a_mismatch_for_all) {
   }
 }
 
+TEST(leaving_while_others_wait_in_another_group_is_a_mismatch) {
+  const auto errors = run_ranks_catching({0, 0, 0}, [](Group& group) {
+    const auto other = group.duplicate(kNoInterrupt);
+    auto values = contribution(group.rank(), 10);
+    if (group.rank() != 0) other->run(sum_of(values), kNoInterrupt);
+  });
+  for (const int rank : {1, 2}) {
+    CHECK(contains(errors[static_cast<std::size_t>(rank)], "rank 0 called shutdown() instead"));
+  }
+  CHECK(contains(errors[0], "rank "));  // ends too, with what a waiting rank has failed of
+}
+
+TEST(leaving_after_an_error_is_told_to_those_who_wait_in_another_group) {
+  const auto errors = run_ranks_catching({0, 0}, [](Group& group) {
+    const auto other = group.duplicate(kNoInterrupt);
+    auto values = contribution(group.rank(), 10);
+    if (group.rank() == 1) return other->run(sum_of(values), kNoInterrupt);
+    group.abort("a failure that rank 0 catches");
+  });
+  CHECK_EQUAL(errors[0], std::string());
+  CHECK(contains(errors[1], "rank 0 called shutdown() instead"));
+}
+
+TEST(after_shutdown_every_call_raises) {
+  const auto worlds = pycomm::World::loopback({0}, {5, std::size_t{64} << 20, {}});
+  const auto group = worlds[0]->group();
+  const auto other = group->duplicate(kNoInterrupt);
+  worlds[0]->close(kNoInterrupt);
+  auto values = contribution(0, 10);
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    CHECK_THROWS(other->start(sum_of(values)), pycomm::CommError, "pycomm was shut down");
+    CHECK_THROWS(group->run(sum_of(values), kNoInterrupt), pycomm::CommError, "was shut down");
+  }
+}
+
+TEST(dropped_groups_give_their_memory_back_on_every_rank) {
+  for (const auto& hosts : kPlacements) {
+    run_ranks(hosts, [](Group& group) {
+      const auto offset_after = [&](int rounds) {
+        for (int i = 0; i < rounds; ++i) {
+          group.duplicate(kNoInterrupt);
+          Operation barrier;
+          group.run(barrier, kNoInterrupt);
+        }
+        return group.allocate(std::size_t{16} << 20)->offset();
+      };
+      const auto before = offset_after(2);
+      CHECK_EQUAL(offset_after(10), before);
+    });
+  }
+}
+
 TEST(a_rank_that_does_not_come_is_named) {
   for (const auto& hosts : kPlacements) {
     if (hosts.size() == 1) continue;
