@@ -10,7 +10,8 @@
 namespace pycomm {
 namespace {
 
-constexpr double kGraceSeconds = 1;
+/// What a leaving rank had issued before may still be in its queue.
+constexpr auto kGrace = std::chrono::seconds(1);
 
 Task<> begin(Context& context, const Operation& operation) {
   ++context.sequence;
@@ -31,7 +32,7 @@ bool Execution::advance() {
   return true;
 }
 
-void Execution::check() const {
+void Execution::check() {
   const Window& window = context_.window;
   window.check_notices();
   if (const int lost = window.lost_peer(); lost >= 0) {
@@ -39,13 +40,7 @@ void Execution::check() const {
                         " is gone, its process ended without leaving the job (killed, crashed or "
                         "out of memory).\n  Read that rank's log and the kernel's (dmesg).");
   }
-  // A moment's grace: what a leaving rank had issued before may still be in its queue.
-  if (const int left = window.left_peer(context_.sequence);
-      left >= 0 && seconds() > kGraceSeconds) {
-    throw MismatchError(describe() + ": rank " + std::to_string(left) +
-                        " called shutdown() instead.\n  Every rank must make the same number of "
-                        "calls; ranks with fewer batches belong in `with pycomm.join():`.");
-  }
+  check_for_leavers();
   if (seconds() > operation_.timeout_s) {
     char waited[32];
     std::snprintf(waited, sizeof(waited), "%.1f s", seconds());
@@ -53,6 +48,20 @@ void Execution::check() const {
         describe() + ": timeout after " + waited + ", waiting for " + suspension_.wait->describe() +
         ".\n  Read that rank's log first; if it is only slow, raise the timeout (timeout_s of the "
         "call or of init, or PYCOMM_TIMEOUT_S).");
+  }
+}
+
+void Execution::check_for_leavers() {
+  if (operation_.kind == Kind::kShutdown) return;  // they are what it waits for
+  const int left = context_.window.left_peer(context_.sequence);
+  if (left < 0) {
+    left_since_.reset();
+  } else if (!left_since_) {
+    left_since_ = Clock::now();
+  } else if (Clock::now() - *left_since_ > kGrace) {
+    throw MismatchError(describe() + ": rank " + std::to_string(left) +
+                        " called shutdown() instead.\n  Every rank must make the same number of "
+                        "calls; ranks with fewer batches belong in `with pycomm.join():`.");
   }
 }
 

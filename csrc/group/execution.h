@@ -1,6 +1,7 @@
 #pragma once
 
 #include <chrono>
+#include <optional>
 #include <string>
 
 #include "collectives/context.h"
@@ -28,7 +29,7 @@ class Execution {
   void finish() { task_.take(); }
 
   /// @throws CommTimeoutError, PeerLostError, MismatchError, or what a peer has posted.
-  void check() const;
+  void check();
 
   bool rings_doorbell() const { return suspension_.wait->rings_doorbell(); }
   double seconds() const { return std::chrono::duration<double>(Clock::now() - began_).count(); }
@@ -37,9 +38,13 @@ class Execution {
   std::string describe() const;
 
  private:
+  /// A local rank that has called shutdown() will not come any more.
+  void check_for_leavers();
+
   Context& context_;
   const Operation operation_;
   const Clock::time_point began_ = Clock::now();
+  std::optional<Clock::time_point> left_since_;  // a rank that has not announced this operation
   Suspension suspension_;
   Task<> task_;
 };

@@ -225,6 +225,18 @@ TEST(leaving_while_others_wait_in_another_group_is_a_mismatch) {
   CHECK(contains(errors[0], "rank "));  // ends too, with what a waiting rank has failed of
 }
 
+TEST(a_rank_that_comes_late_to_shutdown_is_waited_for) {
+  for (const std::vector<int>& hosts : {std::vector{0, 0}, std::vector{0, 0, 1, 1}}) {
+    run_ranks(hosts, [](Group& group) {
+      const auto other = group.duplicate(kNoInterrupt);
+      auto values = contribution(group.rank(), 10);
+      if (group.rank() == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+      const auto work = other->start(sum_of(values));
+      if (group.rank() != 0) work->wait(kNoInterrupt);
+    });
+  }
+}
+
 TEST(leaving_after_an_error_is_told_to_those_who_wait_in_another_group) {
   const auto errors = run_ranks_catching({0, 0}, [](Group& group) {
     const auto other = group.duplicate(kNoInterrupt);
