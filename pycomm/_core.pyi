@@ -111,7 +111,10 @@ class World:
         *,
         timeout_s: float,
         channel: Channel | None = None,
-    ) -> None: ...
+        arena_bytes: int = 0,
+    ) -> None:
+        """Find the other ranks. ``arena_bytes=0`` reserves as much as the host has memory."""
+
     @property
     def group(self) -> Group: ...
     def abort(self, reason: str) -> bool:

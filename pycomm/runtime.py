@@ -64,6 +64,8 @@ def init(*, comm: MPI.Intracomm | None = None, timeout_s: float | None = None) -
         _refuse_second_init(_session, comm, timeout_s)
         return
     default_timeout_s = _timeout_s(timeout_s, os.environ)
+    arena_bytes = _arena_bytes(os.environ)
+    _core.simd_level()  # reads PYCOMM_SIMD: a typo there shows now, not in the first reduction
     launch = detect(os.environ)
     host_name = os.environ.get("PYCOMM_HOST") or socket.gethostname()
     if comm is None and launch.world_size != 1:
@@ -80,7 +82,7 @@ def init(*, comm: MPI.Intracomm | None = None, timeout_s: float | None = None) -
         rendezvous = meet(launch, os.environ, attempt=_sessions_begun, timeout_s=default_timeout_s)
     else:
         rendezvous = through_comm(comm, timeout_s=default_timeout_s)
-    world = _connect(rendezvous, host_key(os.environ), default_timeout_s)
+    world = _connect(rendezvous, host_key(os.environ), default_timeout_s, arena_bytes)
     if rendezvous.size > 1:
         member = failure.Member(rendezvous.rank, rendezvous.size, host_name, world.abort)
         if rendezvous.comm is not None and len(world.group.hosts) > 1:
@@ -194,7 +196,7 @@ def host_key(environ: Mapping[str, str]) -> str:
     return f"{boot_id} {network_namespace} {socket.gethostname()}"
 
 
-def _connect(rendezvous: Rendezvous, key: str, timeout_s: float) -> _core.World:
+def _connect(rendezvous: Rendezvous, key: str, timeout_s: float, arena_bytes: int) -> _core.World:
     mine = json.dumps({"host_key": key, "timeout_s": timeout_s}).encode()
     cards = [json.loads(card) for card in rendezvous.all_gather_bytes(mine)]
     for other, card in enumerate(cards):
@@ -224,6 +226,7 @@ def _connect(rendezvous: Rendezvous, key: str, timeout_s: float) -> _core.World:
         rendezvous.all_gather_bytes,
         timeout_s=timeout_s,
         channel=channel,
+        arena_bytes=arena_bytes,
     )
 
 
@@ -262,6 +265,18 @@ def _timeout_s(argument: float | None, environ: Mapping[str, str]) -> float:
             f"init: {source} is not a positive number of seconds. Pass one, such as 600."
         )
     return seconds
+
+
+def _arena_bytes(environ: Mapping[str, str]) -> int:
+    text = environ.get("PYCOMM_ARENA_BYTES")
+    if text is None:
+        return 0  # the core's default
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise InvalidArgumentError(
+            f"init: PYCOMM_ARENA_BYTES={text!r} is not a positive number of bytes.\n"
+            "  Pass one such as 8589934592, or unset it: address space costs nothing."
+        )
+    return int(text)
 
 
 def _own_host(call: str) -> list[int]:

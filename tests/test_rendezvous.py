@@ -11,7 +11,7 @@ import pycomm
 from pycomm.errors import CommTimeoutError, InvalidArgumentError, NotInitializedError
 from pycomm.launch import detect
 from pycomm.rendezvous import _StoreGather, meet
-from pycomm.runtime import _timeout_s, host_key
+from pycomm.runtime import _arena_bytes, _timeout_s, host_key
 
 REPORT = """
     import pycomm, torch
@@ -225,6 +225,17 @@ def test_timeout_from_argument_environment_default():
     assert _timeout_s(5, {"PYCOMM_TIMEOUT_S": "7"}) == 5.0
     assert _timeout_s(None, {"PYCOMM_TIMEOUT_S": "7.5"}) == 7.5
     assert _timeout_s(None, {}) == 600.0
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1G", "1e9", "\u0661"])
+def test_bad_arena_sizes_are_named(text):
+    with pytest.raises(InvalidArgumentError, match="PYCOMM_ARENA_BYTES="):
+        _arena_bytes({"PYCOMM_ARENA_BYTES": text})
+
+
+def test_arena_size():
+    assert _arena_bytes({}) == 0
+    assert _arena_bytes({"PYCOMM_ARENA_BYTES": "8589934592"}) == 8 << 30
 
 
 def test_host_key():
