@@ -35,6 +35,7 @@ class Slot:
     __slots__ = (
         "firings",
         "index",
+        "kept_grad",
         "last_pass",
         "name",
         "param",
@@ -54,6 +55,7 @@ class Slot:
         self.last_pass = 0  # the last synchronised pass whose result is, or will be, in the view
         self.version = 0  # of the view when that pass was over
         self.private_grad: Tensor | None = None  # .grad of an unused parameter during a pass
+        self.kept_grad: Tensor | None = None  # what the last pass gave back because nobody used it
 
 
 @dataclasses.dataclass(frozen=True)

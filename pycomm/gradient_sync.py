@@ -59,8 +59,9 @@ class GradientSync:
     At its end rank 0's order lays out the buckets of all ranks; later passes reduce each bucket as
     soon as it is full. Parameters added or unfrozen make the next pass record again.
 
-    Which contribution a rank makes is its ``.grad`` at the end of the pass, zero if it is None. A
-    parameter that fired on no rank keeps the ``.grad`` it had.
+    Which contribution a rank makes is its ``.grad`` at the end of the pass, zero if it is None,
+    also where no hook has seen it come. A parameter for which no rank has a new gradient keeps
+    the ``.grad`` it had.
 
     Dropping the object unhooks its parameters.
     """
@@ -146,6 +147,7 @@ class GradientSync:
         self._accumulated_passes = 0
         for slot in self._slots:
             slot.pending = False
+            slot.kept_grad = None
 
     def shadow_pass(self, label: int, ranks: int) -> None:
         """Take part in a synchronised pass of other ranks with zeros.
@@ -275,7 +277,7 @@ class GradientSync:
         unused_here = []
         for index in reducer.unfired():
             slot = self._planned[index]
-            if slot.pending and slot.param.grad is not None:
+            if self._brings_gradient(slot):
                 self._stage_pending(slot)
                 reducer.ready(index)
             else:
@@ -294,7 +296,7 @@ class GradientSync:
                 slot.param.grad = slot.view
                 slot.last_pass = self.passes
             else:
-                slot.param.grad = slot.private_grad
+                slot.param.grad = slot.kept_grad = slot.private_grad
             slot.private_grad = None
             slot.pending = False
         if self.options.op is _core.ReduceOp.SUM:
@@ -304,8 +306,19 @@ class GradientSync:
         self._accumulated_passes = 0
         self._final = True
 
+    def _brings_gradient(self, slot: Slot) -> bool:
+        """Whether .grad of a parameter that has not fired holds what was never reduced.
+
+        That is what an accumulating pass has left, or what came without a hook: set by hand (from
+        ``torch.autograd.grad``), or computed before the parameter was wrapped.
+        """
+        grad = slot.param.grad
+        if grad is None:
+            return False
+        return slot.pending or (grad is not slot.view and grad is not slot.kept_grad)
+
     def _stage_pending(self, slot: Slot) -> None:
-        """What accumulating passes, or the recording one, left in .grad is reduced now."""
+        """What accumulating passes, the recording one, or no hook left in .grad is reduced now."""
         grad = slot.param.grad
         assert grad is not None
         if grad is not slot.view:

@@ -6,12 +6,13 @@ import contextlib
 import enum
 import weakref
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
 from pycomm import _core
 from pycomm.errors import CommError, InvalidArgumentError, MismatchError
+from pycomm.objects import broadcast_object
 from pycomm.runtime import world_group
 from pycomm.state import broadcast_parameters
 
@@ -131,9 +132,17 @@ def _described(announced: Announcement) -> str:
     return f"step(closure) of optimizer {announced.participant}"
 
 
+class Stateful(Protocol):
+    """A module, a scheduler, a ``GradScaler``, ..."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state: Any, /) -> Any: ...
+
+
 @contextlib.contextmanager
 def join(
-    *modules: torch.nn.Module,
+    *others: Stateful,
     divide_by: Literal["active", "world"] = "active",
     group: _core.Group | None = None,
 ) -> Iterator[None]:
@@ -148,15 +157,18 @@ def join(
                 optimizer.step()
 
     A rank that leaves the block takes part in the others' gradient reductions with zeros until all
-    have left it. Then every rank takes the parameters, optimizer states and module buffers of the
-    last active rank (the lowest of those that ran the last backward pass). A block left by an
-    exception ends at once.
+    have left it. Then every rank takes the parameters, the optimizer states, and the state of the
+    ``others``, from the last active rank (the lowest of those that ran the last backward pass).
+    A block left by an exception ends at once.
 
     Inside, only synchronised backward passes and ``step(closure)`` of wrapped optimizers may
     communicate: other collective calls would wait for the ranks that have finished.
 
     Args:
-        modules: whose buffers (batch-norm statistics) the last active rank also gives to all.
+        others: what else the last active rank gives to all: modules, for their buffers (batch-norm
+            statistics), and whatever else steps with the batches and has ``state_dict()`` and
+            ``load_state_dict()``. Name every scheduler and ``GradScaler`` here: their counts
+            differ after different numbers of batches, and ranks would drift apart.
         divide_by: an averaged gradient is divided by the number of ranks that still have batches,
             or by the number of all.
         group: the group the optimizers were made for, the world if None; every one of its ranks
@@ -194,5 +206,8 @@ def join(
     root = session.last_active[0]
     for participant in roster.members():
         participant.adopt(root)
-    for module in modules:
-        broadcast_parameters(module, root=root, group=group)
+    for other in others:
+        if isinstance(other, torch.nn.Module):
+            broadcast_parameters(other, root=root, group=group)
+        else:
+            other.load_state_dict(broadcast_object(other.state_dict(), root, group=group))

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from pycomm._core import Group
-from pycomm.arguments import root_rank
-from pycomm.collectives import all_gather, broadcast_
+from pycomm.arguments import MOVABLE, root_rank
 from pycomm.errors import CommError, InvalidArgumentError
 from pycomm.runtime import world_group
 
@@ -43,7 +42,7 @@ def broadcast_object(obj: Any, root: int = 0, *, group: Group | None = None) -> 
     if group.rank == root:
         payload, mistake = _attempt(lambda: pickle.dumps(obj, pickle.HIGHEST_PROTOCOL), b"")
     raise_together("broadcast_object", mistake, group)
-    payload = broadcast_bytes(payload, root, group)
+    payload = broadcast_bytes("broadcast_object", payload, root, group)
     mistake = None
     if group.rank != root:
         obj, mistake = _attempt(lambda: pickle.loads(payload), None)
@@ -70,7 +69,7 @@ def all_gather_object(obj: Any, *, group: Group | None = None) -> list[Any]:
         group = world_group()
     payload, mistake = _attempt(lambda: pickle.dumps(obj, pickle.HIGHEST_PROTOCOL), b"")
     raise_together("all_gather_object", mistake, group)
-    payloads = all_gather_bytes(payload, group)
+    payloads = all_gather_bytes("all_gather_object", payload, group)
     objects: list[Any]
     objects, mistake = _attempt(lambda: [pickle.loads(theirs) for theirs in payloads], [])
     raise_together("all_gather_object", mistake, group)
@@ -83,34 +82,48 @@ def raise_together(call: str, mistake: Exception | None, group: Group) -> None:
     Every rank calls this, with None if all is well there: one all-gather of a number then.
     """
     text = "" if mistake is None else f"{type(mistake).__name__}: {mistake}"
-    for rank, theirs in enumerate(all_gather_bytes(text.encode(), group)):
+    for rank, theirs in enumerate(all_gather_bytes(call, text.encode(), group)):
         if theirs:
             raise InvalidArgumentError(
                 f"{call} on rank {group.rank}: failed on rank {rank}: {theirs.decode()}"
             ) from mistake
 
 
-def broadcast_bytes(payload: bytes, root: int, group: Group) -> bytes:
+# The public call is the name of every operation it is made of, so that two different calls never
+# take each other's bytes: the ranks get a MismatchError that names both.
+
+
+def broadcast_bytes(call: str, payload: bytes, root: int, group: Group) -> bytes:
     """``root``'s bytes, on every rank; what the others pass is ignored."""
     length = torch.tensor(len(payload))
-    broadcast_(length, root, group=group)
+    _broadcast(call, length, root, group)
     if group.rank == root:
-        broadcast_(_tensor_of(payload), root, group=group)
+        _broadcast(call, _tensor_of(payload), root, group)
         return payload
     data = torch.empty(int(length), dtype=torch.uint8)
-    broadcast_(data, root, group=group)
+    _broadcast(call, data, root, group)
     return data.numpy().tobytes()
 
 
-def all_gather_bytes(payload: bytes, group: Group) -> list[bytes]:
+def all_gather_bytes(call: str, payload: bytes, group: Group) -> list[bytes]:
     """Every rank's bytes, by rank; their lengths may differ."""
-    lengths = all_gather(torch.tensor(len(payload)), group=group).tolist()
+    lengths = _all_gather(call, torch.tensor([len(payload)]), group).flatten().tolist()
     padded = torch.zeros(max(lengths), dtype=torch.uint8)
     if not len(padded):
         return [b""] * group.size
     padded[: len(payload)] = _tensor_of(payload)
-    rows = all_gather(padded, group=group)
+    rows = _all_gather(call, padded, group)
     return [row[:length].numpy().tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+
+def _broadcast(call: str, t: Tensor, root: int, group: Group) -> None:
+    group.broadcast(t.data_ptr(), t.numel(), MOVABLE[t.dtype], root, name=call)
+
+
+def _all_gather(call: str, t: Tensor, group: Group) -> Tensor:
+    rows = torch.empty(group.size, t.numel(), dtype=t.dtype)
+    group.all_gather(t.data_ptr(), rows.data_ptr(), t.numel(), MOVABLE[t.dtype], name=call)
+    return rows
 
 
 def _tensor_of(payload: bytes) -> Tensor:

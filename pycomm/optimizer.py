@@ -57,6 +57,10 @@ class DistributedOptimizer(Optimizer):
     else is the wrapped optimizer's: ``param_groups``, ``state``, ``state_dict()`` (which loads
     into the bare optimizer) and hooks, which receive the wrapped optimizer.
 
+    Where a rank may skip ``backward()`` (a batch it refuses), call ``synchronize()`` before reading
+    or clipping gradients: what the other ranks' backward reduces reaches that rank there, or else
+    in ``step()``.
+
     A parameter that a backward pass used on some ranks counts as zero on the others; one used on
     none keeps its ``.grad``, None for instance. Parameters may be frozen and unfrozen, on all ranks
     alike.
@@ -166,9 +170,11 @@ class DistributedOptimizer(Optimizer):
             self._sync.gradients_zeroed()
 
     def synchronize(self) -> None:
-        """Reduce accumulated gradients now; does nothing if gradients are final. All ranks call it.
+        """Reduce what is in ``.grad`` now; does nothing if gradients are final. All ranks call it.
 
-        Needed only before reading gradients of passes that were all made in ``no_sync()``.
+        Needed before reading or clipping gradients that no synchronised ``backward()`` has made on
+        this rank: after passes that were all made in ``no_sync()``, where a rank may have skipped
+        ``backward()``, or for gradients set by hand (``torch.autograd.grad``). ``step()`` calls it.
         """
         if self._sync is not None:
             self._sync.synchronize()

@@ -98,7 +98,7 @@ def broadcast_optimizer_state(
         except Exception as error:  # whatever a state's own pickling raises
             mistake = error
     raise_together(call, mistake, group)
-    structure = broadcast_bytes(structure, root, group)
+    structure = broadcast_bytes(call, structure, root, group)
     layouts = broadcast_object([_layout(t) for t in tensors], root, group=group)
     if group.rank != root:
         tensors = [torch.empty_strided(*sizes, dtype=dtype) for *sizes, dtype in layouts]
@@ -178,7 +178,7 @@ def _require_same(call: str, described: dict[str, str], group: Group) -> None:
     Digests are compared first, so that equal lists, the usual case, cost 32 bytes a rank.
     """
     digest = hashlib.sha256(repr(list(described.items())).encode()).digest()
-    if len(set(all_gather_bytes(digest, group))) == 1:
+    if len(set(all_gather_bytes(call, digest, group))) == 1:
         return
     everyone = all_gather_object(list(described.items()), group=group)
     first = everyone[0]

@@ -218,3 +218,30 @@ def test_a_dropped_optimizer_that_others_still_use_is_named() -> None:
 
     with pytest.raises(RankError, match=r"rank 0 .*optimizer 0, which this rank has dropped"):
         run_ranks(2, run)
+
+
+def test_what_steps_with_the_batches_is_the_same_everywhere_afterwards() -> None:
+    def body(group: _core.Group) -> list[float]:
+        model = make_model()
+        optimizer = DistributedOptimizer(
+            make_optimizer(model), model.named_parameters(), group=group
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        with join(model, schedule, group=group):
+            for step in range(3 + group.rank):
+                optimizer.zero_grad()
+                model(batch(step, group.rank)).sum().backward()
+                optimizer.step()
+                schedule.step()
+        optimizer.zero_grad()
+        model(batch(9, group.rank)).sum().backward()
+        optimizer.step()
+        schedule.step()
+        assert schedule.last_epoch == 5
+        return [
+            *schedule.get_last_lr(),
+            *torch.cat([p.flatten() for p in model.parameters()]).tolist(),
+        ]
+
+    first, second = run_ranks(2, body)
+    assert first == second

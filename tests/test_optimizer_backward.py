@@ -640,3 +640,27 @@ def test_buckets_follow_the_order_of_arrival_and_start_before_backward_ends(over
     # Arrival order: each layer's bias, then its weight, from the last layer to the first.
     plan = [[f"{i}.bias", f"{i}.weight"] for i in (2, 1, 0)]
     assert run_ranks(2, train) == [(plan, [2, 2] if overlap else [0, 0])] * 2
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_gradients_that_no_hook_has_seen_are_reduced_by_step(planned: bool) -> None:
+    def body(group: _core.Group) -> None:
+        weight = nn.Parameter(torch.ones(3))
+        other = nn.Parameter(torch.ones(2))  # nobody ever uses it
+        if not planned:
+            weight.grad = torch.full((3,), 2.0 * group.rank)  # from before it was wrapped
+        optimizer = DistributedOptimizer(
+            torch.optim.SGD([weight, other], lr=1.0), [("w", weight), ("o", other)], group=group
+        )
+        if planned:
+            (weight * group.rank).sum().backward()
+            optimizer.step()
+            with torch.no_grad():
+                weight.fill_(1.0)
+            optimizer.zero_grad()
+            (weight.grad,) = torch.autograd.grad((weight * 2 * group.rank).sum(), [weight])
+        optimizer.step()
+        assert weight.tolist() == [0.0] * 3  # 1 - (0 + 2) / 2
+        assert other.grad is None
+
+    run_ranks(2, body)

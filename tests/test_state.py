@@ -399,3 +399,13 @@ def test_state_of_processes():
 def test_objects_of_processes():
     pycomm.init()
     check_objects(world_group())
+
+
+def test_different_object_calls_are_a_mismatch_that_names_both():
+    def body(group):
+        call = all_gather_object if group.rank == 0 else broadcast_object
+        with pytest.raises(MismatchError, match="all_gather_object") as raised:
+            call("a", group=group)
+        assert "broadcast_object" in str(raised.value)
+
+    run_ranks(2, body)
