@@ -12,7 +12,7 @@ import torch
 
 from pycomm import _core
 from pycomm.errors import CommError, InvalidArgumentError, MismatchError
-from pycomm.objects import broadcast_object
+from pycomm.objects import all_gather_object, broadcast_object
 from pycomm.runtime import world_group
 from pycomm.state import broadcast_parameters
 
@@ -64,8 +64,10 @@ class Roster:
             )
         return participant
 
-    def members(self) -> list[Participant]:
-        return [member for reference in self._members if (member := reference()) is not None]
+    def members(self) -> dict[int, Participant]:
+        """Those this rank still has, by number."""
+        numbered = ((number, reference()) for number, reference in enumerate(self._members))
+        return {number: member for number, member in numbered if member is not None}
 
     def channel(self, group: _core.Group) -> _core.Group:
         """A queue of its own for announcements. Made by the first join; collective."""
@@ -204,8 +206,11 @@ def join(
     finally:
         roster.session = None
     root = session.last_active[0]
-    for participant in roster.members():
-        participant.adopt(root)
+    # A rank may have dropped an optimizer that another has not collected yet: leave it alone.
+    members = roster.members()
+    of_ranks = all_gather_object(set(members), group=group)
+    for number in sorted(set.intersection(*of_ranks)):
+        members[number].adopt(root)
     for other in others:
         if isinstance(other, torch.nn.Module):
             broadcast_parameters(other, root=root, group=group)

@@ -245,3 +245,26 @@ def test_what_steps_with_the_batches_is_the_same_everywhere_afterwards() -> None
 
     first, second = run_ranks(2, body)
     assert first == second
+
+
+def test_an_optimizer_that_one_rank_has_dropped_is_left_alone() -> None:
+    def body(group: _core.Group) -> list[float]:
+        dropped = make_model()
+        kept = [
+            DistributedOptimizer(make_optimizer(dropped), dropped.named_parameters(), group=group)
+        ]
+        if group.rank == 0:
+            kept.clear()
+        model = make_model()
+        optimizer = DistributedOptimizer(
+            make_optimizer(model), model.named_parameters(), group=group
+        )
+        with join(model, group=group):
+            for step in range(1 + group.rank):
+                optimizer.zero_grad()
+                model(batch(step, group.rank)).sum().backward()
+                optimizer.step()
+        return torch.cat([param.flatten() for param in model.parameters()]).tolist()
+
+    first, second = run_ranks(2, body)
+    assert first == second

@@ -22,14 +22,16 @@ using Clock = std::chrono::steady_clock;
 
 constexpr const char* kRemedy = "Unix sockets must work between the ranks of a host.";
 
-class Socket {
+/// Owns a descriptor, or none (-1).
+class Descriptor {
  public:
-  explicit Socket(int descriptor) : descriptor_(descriptor) {}
-  Socket(Socket&& other) noexcept : descriptor_(std::exchange(other.descriptor_, -1)) {}
-  ~Socket() {
+  explicit Descriptor(int descriptor) : descriptor_(descriptor) {}
+  Descriptor(Descriptor&& other) noexcept : descriptor_(other.release()) {}
+  ~Descriptor() {
     if (descriptor_ >= 0) close(descriptor_);
   }
   int get() const { return descriptor_; }
+  int release() { return std::exchange(descriptor_, -1); }
 
  private:
   int descriptor_;
@@ -43,11 +45,16 @@ std::pair<sockaddr_un, socklen_t> socket_address(const std::string& name) {
   return {address, static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + name.size())};
 }
 
-/// What opens a hand-over: who is calling, and the proof that it belongs to this job.
+/// What opens a hand-over: the proof that the caller belongs to this job.
 struct Hello {
-  int local_rank;
   std::array<char, 32> token;
 };
+
+Descriptor open_socket() {
+  Descriptor opened(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  if (opened.get() < 0) throw_system_error("socket(AF_UNIX)", kRemedy);
+  return opened;
+}
 
 void check_same_user(int socket) {
   ucred peer{};
@@ -86,42 +93,45 @@ Hello receive_hello(int socket) {
   return hello;
 }
 
-void send_descriptor(int socket, int descriptor) {
+/// A message of one byte that carries one descriptor.
+struct DescriptorMessage {
   char byte = 0;
   iovec data{&byte, 1};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-  msghdr message{};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof(control);
-  cmsghdr* header = CMSG_FIRSTHDR(&message);
-  header->cmsg_level = SOL_SOCKET;
-  header->cmsg_type = SCM_RIGHTS;
-  header->cmsg_len = CMSG_LEN(sizeof(int));
-  std::memcpy(CMSG_DATA(header), &descriptor, sizeof(int));
-  if (sendmsg(socket, &message, MSG_NOSIGNAL) != 1) throw_system_error("sendmsg", kRemedy);
+  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
+  msghdr header{};
+
+  DescriptorMessage() {
+    header.msg_iov = &data;
+    header.msg_iovlen = 1;
+    header.msg_control = control.data();
+    header.msg_controllen = control.size();
+  }
+  DescriptorMessage(const DescriptorMessage&) = delete;  // it points into itself
+  DescriptorMessage& operator=(const DescriptorMessage&) = delete;
+};
+
+void send_descriptor(int socket, int descriptor) {
+  DescriptorMessage message;
+  cmsghdr* rights = CMSG_FIRSTHDR(&message.header);
+  rights->cmsg_level = SOL_SOCKET;
+  rights->cmsg_type = SCM_RIGHTS;
+  rights->cmsg_len = CMSG_LEN(sizeof(int));
+  std::memcpy(CMSG_DATA(rights), &descriptor, sizeof(int));
+  if (sendmsg(socket, &message.header, MSG_NOSIGNAL) != 1) throw_system_error("sendmsg", kRemedy);
 }
 
-int receive_descriptor(int socket, const std::string& whom) {
-  char byte = 0;
-  iovec data{&byte, 1};
-  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
-  msghdr message{};
-  message.msg_iov = &data;
-  message.msg_iovlen = 1;
-  message.msg_control = control;
-  message.msg_controllen = sizeof(control);
-  if (recvmsg(socket, &message, MSG_CMSG_CLOEXEC) != 1) {
+Descriptor receive_descriptor(int socket, const std::string& whom) {
+  DescriptorMessage message;
+  if (recvmsg(socket, &message.header, MSG_CMSG_CLOEXEC) != 1) {
     throw PeerLostError("init: " + whom + " ended, or refused to hand over its shared memory.");
   }
-  const cmsghdr* header = CMSG_FIRSTHDR(&message);
-  if (header == nullptr || header->cmsg_type != SCM_RIGHTS) {
+  const cmsghdr* rights = CMSG_FIRSTHDR(&message.header);
+  if (rights == nullptr || rights->cmsg_type != SCM_RIGHTS) {
     throw CommError("init: " + whom + " sent no descriptor. " + kRemedy);
   }
   int descriptor = -1;
-  std::memcpy(&descriptor, CMSG_DATA(header), sizeof(int));
-  return descriptor;
+  std::memcpy(&descriptor, CMSG_DATA(rights), sizeof(int));
+  return Descriptor(descriptor);
 }
 
 }  // namespace
@@ -138,8 +148,7 @@ std::string random_hex(int bytes) {
 }
 
 Handover::Handover() : address_("pycomm-" + random_hex(16)) {
-  listener_ = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  if (listener_ < 0) throw_system_error("socket(AF_UNIX)", kRemedy);
+  listener_ = open_socket().release();
   const auto [address, length] = socket_address(address_);
   if (bind(listener_, reinterpret_cast<const sockaddr*>(&address), length) != 0 ||
       listen(listener_, SOMAXCONN) != 0) {
@@ -157,14 +166,14 @@ std::vector<int> Handover::exchange(int local_rank, const std::vector<std::strin
                                     int descriptor, std::chrono::nanoseconds timeout) {
   const auto deadline = Clock::now() + timeout;
   const auto whom = [&](std::size_t peer) { return "rank " + std::to_string(world_ranks[peer]); };
-  Hello hello{local_rank, {}};
+  Hello hello{};
   std::memcpy(hello.token.data(), token.data(), std::min(token.size(), hello.token.size()));
 
   // Everybody's listener is open before its address is known, so every connect succeeds at once
   // and nobody waits in a circle.
-  std::vector<Socket> calls;
+  std::vector<Descriptor> calls;
   for (std::size_t peer = 0; peer < addresses.size(); ++peer) {
-    calls.emplace_back(socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    calls.push_back(open_socket());
     if (static_cast<int>(peer) == local_rank) continue;
     const auto [address, length] = socket_address(addresses[peer]);
     if (connect(calls[peer].get(), reinterpret_cast<const sockaddr*>(&address), length) != 0) {
@@ -178,7 +187,7 @@ std::vector<int> Handover::exchange(int local_rank, const std::vector<std::strin
   }
   for (std::size_t served = 1; served < addresses.size(); ++served) {
     await_readable(listener_, deadline, "a rank of this host");
-    const Socket caller(accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC));
+    const Descriptor caller(accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC));
     if (caller.get() < 0) throw_system_error("accept", kRemedy);
     check_same_user(caller.get());
     await_readable(caller.get(), deadline, "a rank of this host");
@@ -187,12 +196,18 @@ std::vector<int> Handover::exchange(int local_rank, const std::vector<std::strin
     }
     send_descriptor(caller.get(), descriptor);
   }
-  std::vector<int> descriptors(addresses.size(), -1);
+  std::vector<Descriptor> received;
   for (std::size_t peer = 0; peer < addresses.size(); ++peer) {
-    if (static_cast<int>(peer) == local_rank) continue;
+    if (static_cast<int>(peer) == local_rank) {
+      received.emplace_back(-1);
+      continue;
+    }
     await_readable(calls[peer].get(), deadline, whom(peer));
-    descriptors[peer] = receive_descriptor(calls[peer].get(), whom(peer));
+    received.push_back(receive_descriptor(calls[peer].get(), whom(peer)));
   }
+  std::vector<int> descriptors;
+  for (Descriptor& descriptor_of_peer : received)
+    descriptors.push_back(descriptor_of_peer.release());
   return descriptors;
 }
 
