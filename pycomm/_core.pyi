@@ -14,6 +14,13 @@ class DType(enum.Enum):
     BFLOAT16 = 7
     FLOAT32 = 8
     FLOAT64 = 9
+    COMPLEX64 = 10
+    COMPLEX128 = 11
+    FLOAT8_E4M3FN = 12
+    FLOAT8_E4M3FNUZ = 13
+    FLOAT8_E5M2 = 14
+    FLOAT8_E5M2FNUZ = 15
+    FLOAT8_E8M0FNU = 16
 
 class ReduceOp(enum.Enum):
     """How a reduction combines two elements; AVG divides the sum once, by the number of ranks."""
@@ -23,11 +30,15 @@ class ReduceOp(enum.Enum):
     MIN = 2
     MAX = 3
     PROD = 4
+    BAND = 5
+    BOR = 6
+    BXOR = 7
 
 class Algorithm(enum.Enum):
     AUTO = 0
     DIRECT = 1
     RING = 2
+    GATHER_FOLD = 3
 
 class Buffer:
     """Zeroed memory in this rank's arena, with the (writable) buffer protocol."""
@@ -64,15 +75,53 @@ class Group:
         op: ReduceOp,
         *,
         divisor: int = 0,
+        prescale: float = 1.0,
+        postscale: float = 1.0,
+        algorithm: Algorithm = ...,
         shape: Sequence[int] | None = None,
         name: str = "",
-        algorithm: Algorithm = ...,
         timeout_s: float = 0.0,
         async_op: bool = False,
     ) -> Work | None: ...
+    def reduce(
+        self,
+        input: int,
+        output: int,
+        count: int,
+        dtype: DType,
+        op: ReduceOp,
+        root: int,
+        *,
+        divisor: int = 0,
+        prescale: float = 1.0,
+        postscale: float = 1.0,
+        shape: Sequence[int] | None = None,
+        name: str = "",
+        timeout_s: float = 0.0,
+        async_op: bool = False,
+    ) -> Work | None:
+        """``output`` is written on the root only, where it may be ``input``; 0 elsewhere."""
+    def reduce_scatter(
+        self,
+        input: int,
+        output: int,
+        count: int,
+        dtype: DType,
+        op: ReduceOp,
+        *,
+        divisor: int = 0,
+        prescale: float = 1.0,
+        postscale: float = 1.0,
+        shape: Sequence[int] | None = None,
+        name: str = "",
+        timeout_s: float = 0.0,
+        async_op: bool = False,
+    ) -> Work | None:
+        """``count`` elements of ``output``; ``input`` has ``size`` times as many."""
     def broadcast(
         self,
-        data: int,
+        input: int,
+        output: int,
         count: int,
         dtype: DType,
         root: int,
@@ -89,14 +138,63 @@ class Group:
         count: int,
         dtype: DType,
         *,
+        output_counts: Sequence[int] = (),
         shape: Sequence[int] | None = None,
         name: str = "",
         timeout_s: float = 0.0,
         async_op: bool = False,
     ) -> Work | None: ...
+    def gather(
+        self,
+        input: int,
+        output: int,
+        count: int,
+        dtype: DType,
+        root: int,
+        *,
+        output_counts: Sequence[int] = (),
+        shape: Sequence[int] | None = None,
+        name: str = "",
+        timeout_s: float = 0.0,
+        async_op: bool = False,
+    ) -> Work | None:
+        """``output`` is written on the root only; 0 elsewhere."""
+    def scatter(
+        self,
+        input: int,
+        output: int,
+        count: int,
+        dtype: DType,
+        root: int,
+        *,
+        shape: Sequence[int] | None = None,
+        name: str = "",
+        timeout_s: float = 0.0,
+        async_op: bool = False,
+    ) -> Work | None:
+        """``input`` is read on the root only; 0 elsewhere. ``count`` elements of ``output``."""
+    def all_to_all(
+        self,
+        input: int,
+        output: int,
+        count: int,
+        dtype: DType,
+        *,
+        input_counts: Sequence[int] = (),
+        output_counts: Sequence[int] = (),
+        shape: Sequence[int] | None = None,
+        name: str = "",
+        timeout_s: float = 0.0,
+        async_op: bool = False,
+    ) -> Work | None:
+        """``count`` elements for each rank, or as many as the two lists say, which go together."""
     def barrier(self, *, timeout_s: float = 0.0, async_op: bool = False) -> Work | None: ...
     def allocate(self, nbytes: int) -> Buffer: ...
     def duplicate(self) -> Group: ...
+    def new_group(self, ranks: Sequence[int]) -> Group | None:
+        """The group of these of my ranks, in this order; None on the others. All of mine call."""
+    def split(self, color: int | None, key: int = 0) -> Group | None:
+        """One group for each color, ordered by key, then rank; None for color None."""
     def abort(self, reason: str) -> None: ...
 
 class World:

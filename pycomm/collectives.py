@@ -192,6 +192,7 @@ def broadcast(
         wire.copy_(t.detach())
     work = group.broadcast(
         wire.data_ptr(),
+        wire.data_ptr(),
         count,
         dtype,
         root,
@@ -233,6 +234,7 @@ def broadcast_(
     dtype, count, name = movable("broadcast_", "t", t, group)
     writable("broadcast_", "t", t, group)
     work = group.broadcast(
+        t.data_ptr(),
         t.data_ptr(),
         count,
         dtype,

@@ -117,7 +117,7 @@ def all_gather_bytes(call: str, payload: bytes, group: Group) -> list[bytes]:
 
 
 def _broadcast(call: str, t: Tensor, root: int, group: Group) -> None:
-    group.broadcast(t.data_ptr(), t.numel(), MOVABLE[t.dtype], root, name=call)
+    group.broadcast(t.data_ptr(), t.data_ptr(), t.numel(), MOVABLE[t.dtype], root, name=call)
 
 
 def _all_gather(call: str, t: Tensor, group: Group) -> Tensor:

@@ -40,41 +40,105 @@ struct Call {
   }
 };
 
+/// What the reductions have in common, besides.
+struct Reduction {
+  ReduceOp op;
+  std::int64_t divisor;
+  double prescale;
+  double postscale;
+};
+
+void set_reduction(Operation& operation, const Reduction& reduction) {
+  operation.op = reduction.op;
+  operation.divisor = reduction.divisor;
+  operation.prescale = reduction.prescale;
+  operation.postscale = reduction.postscale;
+}
+
+void set_memory(Operation& operation, std::uintptr_t input, std::uintptr_t output,
+                std::size_t count, DType dtype) {
+  operation.input = pointer(input);
+  operation.output = pointer(output);
+  operation.count = count;
+  operation.dtype = dtype;
+}
+
 std::shared_ptr<Work> all_reduce(Group& group, std::uintptr_t input, std::uintptr_t output,
                                  std::size_t count, DType dtype, ReduceOp op, std::int64_t divisor,
-                                 const py::object& shape, std::string name, Algorithm algorithm,
-                                 double timeout_s, bool async_op) {
+                                 double prescale, double postscale, Algorithm algorithm,
+                                 const py::object& shape, std::string name, double timeout_s,
+                                 bool async_op) {
   Call call(group, Kind::kAllReduce, shape, std::move(name), timeout_s);
-  call.operation.input = pointer(input);
-  call.operation.output = pointer(output);
-  call.operation.count = count;
-  call.operation.dtype = dtype;
-  call.operation.op = op;
-  call.operation.divisor = divisor;
+  set_memory(call.operation, input, output, count, dtype);
+  set_reduction(call.operation, {op, divisor, prescale, postscale});
   call.operation.algorithm = algorithm;
   return call.issue(async_op);
 }
 
-std::shared_ptr<Work> broadcast(Group& group, std::uintptr_t data, std::size_t count, DType dtype,
-                                int root, const py::object& shape, std::string name,
-                                double timeout_s, bool async_op) {
-  Call call(group, Kind::kBroadcast, shape, std::move(name), timeout_s);
-  call.operation.input = pointer(data);
-  call.operation.output = pointer(data);
-  call.operation.count = count;
-  call.operation.dtype = dtype;
+std::shared_ptr<Work> reduce(Group& group, std::uintptr_t input, std::uintptr_t output,
+                             std::size_t count, DType dtype, ReduceOp op, int root,
+                             std::int64_t divisor, double prescale, double postscale,
+                             const py::object& shape, std::string name, double timeout_s,
+                             bool async_op) {
+  Call call(group, Kind::kReduce, shape, std::move(name), timeout_s);
+  set_memory(call.operation, input, output, count, dtype);
+  set_reduction(call.operation, {op, divisor, prescale, postscale});
+  call.operation.root = root;
+  return call.issue(async_op);
+}
+
+std::shared_ptr<Work> reduce_scatter(Group& group, std::uintptr_t input, std::uintptr_t output,
+                                     std::size_t count, DType dtype, ReduceOp op,
+                                     std::int64_t divisor, double prescale, double postscale,
+                                     const py::object& shape, std::string name, double timeout_s,
+                                     bool async_op) {
+  Call call(group, Kind::kReduceScatter, shape, std::move(name), timeout_s);
+  set_memory(call.operation, input, output, count, dtype);
+  set_reduction(call.operation, {op, divisor, prescale, postscale});
+  return call.issue(async_op);
+}
+
+/// broadcast and scatter.
+template <Kind kind>
+std::shared_ptr<Work> from_root(Group& group, std::uintptr_t input, std::uintptr_t output,
+                                std::size_t count, DType dtype, int root, const py::object& shape,
+                                std::string name, double timeout_s, bool async_op) {
+  Call call(group, kind, shape, std::move(name), timeout_s);
+  set_memory(call.operation, input, output, count, dtype);
   call.operation.root = root;
   return call.issue(async_op);
 }
 
 std::shared_ptr<Work> all_gather(Group& group, std::uintptr_t input, std::uintptr_t output,
-                                 std::size_t count, DType dtype, const py::object& shape,
+                                 std::size_t count, DType dtype,
+                                 std::vector<std::size_t> output_counts, const py::object& shape,
                                  std::string name, double timeout_s, bool async_op) {
   Call call(group, Kind::kAllGather, shape, std::move(name), timeout_s);
-  call.operation.input = pointer(input);
-  call.operation.output = pointer(output);
-  call.operation.count = count;
-  call.operation.dtype = dtype;
+  set_memory(call.operation, input, output, count, dtype);
+  call.operation.output_counts = std::move(output_counts);
+  return call.issue(async_op);
+}
+
+std::shared_ptr<Work> gather(Group& group, std::uintptr_t input, std::uintptr_t output,
+                             std::size_t count, DType dtype, int root,
+                             std::vector<std::size_t> output_counts, const py::object& shape,
+                             std::string name, double timeout_s, bool async_op) {
+  Call call(group, Kind::kGather, shape, std::move(name), timeout_s);
+  set_memory(call.operation, input, output, count, dtype);
+  call.operation.root = root;
+  call.operation.output_counts = std::move(output_counts);
+  return call.issue(async_op);
+}
+
+std::shared_ptr<Work> all_to_all(Group& group, std::uintptr_t input, std::uintptr_t output,
+                                 std::size_t count, DType dtype,
+                                 std::vector<std::size_t> input_counts,
+                                 std::vector<std::size_t> output_counts, const py::object& shape,
+                                 std::string name, double timeout_s, bool async_op) {
+  Call call(group, Kind::kAllToAll, shape, std::move(name), timeout_s);
+  set_memory(call.operation, input, output, count, dtype);
+  call.operation.input_counts = std::move(input_counts);
+  call.operation.output_counts = std::move(output_counts);
   return call.issue(async_op);
 }
 
@@ -97,6 +161,17 @@ void bind_group(py::module_& module) {
                                static_cast<py::ssize_t>(buffer.block->bytes()));
       });
 
+  const std::vector<std::size_t> no_counts;
+  const auto input = py::arg("input");
+  const auto output = py::arg("output");
+  const auto count = py::arg("count");
+  const auto dtype = py::arg("dtype");
+  const auto op = py::arg("op");
+  const auto root = py::arg("root");
+  const auto divisor = py::arg("divisor") = 0;
+  const auto prescale = py::arg("prescale") = 1.0;
+  const auto postscale = py::arg("postscale") = 1.0;
+  const auto output_counts = py::arg("output_counts") = no_counts;
   const auto no_shape = py::arg("shape") = py::none();
   const auto no_name = py::arg("name") = "";
   const auto timeout = py::arg("timeout_s") = 0.0;
@@ -109,13 +184,23 @@ void bind_group(py::module_& module) {
       .def_property_readonly(
           "hosts", [](const Group& group) { return group.placement().hosts; },
           "Group ranks of each host: the order in which reductions fold.")
-      .def("all_reduce", &all_reduce, py::arg("input"), py::arg("output"), py::arg("count"),
-           py::arg("dtype"), py::arg("op"), py::kw_only(), py::arg("divisor") = 0, no_shape,
-           no_name, py::arg("algorithm") = Algorithm::kAuto, timeout, async_op)
-      .def("broadcast", &broadcast, py::arg("data"), py::arg("count"), py::arg("dtype"),
-           py::arg("root"), py::kw_only(), no_shape, no_name, timeout, async_op)
-      .def("all_gather", &all_gather, py::arg("input"), py::arg("output"), py::arg("count"),
-           py::arg("dtype"), py::kw_only(), no_shape, no_name, timeout, async_op)
+      .def("all_reduce", &all_reduce, input, output, count, dtype, op, py::kw_only(), divisor,
+           prescale, postscale, py::arg("algorithm") = Algorithm::kAuto, no_shape, no_name, timeout,
+           async_op)
+      .def("reduce", &reduce, input, output, count, dtype, op, root, py::kw_only(), divisor,
+           prescale, postscale, no_shape, no_name, timeout, async_op)
+      .def("reduce_scatter", &reduce_scatter, input, output, count, dtype, op, py::kw_only(),
+           divisor, prescale, postscale, no_shape, no_name, timeout, async_op)
+      .def("broadcast", &from_root<Kind::kBroadcast>, input, output, count, dtype, root,
+           py::kw_only(), no_shape, no_name, timeout, async_op)
+      .def("scatter", &from_root<Kind::kScatter>, input, output, count, dtype, root, py::kw_only(),
+           no_shape, no_name, timeout, async_op)
+      .def("all_gather", &all_gather, input, output, count, dtype, py::kw_only(), output_counts,
+           no_shape, no_name, timeout, async_op)
+      .def("gather", &gather, input, output, count, dtype, root, py::kw_only(), output_counts,
+           no_shape, no_name, timeout, async_op)
+      .def("all_to_all", &all_to_all, input, output, count, dtype, py::kw_only(),
+           py::arg("input_counts") = no_counts, output_counts, no_shape, no_name, timeout, async_op)
       .def("barrier", &barrier, py::kw_only(), timeout, async_op)
       .def(
           "allocate",
@@ -126,6 +211,22 @@ void bind_group(py::module_& module) {
              const py::gil_scoped_release no_gil;
              return group.duplicate(interrupt_check());
            })
+      .def(
+          "new_group",
+          [](Group& group, const std::vector<int>& ranks) {
+            const py::gil_scoped_release no_gil;
+            return group.new_group(ranks, interrupt_check());
+          },
+          py::arg("ranks"),
+          "The group of these of my ranks, in this order; None on the others. All of mine call.")
+      .def(
+          "split",
+          [](Group& group, std::optional<std::int64_t> color, std::int64_t key) {
+            const py::gil_scoped_release no_gil;
+            return group.split(color, key, interrupt_check());
+          },
+          py::arg("color"), py::arg("key") = 0,
+          "One group for each color, ordered by key, then rank; None for color None.")
       .def("abort", &Group::abort, py::arg("reason"), py::call_guard<py::gil_scoped_release>());
 }
 

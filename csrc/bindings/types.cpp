@@ -22,6 +22,13 @@ void bind_types(py::module_& module) {
       .value("BFLOAT16", DType::kBFloat16)
       .value("FLOAT32", DType::kFloat32)
       .value("FLOAT64", DType::kFloat64)
+      .value("COMPLEX64", DType::kComplex64)
+      .value("COMPLEX128", DType::kComplex128)
+      .value("FLOAT8_E4M3FN", DType::kFloat8E4M3Fn)
+      .value("FLOAT8_E4M3FNUZ", DType::kFloat8E4M3Fnuz)
+      .value("FLOAT8_E5M2", DType::kFloat8E5M2)
+      .value("FLOAT8_E5M2FNUZ", DType::kFloat8E5M2Fnuz)
+      .value("FLOAT8_E8M0FNU", DType::kFloat8E8M0Fnu)
       .finalize();
   py::native_enum<ReduceOp>(
       module, "ReduceOp", "enum.Enum",
@@ -32,13 +39,18 @@ void bind_types(py::module_& module) {
       .value("MIN", ReduceOp::kMin)
       .value("MAX", ReduceOp::kMax)
       .value("PROD", ReduceOp::kProd)
+      .value("BAND", ReduceOp::kBand)
+      .value("BOR", ReduceOp::kBor)
+      .value("BXOR", ReduceOp::kBxor)
       .finalize();
   py::native_enum<Algorithm>(module, "Algorithm", "enum.Enum",
-                             "Between hosts: direct exchange keeps the canonical order, the ring "
-                             "folds in a rotated one.")
+                             "Of an all-reduce between hosts. AUTO chooses by cost among those that "
+                             "keep the canonical order: DIRECT and GATHER_FOLD. RING folds in a "
+                             "rotated one.")
       .value("AUTO", Algorithm::kAuto)
       .value("DIRECT", Algorithm::kDirect)
       .value("RING", Algorithm::kRing)
+      .value("GATHER_FOLD", Algorithm::kGatherFold)
       .finalize();
   py::class_<Channel, std::shared_ptr<Channel>>(
       module, "Channel", "Point-to-point messages between hosts; made by pycomm._mpi.");

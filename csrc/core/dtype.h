@@ -17,6 +17,14 @@ enum class DType : std::uint8_t {
   kBFloat16 = 7,
   kFloat32 = 8,
   kFloat64 = 9,
+  kComplex64 = 10,
+  kComplex128 = 11,
+  // Only moved.
+  kFloat8E4M3Fn = 12,
+  kFloat8E4M3Fnuz = 13,
+  kFloat8E5M2 = 14,
+  kFloat8E5M2Fnuz = 15,
+  kFloat8E8M0Fnu = 16,
 };
 
 /// Bytes of one element.
@@ -25,6 +33,11 @@ constexpr std::size_t size_of(DType dtype) {
     case DType::kBool:
     case DType::kUint8:
     case DType::kInt8:
+    case DType::kFloat8E4M3Fn:
+    case DType::kFloat8E4M3Fnuz:
+    case DType::kFloat8E5M2:
+    case DType::kFloat8E5M2Fnuz:
+    case DType::kFloat8E8M0Fnu:
       return 1;
     case DType::kInt16:
     case DType::kFloat16:
@@ -35,7 +48,10 @@ constexpr std::size_t size_of(DType dtype) {
       return 4;
     case DType::kInt64:
     case DType::kFloat64:
+    case DType::kComplex64:
       return 8;
+    case DType::kComplex128:
+      return 16;
   }
   return 0;
 }
@@ -62,11 +78,41 @@ constexpr const char* name_of(DType dtype) {
       return "float32";
     case DType::kFloat64:
       return "float64";
+    case DType::kComplex64:
+      return "complex64";
+    case DType::kComplex128:
+      return "complex128";
+    case DType::kFloat8E4M3Fn:
+      return "float8_e4m3fn";
+    case DType::kFloat8E4M3Fnuz:
+      return "float8_e4m3fnuz";
+    case DType::kFloat8E5M2:
+      return "float8_e5m2";
+    case DType::kFloat8E5M2Fnuz:
+      return "float8_e5m2fnuz";
+    case DType::kFloat8E8M0Fnu:
+      return "float8_e8m0fnu";
   }
   return "unknown dtype";
 }
 
-constexpr bool is_floating(DType dtype) { return dtype >= DType::kFloat16; }
+/// A real floating dtype that reductions know.
+constexpr bool is_floating(DType dtype) {
+  return dtype >= DType::kFloat16 && dtype <= DType::kFloat64;
+}
+
+constexpr bool is_complex(DType dtype) {
+  return dtype == DType::kComplex64 || dtype == DType::kComplex128;
+}
+
+constexpr bool is_float8(DType dtype) { return dtype >= DType::kFloat8E4M3Fn; }
+
+constexpr bool is_integer(DType dtype) {
+  return dtype >= DType::kUint8 && dtype <= DType::kInt64;
+}
+
+/// What a quotient or a factor makes sense for.
+constexpr bool is_scalable(DType dtype) { return is_floating(dtype) || is_complex(dtype); }
 
 /// The type in which a fold of `dtype` is carried: 16-bit floats are summed in float32 and rounded
 /// once at the end, everything else is its own accumulator.

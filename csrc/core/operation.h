@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "core/dtype.h"
 #include "core/reduce_op.h"
@@ -17,10 +18,33 @@ enum class Kind : std::uint8_t {
   kBroadcast = 2,
   kAllGather = 3,
   kShutdown = 4,
+  kReduce = 5,
+  kGather = 6,
+  kScatter = 7,
+  kReduceScatter = 8,
+  kAllToAll = 9,
 };
 
-/// Between hosts; inside one host there is a single all-reduce.
-enum class Algorithm : std::uint8_t { kAuto = 0, kDirect = 1, kRing = 2 };
+constexpr bool reduces(Kind kind) {
+  return kind == Kind::kAllReduce || kind == Kind::kReduce || kind == Kind::kReduceScatter;
+}
+
+/// Of an all-reduce between hosts; inside one host there is a single one.
+enum class Algorithm : std::uint8_t { kAuto = 0, kDirect = 1, kRing = 2, kGatherFold = 3 };
+
+constexpr const char* name_of(Algorithm algorithm) {
+  switch (algorithm) {
+    case Algorithm::kAuto:
+      return "auto";
+    case Algorithm::kDirect:
+      return "direct";
+    case Algorithm::kRing:
+      return "ring";
+    case Algorithm::kGatherFold:
+      return "gather_fold";
+  }
+  return "unknown algorithm";
+}
 
 /// A tensor's shape. Beyond kMaxDims dimensions the last entry is a hash over all that remain.
 struct Shape {
@@ -37,6 +61,21 @@ struct Shape {
 };
 
 /// One collective as a rank asked for it. The memory it names stays valid until the operation ends.
+///
+/// With p ranks and n = `count`, in elements; what a rank does not read or write may be null:
+///
+///   kind             input                    output
+///   kAllReduce       n                        n, may be the input
+///   kReduce          n                        n on the root, may be the input
+///   kBroadcast       n on the root            n, may be the input
+///   kAllGather       n                        p * n, by rank; input may be its own place in it
+///   kGather          n                        p * n on the root; as above
+///   kScatter         p * n on the root        n; output may be its own place in the input
+///   kReduceScatter   p * n                    n; as above
+///   kAllToAll        p * n                    p * n, elsewhere
+///
+/// With `input_counts` or `output_counts` block r has that many elements instead of n, blocks lie
+/// end to end, and `count` is what this rank brings.
 struct Operation {
   Kind kind = Kind::kBarrier;
   DType dtype = DType::kUint8;
@@ -45,11 +84,18 @@ struct Operation {
   int root = 0;
   /// AVG divides by this, once, in the accumulator; 0 stands for the group's size.
   std::int64_t divisor = 0;
-  /// Elements of `input`.
+  /// Every input element is multiplied by this in the accumulator before it is folded, and the
+  /// folded one by `postscale`, after the divisor and before the one rounding.
+  double prescale = 1;
+  double postscale = 1;
   std::size_t count = 0;
   const std::byte* input = nullptr;
-  /// all_gather: size() * count elements. all_reduce and broadcast: count elements, may be `input`.
   std::byte* output = nullptr;
+  /// kAllToAll: elements for each rank; empty: `count` for each.
+  std::vector<std::size_t> input_counts;
+  /// kAllToAll: elements from each rank. kAllGather and kGather: what each rank brings, the same
+  /// on every rank. Empty: `count` from each.
+  std::vector<std::size_t> output_counts;
   Shape shape;
   /// What the user calls it, for errors and signatures: "bucket 3", a parameter. May be empty.
   std::string name;

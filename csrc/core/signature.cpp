@@ -1,6 +1,8 @@
 #include "core/signature.h"
 
 #include <algorithm>
+#include <bit>
+#include <cstdio>
 #include <cstring>
 #include <string_view>
 
@@ -24,6 +26,27 @@ std::uint64_t hash_of(std::string_view text) {
   return state;
 }
 
+/// What must be equal on all ranks of blocks of different lengths: for an all-to-all only that there
+/// are such, since each rank sends and receives others.
+std::uint64_t hash_of_counts(const Operation& operation) {
+  if (operation.input_counts.empty() && operation.output_counts.empty()) return 0;
+  std::uint64_t state = 1;
+  if (operation.kind == Kind::kAllToAll) return state;
+  for (const std::size_t count : operation.output_counts) state = mix(state, count);
+  return state;
+}
+
+bool has_root(Kind kind) {
+  return kind == Kind::kBroadcast || kind == Kind::kReduce || kind == Kind::kGather ||
+         kind == Kind::kScatter;
+}
+
+std::string short_number(double value) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%g", value);
+  return text;
+}
+
 std::string name_of_call(const Signature& signature) {
   const auto end = std::find(signature.name.begin(), signature.name.end(), '\0');
   return {signature.name.begin(), end};
@@ -35,8 +58,11 @@ Signature Signature::of(const Operation& operation, std::uint64_t sequence, std:
   Signature signature;
   signature.sequence = sequence;
   signature.history = history;
-  signature.count = operation.count;
+  signature.counts_hash = hash_of_counts(operation);
+  signature.count = signature.counts_hash == 0 ? operation.count : 0;
   signature.divisor = operation.divisor;
+  signature.prescale = operation.prescale;
+  signature.postscale = operation.postscale;
   signature.root = operation.root;
   signature.kind = operation.kind;
   signature.dtype = operation.dtype;
@@ -55,7 +81,8 @@ Signature Signature::of(const Operation& operation, std::uint64_t sequence, std:
 std::uint64_t Signature::hash() const {
   std::uint64_t state = mix(0x2545F4914F6CDD1Du, sequence);
   for (const std::uint64_t word :
-       {history, count, static_cast<std::uint64_t>(divisor), name_hash,
+       {history, count, static_cast<std::uint64_t>(divisor), std::bit_cast<std::uint64_t>(prescale),
+        std::bit_cast<std::uint64_t>(postscale), counts_hash, name_hash,
         static_cast<std::uint64_t>(root) << 40 | static_cast<std::uint64_t>(kind) << 32 |
             static_cast<std::uint64_t>(dtype) << 24 | static_cast<std::uint64_t>(op) << 16 |
             static_cast<std::uint64_t>(algorithm) << 8 | static_cast<std::uint8_t>(dim_count)}) {
@@ -72,7 +99,8 @@ std::string Signature::describe() const {
   const std::string given = name_of_call(*this);
   if (!given.empty()) text += " '" + given + "'";
   if (kind == Kind::kBarrier || kind == Kind::kShutdown) return text;
-  text += " of " + std::to_string(count) + " " + name_of(dtype);
+  text += counts_hash == 0 ? " of " + std::to_string(count) : " of blocks of different lengths of";
+  text += std::string(" ") + name_of(dtype);
   if (dim_count >= 0) {
     text += ", shape (";
     const bool cut = dim_count > Shape::kMaxDims;  // the last entry then stands for several
@@ -81,14 +109,14 @@ std::string Signature::describe() const {
     }
     text += dim_count == 1 ? ",)" : cut ? ", ...)" : ")";
   }
-  if (kind == Kind::kAllReduce) {
+  if (reduces(kind)) {
     text += std::string(", ") + name_of(op);
     if (divisor > 1) text += " divided by " + std::to_string(divisor);
-    if (algorithm != Algorithm::kAuto) {
-      text += algorithm == Algorithm::kRing ? ", ring" : ", direct exchange";
-    }
+    if (prescale != 1) text += ", inputs times " + short_number(prescale);
+    if (postscale != 1) text += ", result times " + short_number(postscale);
+    if (algorithm != Algorithm::kAuto) text += std::string(", ") + name_of(algorithm);
   }
-  if (kind == Kind::kBroadcast) text += ", root " + std::to_string(root);
+  if (has_root(kind)) text += ", root " + std::to_string(root);
   return text;
 }
 

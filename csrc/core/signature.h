@@ -18,6 +18,10 @@ struct Signature {
   std::uint64_t history = 0;
   std::uint64_t count = 0;
   std::int64_t divisor = 0;
+  double prescale = 1;
+  double postscale = 1;
+  /// Over what each rank brings, where that differs; 0: the same.
+  std::uint64_t counts_hash = 0;
   std::array<std::int64_t, Shape::kMaxDims> dims{};
   /// Over the whole name, of which `name` shows the beginning.
   std::uint64_t name_hash = 0;
@@ -38,7 +42,7 @@ struct Signature {
   std::string describe() const;
 };
 
-static_assert(sizeof(Signature) == 8 * 13 + 4 + 5 + Signature::kMaxName, "no padding");
+static_assert(sizeof(Signature) == 8 * 16 + 4 + 5 + Signature::kMaxName, "no padding");
 
 constexpr const char* name_of(Kind kind) {
   switch (kind) {
@@ -52,6 +56,16 @@ constexpr const char* name_of(Kind kind) {
       return "all_gather";
     case Kind::kShutdown:
       return "shutdown";
+    case Kind::kReduce:
+      return "reduce";
+    case Kind::kGather:
+      return "gather";
+    case Kind::kScatter:
+      return "scatter";
+    case Kind::kReduceScatter:
+      return "reduce_scatter";
+    case Kind::kAllToAll:
+      return "all_to_all";
   }
   return "unknown operation";
 }

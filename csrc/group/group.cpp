@@ -107,19 +107,23 @@ void Group::prepare(Operation& operation) const {
   }
   const std::string where =
       std::string(name_of(operation.kind)) + " on rank " + std::to_string(rank()) + ": ";
-  if (operation.kind == Kind::kBroadcast && (operation.root < 0 || operation.root >= size())) {
+  if (operation.root < 0 || operation.root >= size()) {
     throw InvalidArgumentError(where + "root is " + std::to_string(operation.root) +
                                ", the group has ranks 0 to " + std::to_string(size() - 1) + ".");
   }
-  if (operation.kind == Kind::kAllReduce) {
+  if (reduces(operation.kind)) {
     if (!can_reduce(operation.dtype, operation.op)) {
       throw InvalidArgumentError(where + "dtype " + name_of(operation.dtype) +
                                  " cannot be reduced with " + name_of(operation.op) + ".");
     }
     if (operation.op == ReduceOp::kAvg && operation.divisor == 0) operation.divisor = size();
-    if (operation.divisor < 0 || (operation.divisor > 1 && !is_floating(operation.dtype))) {
+    if (operation.divisor < 0 || (operation.divisor > 1 && !is_scalable(operation.dtype))) {
       throw InvalidArgumentError(where + "divisor " + std::to_string(operation.divisor) +
-                                 " needs a floating dtype and must be positive.");
+                                 " needs a floating or complex dtype and must be positive.");
+    }
+    if ((operation.prescale != 1 || operation.postscale != 1) && !is_scalable(operation.dtype)) {
+      throw InvalidArgumentError(where + "a factor needs a floating or complex dtype, and this is " +
+                                 name_of(operation.dtype) + ".");
     }
   }
   if (operation.timeout_s <= 0) operation.timeout_s = process_->options.timeout_s;

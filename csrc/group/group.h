@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -66,6 +67,17 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   /// A group of the same ranks with a queue and memory of its own. Collective; a process makes one
   /// group at a time.
   std::shared_ptr<Group> duplicate(const InterruptCheck& check_interrupt);
+
+  /// The group of `ranks` (group ranks of this one, in the order they get there); null on the other
+  /// ranks. Collective over all of this group, with the same `ranks` everywhere.
+  /// @throws InvalidArgumentError  no rank, one twice, or one that is not in this group.
+  std::shared_ptr<Group> new_group(const std::vector<int>& ranks,
+                                   const InterruptCheck& check_interrupt);
+
+  /// One group for each color, its ranks ordered by key, then by rank here; null without a color.
+  /// Collective over all of this group.
+  std::shared_ptr<Group> split(std::optional<std::int64_t> color, std::int64_t key,
+                               const InterruptCheck& check_interrupt);
 
   /// Finish the group: this and every other member's pending and later calls raise PeerLostError
   /// with `reason`.

@@ -9,8 +9,8 @@
 
 namespace pycomm {
 
-/// What a fold does: `destination[i] = round(op(... op(sources[0][i], sources[1][i]) ...) /
-/// divisor)`.
+/// What a fold does: `destination[i] = round(op(... op(prescale * sources[0][i], prescale *
+/// sources[1][i]) ...) / divisor * postscale)`.
 struct FoldSpec {
   DType source_dtype;
   /// `source_dtype`, or its accumulator (a host's partial sum), or, when `source_dtype` is an
@@ -18,8 +18,14 @@ struct FoldSpec {
   DType destination_dtype;
   /// kAvg folds like kSum; the division is by `divisor` alone.
   ReduceOp op = ReduceOp::kSum;
-  /// Divides once, in the accumulator, after the last source. 1 divides nothing. Floats only.
+  /// Divides once, in the accumulator, after the last source. 1 divides nothing. Floating and
+  /// complex dtypes only, as are factors other than 1.
   std::int64_t divisor = 1;
+  /// Multiplies every source element as it is read. A factor is first rounded to the accumulator's
+  /// type.
+  double prescale = 1;
+  /// Multiplies the quotient.
+  double postscale = 1;
 };
 
 /// Fold `count` elements of k sources, strictly in the order given, into `destination`.

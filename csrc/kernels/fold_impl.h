@@ -465,6 +465,8 @@ void run_op(const FoldCall& call) {
       return run_loop<Source, Destination, Maximum>(call);
     case ReduceOp::kProd:
       return run_loop<Source, Destination, Product>(call);
+    default:
+      return;
   }
 }
 
@@ -498,6 +500,8 @@ void PYCOMM_FOLD_FUNCTION(const FoldCall& call) {
       return run_op<Float32>(call);
     case DType::kFloat64:
       return run_op<Same<Float64Accumulator>>(call);
+    default:
+      return;
   }
 }
 

@@ -1,0 +1,11 @@
+#pragma once
+
+#include "collectives/context.h"
+#include "core/operation.h"
+#include "core/task.h"
+
+namespace pycomm {
+
+Task<> reduce_scatter(Context& context, const Operation& operation);
+
+}  // namespace pycomm
