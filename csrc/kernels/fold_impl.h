@@ -37,11 +37,12 @@ constexpr std::size_t kPairTileVectors = kVectorBytes > 32 ? 128 / kVectorBytes 
 /// Sources are prefetched this far ahead, never beyond their end: there the next rank's part
 /// begins. Two sources that two cores have just written, folded into both (two cores of a Xeon of
 /// 2023): float32 4 to 12 %, bfloat16 and AVX2 9 to 50 % faster from 64 KiB to 2 MiB; at 32 KiB and
-/// from 16 MiB on no slower. Asking for ownership at once (prefetchw) took up to a quarter longer;
+/// 16 MiB no slower. Asking for ownership at once (prefetchw) took up to a quarter longer;
 /// streaming stores took four times as long up to 4 MiB and 1.4 times at 64 MiB.
 /// Of many streams the processor loses track: 16 bfloat16 sources of 4 MiB became 1.3 to 1.8 times
 /// as fast. With 4 sources in a near cache it would cost a tenth.
-constexpr std::size_t kPrefetchBytes = 1536;
+constexpr std::size_t kPairPrefetchBytes = 1536;
+constexpr std::size_t kPrefetchBytes = 1024;
 constexpr std::size_t kPrefetchSources = 8;
 constexpr std::size_t kCacheLineBytes = 64;
 
@@ -440,7 +441,8 @@ class Loop {
   static constexpr std::size_t kLanes = Accumulator::kLanes;
   static constexpr std::size_t kVectors = source_constant == 2 ? kPairTileVectors : kTileVectors;
   static constexpr std::size_t kTile = kVectors * kLanes;
-  static constexpr std::size_t kAhead = kPrefetchBytes / Source::kElementBytes;
+  static constexpr std::size_t kAhead =
+      (source_constant == 2 ? kPairPrefetchBytes : kPrefetchBytes) / Source::kElementBytes;
 
   explicit PYCOMM_INLINE Loop(const FoldCall& call)
       : sources_(call.sources),
