@@ -24,15 +24,15 @@ Range part_of(const Context& context, const Operation& operation, std::size_t co
 }
 
 /// Fold this rank's part of the buffers where they lie.
-void fold_in_place(const Context& context, const Operation& operation) {
+void fold_in_place(Context& context, const Operation& operation) {
   const Range part = part_of(context, operation, operation.count);
-  std::vector<std::byte*> buffers;
   for (int peer = 0; peer < context.window.local_size(); ++peer) {
-    buffers.push_back(context.window.announced_buffer(peer, context.sequence) +
-                      part.begin * size_of(operation.dtype));
+    const auto at = static_cast<std::size_t>(peer);
+    context.destinations[at] = context.window.announced_buffer(peer, context.sequence) +
+                               part.begin * size_of(operation.dtype);
+    context.sources[at] = context.destinations[at];
   }
-  const std::vector<const std::byte*> sources(buffers.begin(), buffers.end());
-  fold_to_all(fold_spec(operation), buffers, sources, part.count());
+  fold_to_all(fold_spec(operation), context.destinations, context.sources, part.count());
 }
 
 /// One operation's way through the staging slots.
@@ -76,14 +76,13 @@ class StagedAllReduce {
   void fold_part(std::size_t i) {
     const int me = context_.window.local_rank();
     const Range mine = part(me, i);
-    std::vector<const std::byte*> sources;
     for (int peer = 0; peer < context_.window.local_size(); ++peer) {
-      sources.push_back(slot(peer, i) + mine.begin * element_);
+      context_.sources[static_cast<std::size_t>(peer)] = slot(peer, i) + mine.begin * element_;
     }
     std::byte* const destinations[] = {
         slot(me, i) + mine.begin * element_,
         operation_.output + (piece(i).begin + mine.begin) * element_};
-    fold_to_all(fold_spec(operation_), destinations, sources, mine.count());
+    fold_to_all(fold_spec(operation_), destinations, context_.sources, mine.count());
   }
 
   void copy_out(std::size_t i) {
@@ -105,11 +104,11 @@ class StagedAllReduce {
 
 void all_reduce_announced(Context& context, const Operation& operation) {
   const std::size_t bytes = operation.count * size_of(operation.dtype);
-  std::vector<const std::byte*> sources;
   for (int peer = 0; peer < context.window.local_size(); ++peer) {
-    sources.push_back(context.window.announced_payload(peer, context.sequence, bytes));
+    context.sources[static_cast<std::size_t>(peer)] =
+        context.window.announced_payload(peer, context.sequence, bytes);
   }
-  fold(fold_spec(operation), operation.output, sources, operation.count);
+  fold(fold_spec(operation), operation.output, context.sources, operation.count);
 }
 
 Task<> all_reduce_window(Context& context, const Operation& operation) {
