@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from pycomm import tensor_calls
 from pycomm._core import Group, ReduceOp
 from pycomm.arguments import (
     memory_order,
@@ -125,6 +126,8 @@ def all_reduce_(
     """
     if group is None:
         group = world_group()
+    if timeout_s is None and not async_op and tensor_calls.all_reduce_(group, t, op):
+        return None
     dtype = reducible("all_reduce_", t, op, group)
     writable("all_reduce_", "t", t, group)
     address = t.data_ptr()
