@@ -4,8 +4,9 @@ import torch
 
 from pycomm import _core
 
-# all_reduce_(group, t, op): False, and nothing done, unless `t` needs no preparation.
-all_reduce_ = _core.tensor_all_reduce_(
+# all_reduce(group, input, output, op), where both tensors may be the same: False, and nothing done,
+# unless they need no preparation.
+all_reduce = _core.tensor_all_reduce(
     torch.Tensor,
     torch.Tensor.is_neg,
     torch._C._increment_version,

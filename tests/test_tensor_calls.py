@@ -13,6 +13,10 @@ class Subclass(torch.Tensor):
     pass
 
 
+def in_place(group, t, op):
+    return tensor_calls.all_reduce(group, t, t, op)
+
+
 def negated_view():
     return torch.ones(1, dtype=torch.complex64).conj().imag
 
@@ -45,18 +49,16 @@ def only_with_the_exchange_api():
 def test_unusual_tensors_are_left_alone(make):
     def body(group):
         t = make()
-        assert tensor_calls.all_reduce_(group, t, ReduceOp.SUM) is False
+        assert in_place(group, t, ReduceOp.SUM) is False
 
     run_ranks(1, body)
 
 
 def test_unusual_arguments_are_left_alone():
     def body(group):
-        assert tensor_calls.all_reduce_(group, torch.ones(3), "sum") is False
-        assert tensor_calls.all_reduce_(group, torch.ones(3, dtype=torch.int32), ReduceOp.AVG) is (
-            False
-        )
-        assert tensor_calls.all_reduce_("world", torch.ones(3), ReduceOp.SUM) is False
+        assert in_place(group, torch.ones(3), "sum") is False
+        assert in_place(group, torch.ones(3, dtype=torch.int32), ReduceOp.AVG) is (False)
+        assert in_place("world", torch.ones(3), ReduceOp.SUM) is False
 
     run_ranks(1, body)
 
@@ -67,7 +69,7 @@ def test_both_ways_make_the_same_call(dtype, shape):
     def body(group):
         t = torch.full(shape, group.rank + 1).to(dtype)
         if group.rank == 0:
-            assert tensor_calls.all_reduce_(group, t, ReduceOp.MAX)
+            assert in_place(group, t, ReduceOp.MAX)
         else:
             all_reduce_(t, ReduceOp.MAX, group=group, timeout_s=60)  # which takes the long way
         assert torch.equal(t, torch.full(shape, 3).to(dtype))
@@ -95,8 +97,25 @@ def test_a_view_is_reduced_where_it_lies():
         base = torch.zeros(10)
         view = base[2:5]
         view.fill_(group.rank + 1)
-        assert tensor_calls.all_reduce_(group, view, ReduceOp.SUM)
+        assert in_place(group, view, ReduceOp.SUM)
         assert base.tolist() == [0, 0, 3, 3, 3, 0, 0, 0, 0, 0]
+
+    run_ranks(2, body)
+
+
+def test_into_another_tensor():
+    def body(group):
+        t, result = torch.full((3,), group.rank + 1.0), torch.zeros(3)
+        assert tensor_calls.all_reduce(group, t, result, ReduceOp.SUM)
+        assert t.tolist() == [group.rank + 1.0] * 3
+        assert result.tolist() == [3.0] * 3
+        for unlike in (
+            torch.zeros(4),
+            torch.zeros(3, 1),
+            torch.zeros(6)[::2],
+            torch.zeros(3).int(),
+        ):
+            assert tensor_calls.all_reduce(group, t, unlike, ReduceOp.SUM) is False
 
     run_ranks(2, body)
 
@@ -104,7 +123,7 @@ def test_a_view_is_reduced_where_it_lies():
 def test_errors_come_through():
     def body(group):
         t = torch.ones(3 + group.rank)
-        tensor_calls.all_reduce_(group, t, ReduceOp.SUM)
+        in_place(group, t, ReduceOp.SUM)
 
     with pytest.raises(RankError) as caught:
         run_ranks(2, body)

@@ -81,17 +81,27 @@ class TensorCalls {
     if (api != nullptr) read_ = api->tensor_from_py_object_no_sync;
   }
 
-  /// All-reduce `t` in place.
-  bool all_reduce(Group& group, py::handle t, py::handle op) const {
+  /// All-reduce `input` into `output`, which may be the same tensor.
+  bool all_reduce(Group& group, py::handle input, py::handle output, py::handle op) const {
     Operation operation;
     operation.kind = Kind::kAllReduce;
-    if (!find_op(op, operation.op) || !set_memory(operation, t)) return false;
+    if (!find_op(op, operation.op) || !set_memory(operation, input)) return false;
+    if (!output.is(input)) {
+      Operation written;
+      written.op = operation.op;
+      if (!set_memory(written, output) || written.dtype != operation.dtype ||
+          written.shape.count != operation.shape.count ||
+          written.shape.dims != operation.shape.dims) {
+        return false;
+      }
+      operation.output = written.output;
+    }
     // The lock is kept while the operation may end at once: giving it back and taking it again
     // costs as much as a cache line's way.
     std::optional<py::gil_scoped_release> no_gil;
     group.run(std::move(operation), interrupt_check(), [&no_gil] { no_gil.emplace(); });
     no_gil.reset();
-    note_change(t);
+    note_change(output);
     return true;
   }
 
@@ -156,18 +166,18 @@ class TensorCalls {
 
 constexpr const char* kCapsule = "pycomm.TensorCalls";
 
-/// all_reduce_(group, t, op) -> bool, as CPython calls it; `self` is the TensorCalls.
+/// all_reduce(group, input, output, op) -> bool, as CPython calls it; `self` is the TensorCalls.
 PyObject* call_all_reduce(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   try {
     const auto* calls = static_cast<const TensorCalls*>(PyCapsule_GetPointer(self, kCapsule));
     if (calls == nullptr) return nullptr;
-    if (count != 3) {
-      PyErr_SetString(PyExc_TypeError, "all_reduce_(group, t, op) takes three arguments");
+    if (count != 4) {
+      PyErr_SetString(PyExc_TypeError, "all_reduce(group, input, output, op) takes four arguments");
       return nullptr;
     }
     py::detail::make_caster<Group> group;
     if (!group.load(args[0], /*convert=*/false)) Py_RETURN_FALSE;
-    return py::bool_(calls->all_reduce(group, args[1], args[2])).release().ptr();
+    return py::bool_(calls->all_reduce(group, args[1], args[2], args[3])).release().ptr();
   } catch (...) {
     set_python_error();
     return nullptr;
@@ -175,16 +185,16 @@ PyObject* call_all_reduce(PyObject* self, PyObject* const* args, Py_ssize_t coun
 }
 
 PyMethodDef all_reduce_method = {
-    "all_reduce_", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call_all_reduce)),
+    "all_reduce", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call_all_reduce)),
     METH_FASTCALL,
-    "all_reduce_(group, t, op) -> bool: all-reduce t in place; False, having done nothing, if it "
-    "is not of the ordinary kind."};
+    "all_reduce(group, input, output, op) -> bool: all-reduce input into output, which may be the "
+    "same tensor; False, having done nothing, if one of them is not of the ordinary kind."};
 
 }  // namespace
 
 void bind_tensor_calls(py::module_& module) {
   module.def(
-      "tensor_all_reduce_",
+      "tensor_all_reduce",
       [](const py::type& tensor_type, py::object is_neg, py::object increment_version) {
         const py::capsule calls(
             new TensorCalls(tensor_type, std::move(is_neg), std::move(increment_version)), kCapsule,
@@ -194,8 +204,8 @@ void bind_tensor_calls(py::module_& module) {
         return py::reinterpret_steal<py::object>(PyCFunction_New(&all_reduce_method, calls.ptr()));
       },
       py::arg("tensor_type"), py::arg("is_neg"), py::arg("increment_version"),
-      "A function all_reduce_(group, t, op) that does in one call what an ordinary tensor needs; "
-      "False, having done nothing, for all others.");
+      "A function all_reduce(group, input, output, op) that does in one call what ordinary tensors "
+      "need; False, having done nothing, for all others.");
 }
 
 }  // namespace pycomm
