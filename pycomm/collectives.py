@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from pycomm import tensor_calls
 from pycomm._core import Group, ReduceOp
 from pycomm.arguments import (
     memory_order,
@@ -71,6 +72,10 @@ def all_reduce(
     """
     if group is None:
         group = world_group()
+    if timeout_s is None and not async_op and type(t) is Tensor and not t.requires_grad:
+        like_t = torch.empty_like(t)
+        if tensor_calls.all_reduce(group, t, like_t, op):
+            return like_t
     dtype = reducible("all_reduce", t, op, group)
     if t.requires_grad and torch.is_grad_enabled():
         if async_op or op not in (ReduceOp.SUM, ReduceOp.AVG):
@@ -125,6 +130,8 @@ def all_reduce_(
     """
     if group is None:
         group = world_group()
+    if timeout_s is None and not async_op and tensor_calls.all_reduce(group, t, t, op):
+        return None
     dtype = reducible("all_reduce_", t, op, group)
     writable("all_reduce_", "t", t, group)
     address = t.data_ptr()
@@ -362,6 +369,9 @@ def barrier(
     """
     if group is None:
         group = world_group()
+    if timeout_s is None and not async_op:
+        group.barrier()
+        return None
     work = group.barrier(timeout_s=seconds("barrier", timeout_s, group), async_op=async_op)
     return None if work is None else Work(work, None, _nothing)
 

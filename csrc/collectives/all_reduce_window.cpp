@@ -23,15 +23,16 @@ Range part_of(const Context& context, const Operation& operation, std::size_t co
 }
 
 /// Fold this rank's part of the buffers where they lie.
-void fold_in_place(const Context& context, const Operation& operation) {
+void fold_in_place(Context& context, const Operation& operation) {
   const Range part = part_of(context, operation, operation.count);
-  std::vector<std::byte*> buffers;
   for (int peer = 0; peer < context.window.local_size(); ++peer) {
-    buffers.push_back(context.window.announced_buffer(peer, context.sequence) +
-                      part.begin * size_of(operation.dtype));
+    const auto at = static_cast<std::size_t>(peer);
+    context.destinations[at] = context.window.announced_buffer(peer, context.sequence) +
+                               part.begin * size_of(operation.dtype);
+    context.sources[at] = context.destinations[at];
   }
-  const std::vector<const std::byte*> sources(buffers.begin(), buffers.end());
-  fold_to_all(FoldSpecs::of(operation, context.placement).whole, buffers, sources, part.count());
+  fold_to_all(FoldSpecs::of(operation, context.placement).whole, context.destinations,
+              context.sources, part.count());
 }
 
 bool all_in_arena(const Context& context) {
@@ -148,11 +149,11 @@ class StagedReduction {
 
 void all_reduce_announced(Context& context, const Operation& operation) {
   const std::size_t bytes = operation.count * size_of(operation.dtype);
-  std::vector<const std::byte*> sources;
   for (int peer = 0; peer < context.window.local_size(); ++peer) {
-    sources.push_back(context.window.announced_payload(peer, context.sequence, bytes));
+    context.sources[static_cast<std::size_t>(peer)] =
+        context.window.announced_payload(peer, context.sequence, bytes);
   }
-  fold(FoldSpecs::of(operation, context.placement).whole, operation.output, sources,
+  fold(FoldSpecs::of(operation, context.placement).whole, operation.output, context.sources,
        operation.count);
 }
 

@@ -62,7 +62,14 @@ struct Context {
   Staging staging;
   int rank;
   std::uint64_t sequence = 0;  // of the current operation
-  std::uint64_t history = 0;   // hash over all earlier ones
+  /// The last operation this rank has announced: the current one, or the one before it.
+  std::uint64_t announced = 0;
+  std::uint64_t history = 0;  // hash over all announced ones
+  /// Room for a pointer to each local rank's memory, so that no operation need allocate.
+  std::vector<const std::byte*> sources =
+      std::vector<const std::byte*>(static_cast<std::size_t>(window.local_size()));
+  std::vector<std::byte*> destinations =
+      std::vector<std::byte*>(static_cast<std::size_t>(window.local_size()));
 
   int size() const { return static_cast<int>(world_ranks.size()); }
   int host() const { return placement.host_of[static_cast<std::size_t>(rank)]; }

@@ -64,12 +64,17 @@ Task<> agree_between_hosts(Context& context) {
 
 }  // namespace
 
+void announce(Context& context, const Operation& operation, std::uint64_t buffer_offset,
+              std::span<const std::byte> payload) {
+  context.window.check_notices();  // who comes late to a finished group must not get a result
+  // The next operation's history is this one's hash, which contains the history before it.
+  context.history = context.window.announce(operation, ++context.announced, context.history,
+                                            buffer_offset, payload.data(), payload.size());
+}
+
 Task<> open_operation(Context& context, const Operation& operation, std::uint64_t buffer_offset,
                       std::span<const std::byte> payload) {
-  context.window.check_notices();  // who comes late to a finished group must not get a result
-  const Signature signature = Signature::of(operation, context.sequence, context.history);
-  context.history = signature.hash();  // the signature contains the history before it
-  context.window.announce(signature, buffer_offset, payload.data(), payload.size());
+  if (context.announced < context.sequence) announce(context, operation, buffer_offset, payload);
   const bool one_host = context.host_count() == 1;
   Window::AllAnnounced announced(context.window, context.sequence, /*compare=*/one_host);
   co_await until(announced);
