@@ -84,7 +84,7 @@ def canonical_fold(inputs, hosts, op):
 
 
 def bits(t):
-    return t.contiguous().reshape(-1).view(torch.uint8).tolist()
+    return t.resolve_conj().contiguous().reshape(-1).view(torch.uint8).tolist()
 
 
 def assert_same_bits(actual, expected, what=""):
