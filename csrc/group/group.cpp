@@ -44,8 +44,13 @@ std::shared_ptr<Group> Group::create(
     const std::function<std::vector<GroupRecord>(const GroupRecord&)>& gather) {
   Placement placement = placement_of(*process, ranks);
   const std::size_t staging_bytes = process->options.staging.bytes(placement.host_count());
-  const auto memory = process->allocate(kPageBytes + staging_bytes);
+  const auto member = static_cast<std::size_t>(
+      std::find(ranks.begin(), ranks.end(), process->rank) - ranks.begin());
+  const auto& locals = placement.hosts[static_cast<std::size_t>(placement.host_of[member])];
+  const auto local_size = static_cast<int>(locals.size());
+  const auto memory = process->allocate(kPageBytes + staging_bytes + PostOffice::bytes(local_size));
   new (memory->data()) GroupPage();
+  PostOffice::prepare_memory(memory->data() + kPageBytes + staging_bytes, local_size);
   std::vector<GroupRecord> records;
   std::int64_t tag = 0;
   {
@@ -57,14 +62,11 @@ std::shared_ptr<Group> Group::create(
       throw;
     }
     for (const GroupRecord& record : records) tag = std::max(tag, record.free_tag);
-    process->free_tag = tag + 1;
+    process->free_tag = tag + kTagsOfAGroup;
   }
 
-  const auto member = static_cast<std::size_t>(
-      std::find(ranks.begin(), ranks.end(), process->rank) - ranks.begin());
   std::vector<Window::Peer> peers;
-  for (const int group_rank :
-       placement.hosts[static_cast<std::size_t>(placement.host_of[member])]) {
+  for (const int group_rank : locals) {
     const auto at = static_cast<std::size_t>(group_rank);
     const int local = process->placement.local_rank_of[static_cast<std::size_t>(ranks[at])];
     const Arena& arena = *process->local_arenas[static_cast<std::size_t>(local)];
@@ -122,7 +124,8 @@ void Group::prepare(Operation& operation) const {
                                  " needs a floating or complex dtype and must be positive.");
     }
     if ((operation.prescale != 1 || operation.postscale != 1) && !is_scalable(operation.dtype)) {
-      throw InvalidArgumentError(where + "a factor needs a floating or complex dtype, and this is " +
+      throw InvalidArgumentError(where +
+                                 "a factor needs a floating or complex dtype, and this is " +
                                  name_of(operation.dtype) + ".");
     }
   }
@@ -328,20 +331,6 @@ void Group::quarantine(std::shared_ptr<ArenaBlock> memory) {
 }
 
 std::shared_ptr<ArenaBlock> Group::allocate(std::size_t bytes) { return process_->allocate(bytes); }
-
-std::shared_ptr<Group> Group::duplicate(const InterruptCheck& check_interrupt) {
-  return create(process_, ranks_, [&](const GroupRecord& mine) {
-    std::vector<GroupRecord> records(ranks_.size());
-    Operation operation;
-    operation.kind = Kind::kAllGather;
-    operation.count = sizeof(GroupRecord);
-    operation.input = reinterpret_cast<const std::byte*>(&mine);
-    operation.output = reinterpret_cast<std::byte*>(records.data());
-    operation.name = "new group";
-    run(std::move(operation), check_interrupt);
-    return records;
-  });
-}
 
 void Group::abort(const std::string& reason) {
   if (in_forked_child()) return;
