@@ -21,9 +21,21 @@ from pycomm.errors import (
     NotInitializedError,
     PeerLostError,
 )
+from pycomm.groups import new_group
 from pycomm.join import join
+from pycomm.mesh import Mesh
 from pycomm.objects import all_gather_object, broadcast_object
 from pycomm.optimizer import DistributedOptimizer
+from pycomm.point_to_point import (
+    P2POp,
+    batch_isend_irecv,
+    irecv,
+    isend,
+    recv,
+    recv_object,
+    send,
+    send_object,
+)
 from pycomm.runtime import (
     host_rank,
     host_size,
@@ -45,8 +57,10 @@ __all__ = [
     "DistributedOptimizer",
     "Group",
     "InvalidArgumentError",
+    "Mesh",
     "MismatchError",
     "NotInitializedError",
+    "P2POp",
     "PeerLostError",
     "ReduceOp",
     "Work",
@@ -56,6 +70,7 @@ __all__ = [
     "all_reduce",
     "all_reduce_",
     "barrier",
+    "batch_isend_irecv",
     "broadcast",
     "broadcast_",
     "broadcast_object",
@@ -65,11 +80,18 @@ __all__ = [
     "host_size",
     "hosts",
     "init",
+    "irecv",
     "is_initialized",
+    "isend",
     "join",
     "local_rank",
     "local_size",
+    "new_group",
     "rank",
+    "recv",
+    "recv_object",
+    "send",
+    "send_object",
     "shutdown",
     "size",
 ]

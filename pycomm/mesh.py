@@ -40,7 +40,7 @@ class MeshLayout:
         return {axis: coordinate[axis] for axis in self.shape}
 
     def ranks(self, axes: Sequence[str], rank: int) -> list[int]:
-        """The ranks that differ from ``rank`` at most on ``axes``, row-major in the mesh's order."""
+        """The ranks that differ from ``rank`` at most on ``axes``, row-major."""
         here = self.coordinate(rank)
         fixed = [axis for axis in self.shape if axis not in axes]
         return [
@@ -136,7 +136,11 @@ def _complete(axes: Mapping[str, int], ranks: int) -> dict[str, int]:
     if not axes:
         raise InvalidArgumentError('no axes.\n  Pass at least one, such as {"dp": -1}.')
     for axis, length in axes.items():
-        if not isinstance(axis, str) or not isinstance(length, int) or (length < 1 and length != -1):
+        if (
+            not isinstance(axis, str)
+            or not isinstance(length, int)
+            or (length < 1 and length != -1)
+        ):
             raise InvalidArgumentError(
                 f"axis {axis!r} has length {length!r}.\n"
                 "  Pass names with positive lengths; one may be -1, the rest."
@@ -144,7 +148,8 @@ def _complete(axes: Mapping[str, int], ranks: int) -> dict[str, int]:
     open_axes = [axis for axis, length in axes.items() if length == -1]
     if len(open_axes) > 1:
         raise InvalidArgumentError(
-            f"axes {open_axes} are all -1, and only one can be the rest.\n  Give the others a length."
+            f"axes {open_axes} are all -1, and only one can be the rest.\n"
+            "  Give the others a length."
         )
     known = math.prod(length for length in axes.values() if length != -1)
     if open_axes and ranks % known == 0:
