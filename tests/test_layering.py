@@ -22,7 +22,7 @@ CSRC_LAYERS = [
 PYTHON_LAYERS = [
     {"errors", "_core"},
     {"launch", "mpi_library", "failure", "work", "arguments"},
-    {"rendezvous"},
+    {"memory", "rendezvous"},
     {"runtime"},
     {"collectives", "point_to_point", "groups", "mesh"},
     {"objects"},
@@ -33,6 +33,14 @@ PYTHON_LAYERS = [
     {"__init__"},
     {"cli"},
     {"__main__"},
+]
+
+# Within pycomm/collectives, likewise.
+COLLECTIVES_LAYERS = [
+    {"autograd"},
+    {"all_reduce", "all_to_all", "barrier", "broadcast_reduce", "gather_scatter", "shards"},
+    {"grouped", "lists"},
+    {"__init__"},
 ]
 
 
@@ -85,3 +93,12 @@ def test_python_imports_point_down() -> None:
                 continue
             assert name in level, f"{path} imports pycomm.{name}"
             assert level[name] < level[module], f"{path} imports pycomm.{name}, which lies above it"
+
+
+def test_collectives_import_downward() -> None:
+    level = {name: i for i, names in enumerate(COLLECTIVES_LAYERS) for name in names}
+    for path in sorted((ROOT / "pycomm" / "collectives").glob("*.py")):
+        assert path.stem in level, f"{path}: give the module its place in COLLECTIVES_LAYERS"
+        for name in re.findall(r"^from pycomm\.collectives\.(\w+) import", path.read_text(), re.M):
+            assert level[name] < level[path.stem], f"{path} imports {name}, which lies above it"
+        assert "from pycomm.collectives import" not in path.read_text(), path
