@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from pycomm._core import DType, Group
-from pycomm.arguments import movable, refuse, seconds, writable
+from pycomm.arguments import movable, refuse, seconds
 from pycomm.errors import InvalidArgumentError
+from pycomm.memory import dense, writable
 from pycomm.runtime import world_group
 from pycomm.work import Work
 
@@ -51,7 +52,7 @@ def send(
     if group is None:
         group = world_group()
     dtype = movable("send", "tensor", tensor, group)
-    memory = _contiguous(tensor)
+    memory = dense(tensor)
     group.send(
         memory.data_ptr(),
         tensor.numel(),
@@ -114,7 +115,7 @@ def isend(
     if group is None:
         group = world_group()
     dtype = movable("isend", "tensor", tensor, group)
-    memory = _contiguous(tensor)
+    memory = dense(tensor)
     work = group.isend(
         memory.data_ptr(),
         tensor.numel(),
@@ -246,7 +247,7 @@ def recv_object(
     payload = torch.empty(int(length), dtype=torch.uint8)
     recv(payload, source, tag=tag, group=group, timeout_s=timeout_s)
     try:
-        return pickle.loads(payload.numpy()), source
+        return pickle.loads(payload.numpy().tobytes()), source
     except Exception as mistake:
         raise InvalidArgumentError(
             f"recv_object on rank {group.rank}: cannot unpickle what rank {source} sent: "
@@ -256,11 +257,6 @@ def recv_object(
 
 def _nothing() -> None:
     pass
-
-
-def _contiguous(tensor: Tensor) -> Tensor:
-    """The tensor's elements in row-major memory: its own where they lie so already."""
-    return tensor.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def _incoming(call: str, tensor: Tensor, group: Group) -> DType:

@@ -1,6 +1,7 @@
 // Messages between ranks that are threads, on one pretend host or several: order, tags, sizes, and
 // what ends them. Runs under the sanitizers as well, which check the rings in shared memory.
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -389,4 +390,31 @@ TEST(new_groups_talk_on_their_own) {
       }
     });
   }
+}
+
+TEST(two_groups_made_at_once_in_two_threads_are_refused) {
+  std::atomic<int> refused{-1};  // which of rank 0's two calls
+  run_ranks({0, 0}, [&](Group& group) {
+    const std::vector<std::shared_ptr<Group>> parents = {group.duplicate(kNoInterrupt),
+                                                         group.duplicate(kNoInterrupt)};
+    if (group.rank() == 1) {
+      refused.wait(-1);  // until then rank 0's other call cannot end
+      parents[1 - static_cast<std::size_t>(refused)]->duplicate(kNoInterrupt);
+      return;
+    }
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 2; ++i) {
+      threads.emplace_back([&, i] {
+        try {
+          parents[static_cast<std::size_t>(i)]->duplicate(kNoInterrupt);
+        } catch (const pycomm::CommError& error) {
+          if (!contains(error.what(), "rank 0 makes two groups at once")) return;
+          refused = i;
+          refused.notify_one();
+        }
+      });
+    }
+    for (auto& thread : threads) thread.join();
+  });
+  CHECK(refused >= 0);
 }
