@@ -37,9 +37,21 @@ from pycomm.errors import (
     NotInitializedError,
     PeerLostError,
 )
+from pycomm.groups import new_group
 from pycomm.join import join
+from pycomm.mesh import Mesh
 from pycomm.objects import all_gather_object, broadcast_object, gather_object, scatter_object
 from pycomm.optimizer import DistributedOptimizer
+from pycomm.point_to_point import (
+    P2POp,
+    batch_isend_irecv,
+    irecv,
+    isend,
+    recv,
+    recv_object,
+    send,
+    send_object,
+)
 from pycomm.runtime import (
     host_rank,
     host_size,
@@ -62,8 +74,10 @@ __all__ = [
     "DistributedOptimizer",
     "Group",
     "InvalidArgumentError",
+    "Mesh",
     "MismatchError",
     "NotInitializedError",
+    "P2POp",
     "PeerLostError",
     "ReduceOp",
     "Work",
@@ -79,6 +93,7 @@ __all__ = [
     "all_to_all",
     "all_to_all_into",
     "barrier",
+    "batch_isend_irecv",
     "broadcast",
     "broadcast_",
     "broadcast_grouped_",
@@ -92,11 +107,16 @@ __all__ = [
     "host_size",
     "hosts",
     "init",
+    "irecv",
     "is_initialized",
+    "isend",
     "join",
     "local_rank",
     "local_size",
+    "new_group",
     "rank",
+    "recv",
+    "recv_object",
     "reduce",
     "reduce_",
     "reduce_scatter",
@@ -105,6 +125,8 @@ __all__ = [
     "scatter",
     "scatter_into",
     "scatter_object",
+    "send",
+    "send_object",
     "shutdown",
     "size",
 ]

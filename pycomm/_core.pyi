@@ -54,6 +54,10 @@ class Work:
     @property
     def seconds(self) -> float: ...
 
+class TransferWork(Work):
+    @property
+    def source(self) -> int: ...
+
 class Channel:
     """Point-to-point messages between hosts; made by ``pycomm._mpi``."""
 
@@ -195,6 +199,51 @@ class Group:
         """The group of these of my ranks, in this order; None on the others. All of mine call."""
     def split(self, color: int | None, key: int = 0) -> Group | None:
         """One group for each color, ordered by key, then rank; None for color None."""
+    def send(
+        self,
+        input: int,
+        count: int,
+        dtype: DType,
+        dst: int,
+        tag: int,
+        *,
+        shape: Sequence[int] | None = None,
+        timeout_s: float = 0.0,
+    ) -> None: ...
+    def isend(
+        self,
+        input: int,
+        count: int,
+        dtype: DType,
+        dst: int,
+        tag: int,
+        *,
+        shape: Sequence[int] | None = None,
+        timeout_s: float = 0.0,
+    ) -> TransferWork: ...
+    def recv(
+        self,
+        output: int,
+        count: int,
+        dtype: DType,
+        src: int | None,
+        tag: int,
+        *,
+        shape: Sequence[int] | None = None,
+        timeout_s: float = 0.0,
+    ) -> int:
+        """Returns who sent it; ``src`` None takes the earliest message of any rank."""
+    def irecv(
+        self,
+        output: int,
+        count: int,
+        dtype: DType,
+        src: int | None,
+        tag: int,
+        *,
+        shape: Sequence[int] | None = None,
+        timeout_s: float = 0.0,
+    ) -> TransferWork: ...
     def abort(self, reason: str) -> None: ...
 
 class World:

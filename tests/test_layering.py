@@ -7,7 +7,16 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 # Each folder may include itself and those before it.
-CSRC_LAYERS = ["core", "kernels", "transport", "collectives", "group", "reducer", "bindings"]
+CSRC_LAYERS = [
+    "core",
+    "kernels",
+    "transport",
+    "collectives",
+    "point_to_point",
+    "group",
+    "reducer",
+    "bindings",
+]
 
 # Each line may import the lines before it, never its own neighbours.
 PYTHON_LAYERS = [
@@ -15,7 +24,7 @@ PYTHON_LAYERS = [
     {"launch", "mpi_library", "failure", "work", "arguments", "tensor_calls"},
     {"memory", "rendezvous"},
     {"runtime"},
-    {"collectives"},
+    {"collectives", "point_to_point", "groups", "mesh"},
     {"objects"},
     {"state", "end_of_backward", "gradient_layout"},
     {"gradient_sync"},

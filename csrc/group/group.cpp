@@ -71,8 +71,13 @@ std::shared_ptr<Group> Group::create(
     const std::function<std::vector<GroupRecord>(const GroupRecord&)>& gather) {
   Placement placement = placement_of(*process, ranks);
   const std::size_t staging_bytes = process->options.staging.bytes(placement.host_count());
-  const auto memory = process->allocate(kPageBytes + staging_bytes);
+  const auto member = static_cast<std::size_t>(
+      std::find(ranks.begin(), ranks.end(), process->rank) - ranks.begin());
+  const auto& locals = placement.hosts[static_cast<std::size_t>(placement.host_of[member])];
+  const auto local_size = static_cast<int>(locals.size());
+  const auto memory = process->allocate(kPageBytes + staging_bytes + PostOffice::bytes(local_size));
   new (memory->data()) GroupPage();
+  PostOffice::prepare_memory(memory->data() + kPageBytes + staging_bytes, local_size);
   std::vector<GroupRecord> records;
   std::int64_t tag = 0;
   {
@@ -84,14 +89,11 @@ std::shared_ptr<Group> Group::create(
       throw;
     }
     for (const GroupRecord& record : records) tag = std::max(tag, record.free_tag);
-    process->free_tag = tag + 1;
+    process->free_tag = tag + kTagsOfAGroup;
   }
 
-  const auto member = static_cast<std::size_t>(
-      std::find(ranks.begin(), ranks.end(), process->rank) - ranks.begin());
   std::vector<Window::Peer> peers;
-  for (const int group_rank :
-       placement.hosts[static_cast<std::size_t>(placement.host_of[member])]) {
+  for (const int group_rank : locals) {
     const auto at = static_cast<std::size_t>(group_rank);
     const int local = process->placement.local_rank_of[static_cast<std::size_t>(ranks[at])];
     const Arena& arena = *process->local_arenas[static_cast<std::size_t>(local)];
@@ -221,7 +223,7 @@ void Group::run_here(const Operation& operation, const InterruptCheck& check_int
     }
   } catch (...) {
     error = std::current_exception();
-    fail(operation);
+    fail(describe_call(context_, operation));
   }
   try {
     end_turn();
@@ -300,7 +302,7 @@ Progressive::State Group::advance() {
       end_current(nullptr);
     }
   } catch (...) {
-    fail(pending_.operation);
+    fail(describe_call(context_, pending_.operation));
     end_current(std::current_exception());
   }
   return State::kAdvanced;
@@ -311,7 +313,7 @@ void Group::check() {
   try {
     current_->check();
   } catch (...) {
-    fail(pending_.operation);
+    fail(describe_call(context_, pending_.operation));
     end_current(std::current_exception());
   }
 }
@@ -344,10 +346,9 @@ void Group::finish(std::exception_ptr error) {
   state_.fetch_or(kFinished, std::memory_order_acq_rel);
 }
 
-void Group::fail(const Operation& operation) {
+void Group::fail(const std::string& call) {
   const std::exception_ptr error = std::current_exception();
-  std::string text = "rank " + std::to_string(rank()) + " was interrupted in " +
-                     describe_call(context_, operation) + ".";
+  std::string text = "rank " + std::to_string(rank()) + " was interrupted in " + call + ".";
   std::exception_ptr lasting;
   try {
     std::rethrow_exception(error);
@@ -371,20 +372,6 @@ void Group::quarantine(std::shared_ptr<ArenaBlock> memory) {
 }
 
 std::shared_ptr<ArenaBlock> Group::allocate(std::size_t bytes) { return process_->allocate(bytes); }
-
-std::shared_ptr<Group> Group::duplicate(const InterruptCheck& check_interrupt) {
-  return create(process_, ranks_, [&](const GroupRecord& mine) {
-    std::vector<GroupRecord> records(ranks_.size());
-    Operation operation;
-    operation.kind = Kind::kAllGather;
-    operation.count = sizeof(GroupRecord);
-    operation.input = reinterpret_cast<const std::byte*>(&mine);
-    operation.output = reinterpret_cast<std::byte*>(records.data());
-    operation.name = "new group";
-    run(std::move(operation), check_interrupt);
-    return records;
-  });
-}
 
 void Group::abort(const std::string& reason) {
   if (in_forked_child()) return;

@@ -15,6 +15,7 @@
 #include "core/operation.h"
 #include "group/engine.h"
 #include "group/execution.h"
+#include "group/post_office.h"
 #include "group/work.h"
 #include "transport/arena.h"
 
@@ -29,6 +30,9 @@ struct GroupRecord {
   /// The lowest channel tag no group of this rank uses yet.
   std::int64_t free_tag;
 };
+
+/// A group's collectives use its first channel tag, its point-to-point messages the second.
+constexpr std::int64_t kTagsOfAGroup = 2;
 
 /// Ranks that make collective calls together. Operations run in the order they were issued; a
 /// failed one finishes the group, and every later call raises the same error.
@@ -84,6 +88,9 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   std::shared_ptr<Group> split(std::optional<std::int64_t> color, std::int64_t key,
                                const InterruptCheck& check_interrupt);
 
+  /// Messages from one rank to another.
+  PostOffice& post_office() { return post_office_; }
+
   /// Finish the group: this and every other member's pending and later calls raise PeerLostError
   /// with `reason`.
   void abort(const std::string& reason);
@@ -103,6 +110,7 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   void abandon() override;
 
  private:
+  friend class PostOffice;
   struct Pending {
     Operation operation;
     std::shared_ptr<Work> work;
@@ -110,6 +118,14 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
 
   Group(std::shared_ptr<Process> process, std::vector<int> ranks, int rank, Placement placement,
         std::shared_ptr<ArenaBlock> memory, Window window, int tag);
+
+  // Making groups (split.cpp).
+  void all_gather_records(const void* mine, void* all, std::size_t bytes, std::string name,
+                          const InterruptCheck& check_interrupt);
+  /// The group of `members` (ranks here), null if this rank is none of them; `call` is what the
+  /// user called. Every rank of this group takes part.
+  std::shared_ptr<Group> create_from(const std::vector<int>& members, const std::string& call,
+                                     const InterruptCheck& check_interrupt);
 
   /// Fill in defaults and refuse what cannot work.
   void prepare(Operation& operation) const;
@@ -129,7 +145,7 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   /// Every later operation raises `error`, unless another one came first. Under `mutex_`.
   void finish(std::exception_ptr error);
   /// The group is finished by the exception being handled; tells the other members why.
-  void fail(const Operation& operation);
+  void fail(const std::string& call);
   /// The progress thread's operation is over.
   void end_current(std::exception_ptr error);
 
@@ -154,6 +170,8 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   // Touched by the progress thread alone.
   Pending pending_;  // what current_ executes
   std::optional<Execution> current_;
+
+  PostOffice post_office_{*this};
 };
 
 }  // namespace pycomm

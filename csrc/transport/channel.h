@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <span>
 
 #include "core/task.h"
@@ -38,6 +39,14 @@ class Channel {
 
   /// @param bytes   exactly as long as what the peer sends; a longer message is a MismatchError.
   virtual std::unique_ptr<Message> receive(int peer, int tag, std::span<std::byte> bytes) = 0;
+
+  struct Incoming {
+    int peer;
+    std::size_t bytes;
+  };
+  /// The earliest message of `tag` from any rank that has come and that no receive has taken. A
+  /// receive takes its message at its first poll.
+  virtual std::optional<Incoming> probe(int tag) = 0;
 };
 
 }  // namespace pycomm

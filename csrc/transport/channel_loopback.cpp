@@ -26,7 +26,7 @@ class LoopbackMailbox {
     std::scoped_lock lock(mutex_);
     Lane& lane = lanes_[{sender, tag}];
     if (lane.waiting.empty()) {
-      lane.letters.push_back(std::move(letter));
+      lane.letters.push_back({std::move(letter), ++letters_delivered_});
     } else {
       lane.waiting.front()->letter = std::move(letter);
       lane.waiting.pop_front();
@@ -39,7 +39,7 @@ class LoopbackMailbox {
     if (lane.letters.empty()) {
       lane.waiting.push_back(slot);
     } else {
-      slot->letter = std::move(lane.letters.front());
+      slot->letter = std::move(lane.letters.front().letter);
       lane.letters.pop_front();
     }
   }
@@ -49,20 +49,39 @@ class LoopbackMailbox {
     std::erase(lanes_[{sender, tag}].waiting, slot);
   }
 
+  std::optional<Channel::Incoming> earliest(int tag) {
+    std::scoped_lock lock(mutex_);
+    std::optional<Channel::Incoming> found;
+    std::uint64_t number = ~std::uint64_t{0};
+    for (const auto& [key, lane] : lanes_) {
+      if (key.second != tag || lane.letters.empty()) continue;
+      const Numbered& first = lane.letters.front();
+      if (first.number > number) continue;
+      number = first.number;
+      found = {key.first, first.letter.size()};
+    }
+    return found;
+  }
+
   std::optional<Letter> take(Slot& slot) {
     std::scoped_lock lock(mutex_);
     return std::exchange(slot.letter, std::nullopt);
   }
 
  private:
+  struct Numbered {
+    Letter letter;
+    std::uint64_t number;  // by arrival
+  };
   /// One (sender, tag), oldest first. At most one of the two queues has entries.
   struct Lane {
-    std::deque<Letter> letters;
+    std::deque<Numbered> letters;
     std::deque<Slot*> waiting;
   };
 
   std::mutex mutex_;
   std::map<std::pair<int, int>, Lane> lanes_;
+  std::uint64_t letters_delivered_ = 0;
 };
 
 namespace {
@@ -141,6 +160,10 @@ std::unique_ptr<Message> LoopbackChannel::send(int peer, int tag,
 
 std::unique_ptr<Message> LoopbackChannel::receive(int peer, int tag, std::span<std::byte> bytes) {
   return std::make_unique<LoopbackReceive>(mailboxes_.at(rank_), peer, tag, bytes);
+}
+
+std::optional<Channel::Incoming> LoopbackChannel::probe(int tag) {
+  return mailboxes_.at(rank_)->earliest(tag);
 }
 
 std::vector<std::shared_ptr<LoopbackChannel>> make_loopback_channels(int size) {

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -30,6 +31,7 @@ class LoopbackChannel : public Channel {
   int size() const override { return static_cast<int>(mailboxes_.size()); }
   std::unique_ptr<Message> send(int peer, int tag, std::span<const std::byte> bytes) override;
   std::unique_ptr<Message> receive(int peer, int tag, std::span<std::byte> bytes) override;
+  std::optional<Incoming> probe(int tag) override;
   void progress() override {}
 
   /// What this rank has sent since the channel was made; may be read from any thread.

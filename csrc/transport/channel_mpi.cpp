@@ -295,6 +295,17 @@ std::unique_ptr<Message> MpiChannel::receive(int peer, int tag, std::span<std::b
   return std::make_unique<MpiReceive>(inbox_, route, bytes.data());
 }
 
+std::optional<Channel::Incoming> MpiChannel::probe(int tag) {
+  const Route route{Route::Direction::kReceive, rank_, MPI_ANY_SOURCE, tag, 0};
+  int arrived = 0;
+  int length = 0;
+  MPI_Status status;
+  route.check(MPI_Iprobe(MPI_ANY_SOURCE, tag, communicator_, &arrived, &status));
+  if (!arrived) return std::nullopt;
+  route.check(MPI_Get_count(&status, MPI_BYTE, &length));
+  return Incoming{status.MPI_SOURCE, static_cast<std::size_t>(length)};
+}
+
 void MpiChannel::progress() {
   // Any call that looks for messages makes MPI move what it still holds.
   int arrived = 0;

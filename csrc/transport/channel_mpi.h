@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
 #include <span>
 
 #include "transport/channel.h"
@@ -35,6 +36,7 @@ class MpiChannel : public Channel {
   int size() const override { return size_; }
   std::unique_ptr<Message> send(int peer, int tag, std::span<const std::byte> bytes) override;
   std::unique_ptr<Message> receive(int peer, int tag, std::span<std::byte> bytes) override;
+  std::optional<Incoming> probe(int tag) override;
   void progress() override;
 
  private:

@@ -1,0 +1,91 @@
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <optional>
+
+#include "bindings/bindings.h"
+#include "group/group.h"
+
+namespace pycomm {
+namespace {
+
+namespace py = pybind11;
+
+Transfer transfer_of(Transfer::Direction direction, std::uintptr_t address, std::size_t count,
+                     DType dtype, int peer, int tag, const py::object& shape) {
+  Transfer transfer;
+  transfer.direction = direction;
+  transfer.peer = peer;
+  transfer.tag = tag;
+  transfer.dtype = dtype;
+  transfer.count = count;
+  transfer.memory = reinterpret_cast<std::byte*>(address);
+  if (!shape.is_none()) {
+    transfer.shape.count = 0;
+    for (const auto& dim : py::reinterpret_borrow<py::sequence>(shape)) {
+      transfer.shape.append(dim.cast<std::int64_t>());
+    }
+  }
+  return transfer;
+}
+
+void send(Group& group, std::uintptr_t input, std::size_t count, DType dtype, int dst, int tag,
+          const py::object& shape, double timeout_s) {
+  const auto transfer =
+      transfer_of(Transfer::Direction::kSend, input, count, dtype, dst, tag, shape);
+  const py::gil_scoped_release no_gil;
+  group.post_office().run(transfer, timeout_s, interrupt_check());
+}
+
+std::shared_ptr<TransferWork> isend(Group& group, std::uintptr_t input, std::size_t count,
+                                    DType dtype, int dst, int tag, const py::object& shape,
+                                    double timeout_s) {
+  const auto transfer =
+      transfer_of(Transfer::Direction::kSend, input, count, dtype, dst, tag, shape);
+  const py::gil_scoped_release no_gil;
+  return group.post_office().start(transfer, timeout_s);
+}
+
+int recv(Group& group, std::uintptr_t output, std::size_t count, DType dtype,
+         std::optional<int> src, int tag, const py::object& shape, double timeout_s) {
+  const auto transfer = transfer_of(Transfer::Direction::kReceive, output, count, dtype,
+                                    src.value_or(Transfer::kAnySource), tag, shape);
+  const py::gil_scoped_release no_gil;
+  return group.post_office().run(transfer, timeout_s, interrupt_check());
+}
+
+std::shared_ptr<TransferWork> irecv(Group& group, std::uintptr_t output, std::size_t count,
+                                    DType dtype, std::optional<int> src, int tag,
+                                    const py::object& shape, double timeout_s) {
+  const auto transfer = transfer_of(Transfer::Direction::kReceive, output, count, dtype,
+                                    src.value_or(Transfer::kAnySource), tag, shape);
+  const py::gil_scoped_release no_gil;
+  return group.post_office().start(transfer, timeout_s);
+}
+
+}  // namespace
+
+void bind_point_to_point(py::module_& module) {
+  py::class_<TransferWork, Work, std::shared_ptr<TransferWork>>(module, "TransferWork",
+                                                                "A message in flight.")
+      .def_readonly("source", &TransferWork::source, "Who sent what was received; once done().");
+
+  auto group =
+      py::reinterpret_borrow<py::class_<Group, std::shared_ptr<Group>>>(module.attr("Group"));
+  const auto input = py::arg("input");
+  const auto output = py::arg("output");
+  const auto count = py::arg("count");
+  const auto dtype = py::arg("dtype");
+  const auto dst = py::arg("dst");
+  const auto src = py::arg("src");
+  const auto tag = py::arg("tag");
+  const auto no_shape = py::arg("shape") = py::none();
+  const auto timeout = py::arg("timeout_s") = 0.0;
+  group.def("send", &send, input, count, dtype, dst, tag, py::kw_only(), no_shape, timeout)
+      .def("isend", &isend, input, count, dtype, dst, tag, py::kw_only(), no_shape, timeout)
+      .def("recv", &recv, output, count, dtype, src, tag, py::kw_only(), no_shape, timeout,
+           "src None takes the earliest message of any rank; returns who sent it.")
+      .def("irecv", &irecv, output, count, dtype, src, tag, py::kw_only(), no_shape, timeout);
+}
+
+}  // namespace pycomm

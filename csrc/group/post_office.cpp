@@ -1,0 +1,308 @@
+#include "group/post_office.h"
+
+#include <cstdio>
+#include <new>
+#include <utility>
+
+#include "core/error.h"
+#include "core/fork_guard.h"
+#include "group/backoff.h"
+#include "group/group.h"
+#include "group/process.h"
+
+namespace pycomm {
+namespace {
+
+/// What a leaving rank had sent before may still be on its way.
+constexpr auto kGrace = std::chrono::seconds(1);
+
+const Arena& arena_of(const Process& process, int world_rank) {
+  const int local = process.placement.local_rank_of[static_cast<std::size_t>(world_rank)];
+  return *process.local_arenas[static_cast<std::size_t>(local)];
+}
+
+}  // namespace
+
+void PostOffice::prepare_memory(std::byte* memory, int local_size) {
+  const RingLayout layout(local_size);
+  for (int peer = 0; peer < local_size; ++peer) {
+    // Its atomics alone: the rest is written before it is read, and touching it would cost memory.
+    auto* ring = reinterpret_cast<FrameRing*>(memory + layout.offset_of_ring_to(peer));
+    new (&ring->pushed) std::atomic<std::uint64_t>(0);
+    new (&ring->popped) std::atomic<std::uint64_t>(0);
+    new (&ring->slots_popped) std::atomic<std::uint64_t>(0);
+  }
+}
+
+PostOffice::PostOffice(Group& group) : group_(group) {
+  const Process& process = *group.process_;
+  const Window& window = group.window_;
+  const RingLayout layout(window.local_size());
+  const auto ring = [&](int from, int to) {
+    return reinterpret_cast<FrameRing*>(window.staging(from) + window.staging_bytes() +
+                                        layout.offset_of_ring_to(to));
+  };
+  std::vector<Link*> links;
+  for (int peer = 0; peer < group.size(); ++peer) {
+    const int world_rank = group.context_.world_rank(peer);
+    if (peer == group.rank()) {
+      links.push_back(&self_);
+    } else if (is_remote(peer)) {
+      if (!courier_) {
+        courier_ = std::make_unique<Courier>(
+            *process.channel, group.context_.tag + 1,
+            [&group](std::size_t bytes) { return group.allocate(bytes); }, &Process::quarantine);
+      }
+      links.push_back(&courier_->link_to(world_rank));
+    } else {
+      const int local = group.placement().local_rank_of[static_cast<std::size_t>(peer)];
+      const Arena& arena = arena_of(process, world_rank);
+      rings_.push_back(std::make_unique<RingLink>(
+          ring(window.local_rank(), local), ring(local, window.local_rank()), layout.slot_bytes,
+          *process.arena, arena.base(), Process::page_of(arena).doorbell));
+      links.push_back(rings_.back().get());
+    }
+  }
+  exchange_ = std::make_unique<Exchange>(group.rank(), std::move(links));
+}
+
+bool PostOffice::is_remote(int peer) const {
+  const auto& host_of = group_.placement().host_of;
+  return host_of[static_cast<std::size_t>(peer)] !=
+         host_of[static_cast<std::size_t>(group_.rank())];
+}
+
+std::string PostOffice::describe(const Transfer& transfer) const {
+  return transfer.describe() + ", on rank " + std::to_string(group_.rank());
+}
+
+std::shared_ptr<PostOffice::Item> PostOffice::accept(const Transfer& transfer,
+                                                     double timeout_s) const {
+  const bool sends = transfer.direction == Transfer::Direction::kSend;
+  const std::string where =
+      std::string(sends ? "send" : "recv") + " on rank " + std::to_string(group_.rank()) + ": ";
+  if (in_forked_child()) {
+    throw CommError(where +
+                    "this process was forked from a rank and is not one itself. "
+                    "Communicate in the parent, or start workers with the 'spawn' method and call "
+                    "pycomm.init().");
+  }
+  const int lowest = sends ? 0 : Transfer::kAnySource;
+  if (transfer.peer < lowest || transfer.peer >= group_.size()) {
+    throw InvalidArgumentError(where + (sends ? "dst" : "src") + " is " +
+                               std::to_string(transfer.peer) + ", the group has ranks 0 to " +
+                               std::to_string(group_.size() - 1) + ".");
+  }
+  if (transfer.tag < 0) {
+    throw InvalidArgumentError(where + "tag is " + std::to_string(transfer.tag) +
+                               ", and tags are not negative.");
+  }
+  auto item = std::make_shared<Item>();
+  static_cast<Transfer&>(*item) = transfer;
+  item->timeout_s = timeout_s > 0 ? timeout_s : group_.process_->options.timeout_s;
+  item->work = std::make_shared<TransferWork>(group_.process_->page().doorbell);
+  return item;
+}
+
+void PostOffice::post(const std::shared_ptr<Item>& item) {
+  {
+    std::lock_guard lock(group_.mutex_);
+    if (group_.failure_) std::rethrow_exception(group_.failure_);
+  }
+  if (group_.process_->stopped()) {
+    throw CommError("pycomm was shut down; call pycomm.init() again.");
+  }
+  try {
+    group_.check_notices();  // who comes late to a finished group must not get a result
+    exchange_->advance();    // what has come already came before what is posted now
+    exchange_->post(item);
+  } catch (...) {
+    fail();
+    throw;
+  }
+  drive();
+}
+
+bool PostOffice::drive() {
+  if (failed_) return false;
+  try {
+    const bool moved = exchange_->advance();
+    complete_done();
+    return moved;
+  } catch (...) {
+    fail();
+    return true;
+  }
+}
+
+void PostOffice::complete_done() {
+  for (const auto& transfer : exchange_->take_done()) {
+    const auto& item = static_cast<const Item&>(*transfer);
+    item.work->source = item.peer;
+    item.work->complete(nullptr, item.seconds());
+  }
+}
+
+std::shared_ptr<TransferWork> PostOffice::start(const Transfer& transfer, double timeout_s) {
+  auto item = accept(transfer, timeout_s);
+  std::lock_guard lock(mutex_);
+  post(item);
+  if (!item->work->done() || exchange_->has_unsent() || courier_) submit();
+  return item->work;
+}
+
+int PostOffice::run(const Transfer& transfer, double timeout_s,
+                    const InterruptCheck& check_interrupt) {
+  const auto item = accept(transfer, timeout_s);
+  TransferWork& work = *item->work;
+  // The channel is the progress thread's.
+  const bool drives_itself =
+      !courier_ || (transfer.peer != Transfer::kAnySource && !is_remote(transfer.peer));
+  {
+    std::lock_guard lock(mutex_);
+    post(item);
+    if (!drives_itself) submit();
+  }
+  // A transfer must not outlive the caller's memory: what interrupts the wait ends the group.
+  const auto checked = [&] {
+    try {
+      check_interrupt();
+    } catch (...) {
+      std::lock_guard lock(mutex_);
+      fail();
+      throw;
+    }
+  };
+  if (drives_itself) {
+    Backoff backoff(group_.window_.doorbell(), group_.process_->may_spin);
+    while (!work.done()) {
+      const auto step = [&] {
+        std::lock_guard lock(mutex_);
+        return drive() || work.done();
+      };
+      if (step()) {
+        backoff.reset();
+      } else if (backoff.relax(step, [] { return true; })) {
+        {
+          std::lock_guard lock(mutex_);
+          check_peers_and_deadlines();
+        }
+        checked();
+      }
+    }
+    std::lock_guard lock(mutex_);
+    if (exchange_->has_unsent()) submit();
+  }
+  work.wait(checked);
+  return work.source;
+}
+
+void PostOffice::submit() {
+  if (engine_drives_) return;
+  try {
+    // Keeps the group alive, not this object alone.
+    group_.process_->submit(std::shared_ptr<Progressive>(group_.shared_from_this(), this));
+    engine_drives_ = true;
+  } catch (...) {
+    end_all(std::current_exception());
+    throw;
+  }
+}
+
+Progressive::State PostOffice::advance() {
+  std::lock_guard lock(mutex_);
+  bool moved = false;
+  if (courier_) {
+    try {
+      moved = courier_->poll();
+    } catch (...) {
+      if (!failed_) fail();
+    }
+  }
+  moved |= drive();
+  if (moved) return State::kAdvanced;
+  // After a failure a last frame may be on its way: it tells a peer on another host why.
+  if (exchange_->idle() && (!courier_ || courier_->idle())) {
+    engine_drives_ = false;
+    return State::kIdle;
+  }
+  return courier_ ? State::kPolling : State::kWaiting;
+}
+
+void PostOffice::check() {
+  std::lock_guard lock(mutex_);
+  check_peers_and_deadlines();
+}
+
+void PostOffice::check_peers_and_deadlines() {
+  if (failed_) return;
+  try {
+    group_.check_notices();
+    if (const int lost = group_.window_.lost_peer(); lost >= 0) {
+      const auto unfinished = exchange_->unfinished();
+      const std::string call = unfinished.empty() ? "send or recv" : describe(*unfinished.front());
+      throw PeerLostError(call + ": rank " + std::to_string(lost) +
+                          " is gone, its process ended without leaving the job (killed, crashed or "
+                          "out of memory).\n  Read that rank's log and the kernel's (dmesg).");
+    }
+    for (const auto& transfer : exchange_->unfinished()) check(static_cast<Item&>(*transfer));
+  } catch (...) {
+    fail();
+  }
+}
+
+void PostOffice::check(Item& item) {
+  if (item.peer >= 0 && item.peer != group_.rank() && !is_remote(item.peer)) {
+    const Arena& arena = arena_of(*group_.process_, group_.context_.world_rank(item.peer));
+    if (!Process::page_of(arena).leaving.load(std::memory_order_acquire)) {
+      item.left_since.reset();
+    } else if (!item.left_since) {
+      item.left_since = Clock::now();
+    } else if (Clock::now() - *item.left_since > kGrace) {
+      throw MismatchError(describe(item) + ": rank " + std::to_string(item.peer) +
+                          " called shutdown() instead.\n  Every send needs its recv, and every "
+                          "recv its send.");
+    }
+  }
+  if (item.seconds() > item.timeout_s) {
+    char waited[32];
+    std::snprintf(waited, sizeof(waited), "%.1f s", item.seconds());
+    const bool sends = item.direction == Transfer::Direction::kSend;
+    throw CommTimeoutError(describe(item) + ": timeout after " + waited + ", waiting for " +
+                           (item.peer < 0 ? "any rank" : "rank " + std::to_string(item.peer)) +
+                           (sends ? " to receive it" : " to send it") +
+                           ".\n  Read that rank's log first; if it is only slow, raise the timeout "
+                           "(timeout_s of the call or of init, or PYCOMM_TIMEOUT_S).");
+  }
+}
+
+void PostOffice::fail() {
+  group_.fail("send or recv");
+  std::exception_ptr lasting;
+  {
+    std::lock_guard lock(group_.mutex_);
+    lasting = group_.failure_;
+  }
+  end_all(lasting);
+}
+
+void PostOffice::end_all(const std::exception_ptr& error) {
+  failed_ = true;
+  complete_done();
+  const auto unfinished = exchange_->unfinished();
+  exchange_->clear();
+  for (const auto& transfer : unfinished) {
+    const auto& item = static_cast<const Item&>(*transfer);
+    item.work->complete(error, item.seconds());
+  }
+}
+
+void PostOffice::abandon() {
+  std::lock_guard lock(mutex_);
+  if (failed_) return;
+  end_all(std::make_exception_ptr(CommError(
+      "pycomm was shut down: a send or recv that had not ended by then was abandoned. Wait for "
+      "every Work before shutdown(); call pycomm.init() to start over.")));
+}
+
+}  // namespace pycomm

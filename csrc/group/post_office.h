@@ -1,0 +1,94 @@
+#pragma once
+
+#include <chrono>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "group/engine.h"
+#include "group/work.h"
+#include "point_to_point/courier.h"
+#include "point_to_point/exchange.h"
+#include "point_to_point/link.h"
+#include "point_to_point/ring_link.h"
+
+namespace pycomm {
+
+class Group;
+
+/// A Work that moves one message.
+class TransferWork : public Work {
+ public:
+  using Work::Work;
+  /// Who sent what was received; valid once done().
+  int source = Transfer::kAnySource;
+};
+
+/// Point-to-point messages of one group. They keep no order with its collectives, so neither waits
+/// for the other. A blocking call between ranks of one host is driven by the thread that makes it,
+/// all others by the progress thread. An error finishes the group, as one of a collective does.
+class PostOffice : public Progressive {
+ public:
+  /// How much of each rank's memory for the group it needs, behind the staging.
+  static std::size_t bytes(int local_size) { return RingLayout(local_size).bytes; }
+  static void prepare_memory(std::byte* memory, int local_size);
+
+  /// @param group  owns this.
+  explicit PostOffice(Group& group);
+  ~PostOffice() override = default;
+
+  /// Never waits. `timeout_s` 0: the group's default.
+  /// @throws InvalidArgumentError  nothing was sent; the group stays usable.
+  std::shared_ptr<TransferWork> start(const Transfer& transfer, double timeout_s);
+
+  /// Returns who sent or received.
+  int run(const Transfer& transfer, double timeout_s, const InterruptCheck& check_interrupt);
+
+  // For the progress thread.
+  State advance() override;
+  void check() override;
+  void abandon() override;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  struct Item : Transfer {
+    std::shared_ptr<TransferWork> work;
+    Clock::time_point began = Clock::now();
+    double timeout_s = 0;
+    std::optional<Clock::time_point> left_since;  // its peer has called shutdown()
+
+    double seconds() const { return std::chrono::duration<double>(Clock::now() - began).count(); }
+  };
+
+  std::shared_ptr<Item> accept(const Transfer& transfer, double timeout_s) const;
+  /// Everything below holds mutex_.
+  void post(const std::shared_ptr<Item>& item);
+  bool drive();
+  void complete_done();
+  void check_peers_and_deadlines();
+  void check(Item& item);
+  /// The exception being handled finishes the group.
+  void fail();
+  void end_all(const std::exception_ptr& error);
+  /// Have the progress thread drive, if it does not already.
+  void submit();
+
+  std::string describe(const Transfer& transfer) const;
+  /// Whether a rank of the group is on another host.
+  bool is_remote(int peer) const;
+
+  Group& group_;
+  std::mutex mutex_;
+  SelfLink self_;
+  std::vector<std::unique_ptr<RingLink>> rings_;
+  std::unique_ptr<Courier> courier_;  // null inside one host
+  std::unique_ptr<Exchange> exchange_;
+  bool engine_drives_ = false;
+  bool failed_ = false;
+};
+
+}  // namespace pycomm

@@ -1,0 +1,129 @@
+#include "point_to_point/courier.h"
+
+#include <algorithm>
+#include <cstring>
+#include <set>
+#include <string>
+#include <utility>
+
+#include "core/error.h"
+
+namespace pycomm {
+namespace {
+
+constexpr std::size_t kParcelBytes = sizeof(Frame) + Courier::kPieceBytes;
+
+}  // namespace
+
+class Courier::RemoteLink : public Link {
+ public:
+  RemoteLink(Courier& courier, int peer) : courier_(courier), peer_(peer) {}
+
+  bool push(const Frame& frame, std::span<const std::byte> payload) override {
+    return courier_.pack(peer_, frame, payload);
+  }
+  const Frame* front() override {
+    return arrived_.empty() ? nullptr : reinterpret_cast<const Frame*>(arrived_.front()->data());
+  }
+  const std::byte* payload() override { return arrived_.front()->data() + sizeof(Frame); }
+  void pop() override {
+    courier_.spare_.push_back(std::move(arrived_.front()));
+    arrived_.pop_front();
+  }
+  std::size_t piece_bytes() const override { return kPieceBytes; }
+  std::uint64_t address_for_peer(const std::byte*, std::size_t) const override {
+    return Frame::kNowhere;
+  }
+  const std::byte* memory_of_peer(std::uint64_t) const override { return nullptr; }
+
+  void deliver(std::shared_ptr<ArenaBlock> memory) { arrived_.push_back(std::move(memory)); }
+
+ private:
+  Courier& courier_;
+  const int peer_;
+  std::deque<std::shared_ptr<ArenaBlock>> arrived_;
+};
+
+Courier::Courier(Channel& channel, int tag, Allocate allocate, Quarantine quarantine)
+    : channel_(channel),
+      tag_(tag),
+      allocate_(std::move(allocate)),
+      quarantine_(std::move(quarantine)) {}
+
+Courier::~Courier() {
+  for (Parcel& parcel : sent_) quarantine_(std::move(parcel.memory));
+  for (Parcel& parcel : arriving_) quarantine_(std::move(parcel.memory));
+}
+
+Link& Courier::link_to(int world_rank) {
+  auto& link = links_[world_rank];
+  if (!link) link = std::make_unique<RemoteLink>(*this, world_rank);
+  return *link;
+}
+
+std::shared_ptr<ArenaBlock> Courier::take_memory() {
+  if (spare_.empty()) return allocate_(kParcelBytes);
+  auto memory = std::move(spare_.back());
+  spare_.pop_back();
+  return memory;
+}
+
+bool Courier::pack(int peer, const Frame& frame, std::span<const std::byte> payload) {
+  if (to_peer_[peer] == kMostToOnePeer || packed_.size() + sent_.size() == kMostSent) return false;
+  Parcel parcel{peer, sizeof(Frame) + payload.size(), take_memory(), nullptr};
+  std::memcpy(parcel.memory->data(), &frame, sizeof(Frame));
+  if (!payload.empty()) {
+    std::memcpy(parcel.memory->data() + sizeof(Frame), payload.data(), payload.size());
+  }
+  packed_.push_back(std::move(parcel));
+  ++to_peer_[peer];
+  return true;
+}
+
+bool Courier::poll() {
+  bool moved = receive();
+  for (; !packed_.empty(); packed_.pop_front()) {
+    Parcel& parcel = packed_.front();
+    parcel.message = channel_.send(parcel.peer, tag_, {parcel.memory->data(), parcel.bytes});
+    sent_.push_back(std::move(parcel));
+    moved = true;
+  }
+  std::erase_if(sent_, [&](Parcel& parcel) {
+    if (!parcel.message->poll()) return false;
+    --to_peer_[parcel.peer];
+    spare_.push_back(std::move(parcel.memory));
+    return moved = true;
+  });
+  return moved;
+}
+
+bool Courier::receive() {
+  bool moved = false;
+  while (arriving_.size() < kMostArriving) {
+    const auto coming = channel_.probe(tag_);
+    if (!coming) break;
+    if (coming->bytes < sizeof(Frame) || coming->bytes > kParcelBytes) {
+      throw MismatchError("rank " + std::to_string(coming->peer) + " sent a malformed frame of " +
+                          std::to_string(coming->bytes) +
+                          " bytes.\n  All ranks must run the same version of pycomm.");
+    }
+    Parcel parcel{coming->peer, coming->bytes, take_memory(), nullptr};
+    parcel.message = channel_.receive(parcel.peer, tag_, {parcel.memory->data(), parcel.bytes});
+    parcel.message->poll();  // takes the message, so that the next probe finds the next one
+    arriving_.push_back(std::move(parcel));
+    moved = true;
+  }
+  std::set<int> behind;  // peers whose oldest frame is still on its way
+  std::erase_if(arriving_, [&](Parcel& parcel) {
+    if (behind.contains(parcel.peer)) return false;
+    if (!parcel.message->poll()) {
+      behind.insert(parcel.peer);
+      return false;
+    }
+    static_cast<RemoteLink&>(link_to(parcel.peer)).deliver(std::move(parcel.memory));
+    return moved = true;
+  });
+  return moved;
+}
+
+}  // namespace pycomm

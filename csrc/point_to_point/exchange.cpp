@@ -1,0 +1,230 @@
+#include "point_to_point/exchange.h"
+
+#include <algorithm>
+#include <cstring>
+#include <span>
+#include <string>
+
+#include "core/error.h"
+
+namespace pycomm {
+namespace {
+
+/// An empty tensor may have no address, which memcpy does not allow.
+void copy(std::byte* target, const std::byte* source, std::size_t bytes) {
+  if (bytes > 0) std::memcpy(target, source, bytes);
+}
+
+}  // namespace
+
+Exchange::Exchange(int rank, std::vector<Link*> links) : rank_(rank) {
+  for (Link* link : links) peers_.push_back({link, {}, {}, {}, {}, 0, 0});
+}
+
+void Exchange::post(TransferPtr transfer) {
+  if (transfer->direction == Transfer::Direction::kSend) {
+    transfer->id = next_id_++;
+    at(transfer->peer).outbox.push_back({transfer->frame(Frame::Kind::kMessage), transfer});
+    return;
+  }
+  const auto message = std::find_if(
+      unexpected_.begin(), unexpected_.end(),
+      [&](const Arrived& arrived) { return transfer->accepts(arrived.peer, arrived.frame.tag); });
+  if (message == unexpected_.end()) {
+    posted_.push_back(std::move(transfer));
+    return;
+  }
+  const Arrived arrived = std::move(*message);
+  unexpected_.erase(message);
+  fulfil(transfer, arrived.peer, arrived.frame, arrived.payload.data());
+}
+
+bool Exchange::advance() {
+  bool moved = false;
+  for (std::size_t i = 0; i < peers_.size(); ++i) {
+    Peer& peer = peers_[i];
+    while (const Frame* frame = peer.link->front()) {
+      take_in(static_cast<int>(i), *frame, peer.link->payload());
+      peer.link->pop();
+      moved = true;
+    }
+    moved |= push_outbox(peer);
+    moved |= push_streams(peer);
+  }
+  return moved;
+}
+
+void Exchange::take_in(int from, const Frame& frame, const std::byte* payload) {
+  Peer& peer = at(from);
+  switch (frame.kind) {
+    case Frame::Kind::kMessage: {
+      const auto receive = std::find_if(posted_.begin(), posted_.end(), [&](const auto& posted) {
+        return posted->accepts(from, frame.tag);
+      });
+      if (receive == posted_.end()) {
+        unexpected_.push_back({from, frame, {payload, payload + frame.payload_bytes}});
+      } else {
+        const TransferPtr matched = std::move(*receive);
+        posted_.erase(receive);
+        fulfil(matched, from, frame, payload);
+      }
+      return;
+    }
+    case Frame::Kind::kRequest: {
+      const auto send = peer.sends.extract(frame.id);
+      peer.streams.push_back(send.mapped());
+      return;
+    }
+    case Frame::Kind::kData: {
+      const TransferPtr receive = peer.receives.at(frame.id);
+      copy(receive->memory + receive->moved_bytes, payload, frame.payload_bytes);
+      receive->moved_bytes += frame.payload_bytes;
+      if (receive->moved_bytes < receive->bytes()) return;
+      peer.receives.erase(frame.id);
+      finish(receive);
+      return;
+    }
+    case Frame::Kind::kReceived:
+      finish(peer.sends.extract(frame.id).mapped());
+      return;
+    case Frame::Kind::kRefused:
+      throw MismatchError(std::string(reinterpret_cast<const char*>(payload), frame.payload_bytes));
+    case Frame::Kind::kCredit:
+      peer.eager_messages -= frame.count;
+      return;
+  }
+}
+
+void Exchange::fulfil(const TransferPtr& receive, int from, const Frame& frame,
+                      const std::byte* payload) {
+  if (!receive->frame(Frame::Kind::kMessage).same_elements(frame)) {
+    posted_.push_front(receive);  // not done: it ends with what is thrown here
+    refuse(*receive, from, frame);
+  }
+  Peer& peer = at(from);
+  receive->peer = from;
+  receive->id = frame.id;
+  if (frame.eager) {
+    copy(receive->memory, payload, frame.payload_bytes);
+    // Told now and then: each time would double the number of frames.
+    if (++peer.eager_consumed == Frame::kEagerMessages / 4) {
+      Frame credit;
+      credit.kind = Frame::Kind::kCredit;
+      credit.count = std::exchange(peer.eager_consumed, 0);
+      peer.outbox.push_back({credit, nullptr});
+    }
+    finish(receive);
+  } else if (frame.address != Frame::kNowhere) {
+    copy(receive->memory, peer.link->memory_of_peer(frame.address), receive->bytes());
+    peer.outbox.push_back({receive->frame(Frame::Kind::kReceived), nullptr});
+    finish(receive);
+  } else {
+    peer.receives[frame.id] = receive;
+    peer.outbox.push_back({receive->frame(Frame::Kind::kRequest), nullptr});
+  }
+}
+
+void Exchange::refuse(const Transfer& receive, int from, const Frame& frame) {
+  std::string text = receive.describe() + ", on rank " + std::to_string(rank_) +
+                     ": it got another message. Rank " + std::to_string(from) + " sent " +
+                     frame.elements() + " with tag " + std::to_string(frame.tag) + ", rank " +
+                     std::to_string(rank_) + " receives " +
+                     receive.frame(Frame::Kind::kMessage).elements() +
+                     ".\n  Both calls must have the same shape and dtype; messages of one sender "
+                     "and tag are received in the order they were sent.";
+  text.resize(std::min(text.size(), Frame::kEagerBytes));
+  Frame refused = receive.frame(Frame::Kind::kRefused);
+  refused.payload_bytes = text.size();
+  // A rank of this host reads it in the group's notice as well, should there be no room.
+  at(from).link->push(refused, std::as_bytes(std::span(text)));
+  throw MismatchError(text);
+}
+
+bool Exchange::push_outbox(Peer& peer) {
+  bool moved = false;
+  for (; !peer.outbox.empty(); peer.outbox.pop_front()) {
+    auto& [frame, send] = peer.outbox.front();
+    std::span<const std::byte> payload;
+    if (send) {
+      frame.eager =
+          send->bytes() <= Frame::kEagerBytes && peer.eager_messages < Frame::kEagerMessages;
+      if (frame.eager) {
+        payload = {send->memory, send->bytes()};
+      } else {
+        frame.address = peer.link->address_for_peer(send->memory, send->bytes());
+      }
+      frame.payload_bytes = payload.size();
+    }
+    if (!peer.link->push(frame, payload)) return moved;
+    moved = true;
+    if (!send) continue;
+    if (frame.eager) {
+      ++peer.eager_messages;
+      finish(send);
+    } else {
+      peer.sends[send->id] = send;
+    }
+  }
+  return moved;
+}
+
+bool Exchange::push_streams(Peer& peer) {
+  bool moved = false;
+  while (!peer.streams.empty()) {
+    const TransferPtr send = peer.streams.front();
+    do {
+      Frame data;
+      data.kind = Frame::Kind::kData;
+      data.id = send->id;
+      data.payload_bytes = std::min(peer.link->piece_bytes(), send->bytes() - send->moved_bytes);
+      if (!peer.link->push(data, {send->memory + send->moved_bytes, data.payload_bytes})) {
+        return moved;
+      }
+      send->moved_bytes += data.payload_bytes;
+      moved = true;
+    } while (send->moved_bytes < send->bytes());
+    peer.streams.pop_front();
+    finish(send);
+  }
+  return moved;
+}
+
+void Exchange::finish(const TransferPtr& transfer) {
+  transfer->done = true;
+  done_.push_back(transfer);
+}
+
+std::vector<std::shared_ptr<Transfer>> Exchange::unfinished() const {
+  std::vector<TransferPtr> all(posted_.begin(), posted_.end());
+  for (const Peer& peer : peers_) {
+    for (const Outgoing& outgoing : peer.outbox) {
+      if (outgoing.send) all.push_back(outgoing.send);
+    }
+    all.insert(all.end(), peer.streams.begin(), peer.streams.end());
+    for (const auto& [id, send] : peer.sends) all.push_back(send);
+    for (const auto& [id, receive] : peer.receives) all.push_back(receive);
+  }
+  return all;
+}
+
+bool Exchange::idle() const {
+  return posted_.empty() && std::all_of(peers_.begin(), peers_.end(), [](const Peer& peer) {
+           return peer.outbox.empty() && peer.streams.empty() && peer.sends.empty() &&
+                  peer.receives.empty();
+         });
+}
+
+bool Exchange::has_unsent() const {
+  return std::any_of(peers_.begin(), peers_.end(), [](const Peer& peer) {
+    return !peer.outbox.empty() || !peer.streams.empty();
+  });
+}
+
+void Exchange::clear() {
+  posted_.clear();
+  unexpected_.clear();
+  done_.clear();
+  for (Peer& peer : peers_) peer = {peer.link, {}, {}, {}, {}, 0, 0};
+}
+
+}  // namespace pycomm

@@ -1,0 +1,17 @@
+#include "point_to_point/frame.h"
+
+namespace pycomm {
+
+std::string Frame::elements() const {
+  std::string text = std::to_string(count) + " " + name_of(dtype);
+  if (dim_count < 0) return text;
+  text += ", shape (";
+  for (int dim = 0; dim < dim_count && dim < Shape::kMaxDims; ++dim) {
+    if (dim > 0) text += ", ";
+    const bool hashed = dim_count > Shape::kMaxDims && dim == Shape::kMaxDims - 1;
+    text += hashed ? "..." : std::to_string(dims[static_cast<std::size_t>(dim)]);
+  }
+  return text + (dim_count == 1 ? ",)" : ")");
+}
+
+}  // namespace pycomm

@@ -1,0 +1,54 @@
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "core/dtype.h"
+#include "core/operation.h"
+
+namespace pycomm {
+
+/// What ranks tell each other to move one message. A frame may carry a payload behind it.
+///
+///   sender                                         receiver
+///   kMessage: what it is, a small payload   --->   keeps it until a receive matches, then
+///                                           <---   kRequest, or it reads the sender's arena
+///   kData, a piece each, as slots are free  --->   copies each piece into place
+///                                           <---   kReceived, after reading the arena; or
+///                                                  kRefused: its receive is for something else
+///                                           <---   kCredit: room for as many small payloads more
+struct Frame {
+  enum class Kind : std::uint8_t { kMessage, kRequest, kData, kReceived, kRefused, kCredit };
+  static constexpr std::uint64_t kNowhere = ~std::uint64_t{0};
+  /// A payload up to this long travels with its kMessage, whether anybody waits for it or not.
+  static constexpr std::size_t kEagerBytes = 1024;
+  /// Small payloads on their way from one rank to another or kept there; more are asked for first,
+  /// as large ones are, so a receiver that never receives keeps descriptors only.
+  static constexpr std::uint64_t kEagerMessages = 64;
+
+  Kind kind = Kind::kMessage;
+  DType dtype = DType::kUint8;
+  std::int8_t dim_count = -1;
+  bool eager = false;
+  std::int32_t tag = 0;
+  /// Names a message of its sender.
+  std::uint64_t id = 0;
+  /// Elements; kCredit: messages.
+  std::uint64_t count = 0;
+  /// Where the receiver can read all of it, or kNowhere.
+  std::uint64_t address = kNowhere;
+  std::uint64_t payload_bytes = 0;
+  std::array<std::int64_t, Shape::kMaxDims> dims{};
+
+  std::size_t message_bytes() const { return count * size_of(dtype); }
+  bool same_elements(const Frame& other) const {
+    return dtype == other.dtype && count == other.count && dim_count == other.dim_count &&
+           dims == other.dims;
+  }
+  /// "4096 float32, shape (64, 64)".
+  std::string elements() const;
+};
+
+}  // namespace pycomm

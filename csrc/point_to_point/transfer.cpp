@@ -1,0 +1,25 @@
+#include "point_to_point/transfer.h"
+
+namespace pycomm {
+
+Frame Transfer::frame(Frame::Kind kind) const {
+  Frame frame;
+  frame.kind = kind;
+  frame.dtype = dtype;
+  frame.dim_count = static_cast<std::int8_t>(shape.count);
+  frame.tag = tag;
+  frame.id = id;
+  frame.count = count;
+  frame.dims = shape.dims;
+  return frame;
+}
+
+std::string Transfer::describe() const {
+  const bool sends = direction == Direction::kSend;
+  return std::string(sends ? "send of " : "recv of ") + frame(Frame::Kind::kMessage).elements() +
+         (sends ? ", to " : ", from ") +
+         (peer == kAnySource ? "any rank" : "rank " + std::to_string(peer)) + ", tag " +
+         std::to_string(tag);
+}
+
+}  // namespace pycomm
