@@ -62,13 +62,14 @@ class HostsReduce {
 
   Task<> collect(int rank, const Range& part, std::size_t i) {
     const auto at = static_cast<std::size_t>(rank);
-    const std::byte* source = place(context_.placement.local_rank_of[at], i);
-    if (context_.placement.host_of[at] != root_host_) {
-      std::byte* const arrived = fold_.spare(local_rank()) + 2 * fold_.piece_count() * element_;
+    std::byte* source;
+    if (context_.placement.host_of[at] == root_host_) {
+      source = place(context_.placement.local_rank_of[at], i);
+    } else {
+      source = fold_.spare(local_rank()) + 2 * fold_.piece_count() * element_;
       const auto received = context_.channel->receive(context_.world_rank(rank), context_.tag,
-                                                      {arrived, part.count() * element_});
+                                                      {source, part.count() * element_});
       co_await until(*received);
-      source = arrived;
     }
     std::memcpy(operation_.output + part.begin * element_, source, part.count() * element_);
   }
