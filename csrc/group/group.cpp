@@ -41,6 +41,34 @@ NoticeKind kind_of(const std::exception_ptr& error) {
   }
 }
 
+/// Blocks of given lengths: one for each rank, and mine as long as what I bring.
+void check_counts(const Operation& operation, int rank, int size) {
+  if (operation.input_counts.empty() && operation.output_counts.empty()) return;
+  const std::string where =
+      std::string(name_of(operation.kind)) + " on rank " + std::to_string(rank) + ": ";
+  const auto refuse_length = [&](const char* name, const std::vector<std::size_t>& counts) {
+    if (counts.empty() || counts.size() == static_cast<std::size_t>(size)) return;
+    throw InvalidArgumentError(where + name + " has " + std::to_string(counts.size()) +
+                               " entries, the group " + std::to_string(size) +
+                               " ranks. Pass one for each rank.");
+  };
+  const bool exchanges = operation.kind == Kind::kAllToAll;
+  const bool gathers = operation.kind == Kind::kAllGather || operation.kind == Kind::kGather;
+  if ((!operation.input_counts.empty() && !exchanges) ||
+      (!operation.output_counts.empty() && !exchanges && !gathers)) {
+    throw InvalidArgumentError(where + "all its blocks have one length. Pass `count` alone.");
+  }
+  refuse_length("input_counts", operation.input_counts);
+  refuse_length("output_counts", operation.output_counts);
+  if (!gathers || operation.output_counts.empty()) return;
+  const std::size_t mine = operation.output_counts[static_cast<std::size_t>(rank)];
+  if (operation.count != mine) {
+    throw InvalidArgumentError(where + "this rank brings " + std::to_string(operation.count) +
+                               " elements, and output_counts[" + std::to_string(rank) + "] is " +
+                               std::to_string(mine) + ". Pass the same number twice.");
+  }
+}
+
 }  // namespace
 
 std::shared_ptr<Group> Group::create(
@@ -118,6 +146,7 @@ void Group::prepare(Operation& operation) const {
     refuse(operation, "root is " + std::to_string(operation.root) + ", the group has ranks 0 to " +
                           std::to_string(size() - 1) + ".");
   }
+  check_counts(operation, rank(), size());
   if (reduces(operation.kind)) {
     if (!can_reduce(operation.dtype, operation.op)) {
       refuse(operation, std::string("dtype ") + name_of(operation.dtype) +
