@@ -41,7 +41,8 @@ NoticeKind kind_of(const std::exception_ptr& error) {
   }
 }
 
-/// What is wrong with blocks of given lengths (one for each rank, mine as long as what I bring); empty: nothing.
+/// What is wrong with blocks of given lengths, of which there is one for each rank, mine as long as
+/// what I bring; empty: nothing.
 std::string problem_of_counts(const Operation& operation, int rank, int size) {
   const auto has_length = [&](const std::vector<std::size_t>& counts) {
     return counts.empty() || counts.size() == static_cast<std::size_t>(size);
