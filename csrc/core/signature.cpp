@@ -26,8 +26,8 @@ std::uint64_t hash_of(std::string_view text) {
   return state;
 }
 
-/// What must be equal on all ranks of blocks of different lengths: for an all-to-all only that there
-/// are such, since each rank sends and receives others.
+/// What must be equal on all ranks of blocks of different lengths: for an all-to-all only that
+/// there are such, since each rank sends and receives others.
 std::uint64_t hash_of_counts(const Operation& operation) {
   if (operation.input_counts.empty() && operation.output_counts.empty()) return 0;
   std::uint64_t state = 1;

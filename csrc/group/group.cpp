@@ -86,8 +86,15 @@ Group::Group(std::shared_ptr<Process> process, std::vector<int> ranks, int rank,
       placement_(std::move(placement)),
       memory_(std::move(memory)),
       window_(std::move(window)),
-      context_{window_,          process_->channel.get(),   tag, placement_, ranks_,
-               *process_->arena, process_->options.staging, rank} {}
+      context_{window_,
+               process_->channel.get(),
+               tag,
+               placement_,
+               ranks_,
+               *process_->arena,
+               process_->options.staging,
+               process_->options.tuning,
+               rank} {}
 
 Group::~Group() {
   if (in_forked_child()) return;
@@ -122,7 +129,8 @@ void Group::prepare(Operation& operation) const {
                                  " needs a floating or complex dtype and must be positive.");
     }
     if ((operation.prescale != 1 || operation.postscale != 1) && !is_scalable(operation.dtype)) {
-      throw InvalidArgumentError(where + "a factor needs a floating or complex dtype, and this is " +
+      throw InvalidArgumentError(where +
+                                 "a factor needs a floating or complex dtype, and this is " +
                                  name_of(operation.dtype) + ".");
     }
   }
