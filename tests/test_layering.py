@@ -12,7 +12,7 @@ CSRC_LAYERS = ["core", "kernels", "transport", "collectives", "group", "reducer"
 # Each line may import the lines before it, never its own neighbours.
 PYTHON_LAYERS = [
     {"errors", "_core"},
-    {"launch", "mpi_library", "failure", "work", "arguments"},
+    {"launch", "mpi_library", "failure", "work", "arguments", "cost"},
     {"rendezvous"},
     {"runtime"},
     {"collectives"},
