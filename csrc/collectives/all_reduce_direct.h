@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "collectives/exchange.h"
+#include "collectives/lane_exchange.h"
 #include "collectives/segments.h"
 
 namespace pycomm {
@@ -26,7 +26,7 @@ namespace pycomm {
 ///   T = 2(H-1) alpha + 2 (H-1)/H n beta + n gamma                   (one segment per chunk)
 ///
 /// The bytes of the ring; the fold keeps the canonical order, which the ring cannot.
-class DirectExchange : public Exchange {
+class DirectExchange : public LaneExchange {
  public:
   DirectExchange(LaneStream& stream, const Share& share);
 

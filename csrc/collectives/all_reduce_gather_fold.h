@@ -1,6 +1,6 @@
 #pragma once
 
-#include "collectives/exchange.h"
+#include "collectives/lane_exchange.h"
 
 namespace pycomm {
 
@@ -20,7 +20,7 @@ namespace pycomm {
 /// so cost not a single message more.
 ///
 /// Source: Bruck, Ho, Kipnis, Upfal & Weathersby, IEEE Trans. Parallel Distrib. Syst. 8 (1997).
-class GatherFoldExchange : public Exchange {
+class GatherFoldExchange : public LaneExchange {
  public:
   GatherFoldExchange(LaneStream& stream, const Share& share) : stream_(stream), share_(share) {}
 

@@ -6,7 +6,7 @@
 #include <memory>
 #include <string>
 
-#include "collectives/exchange.h"
+#include "collectives/lane_exchange.h"
 #include "collectives/open.h"
 #include "collectives/partition.h"
 #include "collectives/piece_plan.h"
@@ -126,7 +126,7 @@ class HierarchicalAllReduce {
       fold({operation_.dtype, wire_dtype_, operation_.op, 1, operation_.prescale}, share.host_sum,
            sources, mine.count());
     }
-    exchanges_[i % 2] = Exchange::make(algorithm_, stream_, share);
+    exchanges_[i % 2] = LaneExchange::make(algorithm_, stream_, share);
     exchanges_[i % 2]->begin();
   }
 
@@ -150,8 +150,8 @@ class HierarchicalAllReduce {
   bool all_in_arena_ = true;
   bool in_place_ = false;
   LaneStream stream_;
-  std::array<std::unique_ptr<Exchange>, 2> exchanges_;  // of even and of odd pieces
-  End end_;                                             // of the latest finished exchange
+  std::array<std::unique_ptr<LaneExchange>, 2> exchanges_;  // of even and of odd pieces
+  End end_;                                                 // of the latest finished exchange
 };
 
 }  // namespace

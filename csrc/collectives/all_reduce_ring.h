@@ -1,6 +1,6 @@
 #pragma once
 
-#include "collectives/exchange.h"
+#include "collectives/lane_exchange.h"
 #include "collectives/segments.h"
 
 namespace pycomm {
@@ -27,7 +27,7 @@ namespace pycomm {
 /// & Gropp, Int. J. High Perform. Comput. Appl. 19 (2005).
 ///
 /// `share.fold.source_dtype` must be an accumulator type.
-class RingExchange : public Exchange {
+class RingExchange : public LaneExchange {
  public:
   RingExchange(LaneStream& stream, const Share& share);
 

@@ -4,7 +4,7 @@
 #include <cstddef>
 
 #include "collectives/context.h"
-#include "collectives/exchange.h"
+#include "collectives/lane_exchange.h"
 
 namespace pycomm {
 
@@ -46,7 +46,7 @@ struct PiecePlan {
     const std::size_t share = (plan.piece_count + l - 1) / l;
     plan.host_sum = sum_is_input ? 0 : up(plan.piece_count * element);
     plan.received = up(sum_is_input ? plan.piece_count * element : plan.host_sum + share * wire);
-    plan.result = up(plan.received + Exchange::received_bytes(algorithm, share, wire, hosts));
+    plan.result = up(plan.received + LaneExchange::received_bytes(algorithm, share, wire, hosts));
     return plan;
   }
 

@@ -14,7 +14,7 @@ namespace pycomm {
 struct Share {
   /// This host's sum, `count` elements of `fold.source_dtype`. The ring overwrites it.
   std::byte* host_sum;
-  /// Room for what is received: Exchange::received_bytes().
+  /// Room for what is received: LaneExchange::received_bytes().
   std::byte* received;
   /// The result, `count` elements of `fold.destination_dtype`. May be `host_sum` if both dtypes are
   /// the same: whoever sends a part of the result has received that part of the host's sum.
@@ -28,9 +28,9 @@ struct Share {
 };
 
 /// An algorithm at work on one share, in two halves, between which a host's ranks meet.
-class Exchange {
+class LaneExchange {
  public:
-  virtual ~Exchange() = default;
+  virtual ~LaneExchange() = default;
 
   /// Hand the stream all messages that wait for no other. Nothing of the result is written.
   virtual void begin() = 0;
@@ -39,8 +39,8 @@ class Exchange {
   virtual Task<> finish() = 0;
 
   /// @param algorithm  not kAuto.
-  static std::unique_ptr<Exchange> make(Algorithm algorithm, LaneStream& stream,
-                                        const Share& share);
+  static std::unique_ptr<LaneExchange> make(Algorithm algorithm, LaneStream& stream,
+                                            const Share& share);
 
   /// Room that `algorithm` needs to receive for a share of `count` elements of `wire` bytes.
   static constexpr std::size_t received_bytes(Algorithm algorithm, std::size_t count,

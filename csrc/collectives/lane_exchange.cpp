@@ -1,4 +1,4 @@
-#include "collectives/exchange.h"
+#include "collectives/lane_exchange.h"
 
 #include "collectives/all_reduce_direct.h"
 #include "collectives/all_reduce_gather_fold.h"
@@ -6,8 +6,8 @@
 
 namespace pycomm {
 
-std::unique_ptr<Exchange> Exchange::make(Algorithm algorithm, LaneStream& stream,
-                                         const Share& share) {
+std::unique_ptr<LaneExchange> LaneExchange::make(Algorithm algorithm, LaneStream& stream,
+                                                 const Share& share) {
   switch (algorithm) {
     case Algorithm::kRing:
       return std::make_unique<RingExchange>(stream, share);
