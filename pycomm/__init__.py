@@ -3,15 +3,31 @@
 Importing starts nothing: no thread, no MPI. ``init()`` joins the other ranks.
 """
 
-from pycomm._core import Group, ReduceOp
+from pycomm._core import Algorithm, Group, ReduceOp
 from pycomm.collectives import (
     all_gather,
+    all_gather_grouped,
     all_gather_into,
+    all_gather_list,
     all_reduce,
     all_reduce_,
+    all_reduce_grouped,
+    all_reduce_grouped_,
+    all_to_all,
+    all_to_all_into,
     barrier,
     broadcast,
     broadcast_,
+    broadcast_grouped_,
+    gather,
+    gather_list,
+    reduce,
+    reduce_,
+    reduce_scatter,
+    reduce_scatter_grouped,
+    reduce_scatter_into,
+    scatter,
+    scatter_into,
 )
 from pycomm.errors import (
     CommError,
@@ -22,7 +38,7 @@ from pycomm.errors import (
     PeerLostError,
 )
 from pycomm.join import join
-from pycomm.objects import all_gather_object, broadcast_object
+from pycomm.objects import all_gather_object, broadcast_object, gather_object, scatter_object
 from pycomm.optimizer import DistributedOptimizer
 from pycomm.runtime import (
     host_rank,
@@ -40,6 +56,7 @@ from pycomm.state import broadcast_optimizer_state, broadcast_parameters
 from pycomm.work import Work
 
 __all__ = [
+    "Algorithm",
     "CommError",
     "CommTimeoutError",
     "DistributedOptimizer",
@@ -51,16 +68,26 @@ __all__ = [
     "ReduceOp",
     "Work",
     "all_gather",
+    "all_gather_grouped",
     "all_gather_into",
+    "all_gather_list",
     "all_gather_object",
     "all_reduce",
     "all_reduce_",
+    "all_reduce_grouped",
+    "all_reduce_grouped_",
+    "all_to_all",
+    "all_to_all_into",
     "barrier",
     "broadcast",
     "broadcast_",
+    "broadcast_grouped_",
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "gather",
+    "gather_list",
+    "gather_object",
     "host_rank",
     "host_size",
     "hosts",
@@ -70,6 +97,14 @@ __all__ = [
     "local_rank",
     "local_size",
     "rank",
+    "reduce",
+    "reduce_",
+    "reduce_scatter",
+    "reduce_scatter_grouped",
+    "reduce_scatter_into",
+    "scatter",
+    "scatter_into",
+    "scatter_object",
     "shutdown",
     "size",
 ]

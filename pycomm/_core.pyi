@@ -334,3 +334,7 @@ class Reducer:
     def used(self, parameter: int) -> bool: ...
 
 def simd_level() -> str: ...
+def tensor_all_reduce(
+    tensor_type: type, is_neg: Callable[..., bool], increment_version: Callable[..., None]
+) -> Callable[[Group, object, object, object], bool]:
+    """A function (group, input, output, op): False, and nothing done, on unusual tensors."""

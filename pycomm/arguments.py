@@ -1,15 +1,17 @@
 """What collectives ask of their arguments, checked before anything is sent."""
 
 import math
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from pycomm._core import DType, Group, ReduceOp
+from pycomm._core import Algorithm, DType, Group, ReduceOp
 from pycomm.errors import InvalidArgumentError
 
 REDUCIBLE = {
+    torch.bool: DType.BOOL,
     torch.uint8: DType.UINT8,
     torch.int8: DType.INT8,
     torch.int16: DType.INT16,
@@ -19,18 +21,23 @@ REDUCIBLE = {
     torch.bfloat16: DType.BFLOAT16,
     torch.float32: DType.FLOAT32,
     torch.float64: DType.FLOAT64,
+    torch.complex64: DType.COMPLEX64,
+    torch.complex128: DType.COMPLEX128,
 }
 
 MOVABLE = REDUCIBLE | {
-    torch.bool: DType.BOOL,
-    # The core has no complex numbers: their bytes travel. The operation's name then carries the
-    # dtype, so that a peer that sends other elements of the same bytes is still noticed.
-    torch.complex64: DType.UINT8,
-    torch.complex128: DType.UINT8,
+    torch.float8_e4m3fn: DType.FLOAT8_E4M3FN,
+    torch.float8_e4m3fnuz: DType.FLOAT8_E4M3FNUZ,
+    torch.float8_e5m2: DType.FLOAT8_E5M2,
+    torch.float8_e5m2fnuz: DType.FLOAT8_E5M2FNUZ,
+    torch.float8_e8m0fnu: DType.FLOAT8_E8M0FNU,
 }
 
-_AVG = ReduceOp.AVG  # looking a member up costs as much as all other checks
-_FLOATING = frozenset({DType.FLOAT16, DType.BFLOAT16, DType.FLOAT32, DType.FLOAT64})
+_SUM, _AVG = ReduceOp.SUM, ReduceOp.AVG  # looking a member up costs as much as all other checks
+_BITWISE = frozenset({ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR})
+_ALGORITHMS = {"direct": Algorithm.DIRECT, "ring": Algorithm.RING} | {
+    "gather_fold": Algorithm.GATHER_FOLD
+}
 
 
 def refuse(call: str, group: Group, problem: str) -> NoReturn:
@@ -38,27 +45,17 @@ def refuse(call: str, group: Group, problem: str) -> NoReturn:
     raise InvalidArgumentError(f"{call} on rank {group.rank}: {problem}")
 
 
-def reducible(call: str, t: Tensor, op: ReduceOp, group: Group) -> DType:
+def reducible(call: str, argument: str, t: Tensor, op: ReduceOp, group: Group) -> DType:
     """The core's dtype for a tensor that ``op`` can reduce."""
-    dtype = _dtype(call, "t", t, group, REDUCIBLE)
-    if op is _AVG and dtype not in _FLOATING:
-        refuse(
-            call,
-            group,
-            f"AVG needs a floating dtype, and t has {t.dtype}.\n"
-            "  Reduce with SUM and divide as you wish to round, or pass t.float().",
-        )
-    if not isinstance(op, ReduceOp):
-        refuse(call, group, f"op is {op!r}. Pass a pycomm.ReduceOp: SUM, AVG, MIN, MAX or PROD.")
+    dtype = _dtype(call, argument, t, group, REDUCIBLE)
+    if op is not _SUM:
+        _check_op(call, argument, t, op, group)
     return dtype
 
 
-def movable(call: str, argument: str, t: Tensor, group: Group) -> tuple[DType, int, str]:
-    """The core's dtype for a tensor that is only moved, its count, and its name if it needs one."""
-    dtype = _dtype(call, argument, t, group, MOVABLE)
-    if t.dtype.is_complex:
-        return dtype, t.numel() * t.element_size(), str(t.dtype)
-    return dtype, t.numel(), ""
+def movable(call: str, argument: str, t: Tensor, group: Group) -> DType:
+    """The core's dtype for a tensor that is only moved."""
+    return _dtype(call, argument, t, group, MOVABLE)
 
 
 def _dtype(
@@ -78,59 +75,70 @@ def _dtype(
     dtype = supported.get(t.dtype)
     if dtype is None:
         remedy = f"  Convert it first, or pass {argument}.view(torch.uint8)."
-        if t.dtype is torch.bool:
-            remedy = "  Reduce t.to(torch.uint8): MAX is a logical or, MIN a logical and."
-        elif t.dtype.is_complex and supported is REDUCIBLE:
-            remedy = "  Reduce torch.view_as_real(t)."
+        if t.dtype in MOVABLE:
+            remedy = f"  float8 is only moved: reduce {argument}.to(torch.bfloat16)."
         names = ", ".join(str(known).removeprefix("torch.") for known in supported)
         refuse(call, group, f"{argument} has {t.dtype}; supported are {names}.\n{remedy}")
     return dtype
 
 
-def writable(call: str, argument: str, t: Tensor, group: Group) -> None:
-    """Refuse to overwrite what autograd still needs, or cannot follow."""
-    if t.requires_grad and not t.is_leaf and torch.is_grad_enabled():
+def _check_op(call: str, argument: str, t: Tensor, op: ReduceOp, group: Group) -> None:
+    """Refuse what the core's ``can_reduce`` says no to."""
+    if not isinstance(op, ReduceOp):
+        names = ", ".join(member.name for member in ReduceOp)
+        refuse(call, group, f"op is {op!r}. Pass a pycomm.ReduceOp: {names}.")
+    floating, is_complex = t.dtype.is_floating_point, t.dtype.is_complex
+    if op is _AVG and not floating and not is_complex:
         refuse(
             call,
             group,
-            f"{argument} was computed from tensors that require a gradient, which overwriting it "
-            f"would falsify.\n  Pass {argument}.detach(), or use all_reduce(t), which autograd "
-            "follows.",
+            f"AVG needs a floating dtype, and {argument} has {t.dtype}.\n"
+            f"  Reduce with SUM and divide as you wish to round, or pass {argument}.float().",
         )
-    if t.is_neg() or (t.dtype.is_complex and t.is_conj()):
+    if op in _BITWISE and (floating or is_complex):
         refuse(
             call,
             group,
-            f"{argument} is a lazily conjugated or negated view.\n"
-            f"  Pass {argument}.resolve_conj().resolve_neg().",
+            f"{op.name} needs an integer dtype or bool, and {argument} has {t.dtype}.\n"
+            f"  Pass a view of its bits, such as {argument}.view(torch.uint8).",
+        )
+    if is_complex and op is not _AVG:
+        refuse(
+            call,
+            group,
+            f"complex numbers are reduced with SUM and AVG, and op is {op.name} "
+            f"({argument} has {t.dtype}).\n  Reduce torch.view_as_real({argument}) for the op of "
+            f"each part, or all_gather({argument}) and combine the rows.",
         )
 
 
-def memory_order(call: str, argument: str, t: Tensor, group: Group) -> str:
-    """How the elements of a writable tensor lie in its piece of memory; "" when row-major.
-
-    An in-place operation pairs elements by their place in memory, so ranks must agree on this. It
-    becomes part of the operation's name, and with that of its signature.
-    """
-    if t.is_contiguous():
-        return ""
-    dims = sorted(
-        (dim for dim in range(t.dim()) if t.size(dim) > 1),
-        key=lambda dim: t.stride()[dim],
-        reverse=True,
-    )
-    expected = 1
-    for dim in reversed(dims):
-        if t.stride(dim) != expected:
+def check_scales(call: str, t: Tensor, prescale: float, postscale: float, group: Group) -> None:
+    """Refuse factors that ``t`` cannot be multiplied by. Called only if one of them is not 1."""
+    for name, factor in (("prescale", prescale), ("postscale", postscale)):
+        if not isinstance(factor, (float, int)):
+            refuse(call, group, f"{name} is {factor!r}. Pass a number, such as 0.5.")
+        if factor != 1 and not (t.dtype.is_floating_point or t.dtype.is_complex):
             refuse(
                 call,
                 group,
-                f"{argument} of shape {tuple(t.shape)} has strides {t.stride()}, so its elements "
-                "do not fill one piece of memory and it cannot be overwritten in one go.\n"
-                f"  Pass a contiguous tensor and copy the result into {argument}.",
+                f"{name} is {factor!r}, and {t.dtype} has no fractions to scale.\n"
+                "  Leave it at 1.0, or convert the tensor to a floating dtype.",
             )
-        expected *= t.size(dim)
-    return f"memory order {tuple(dims)}"
+
+
+def algorithm_named(call: str, algorithm: Algorithm | str, group: Group) -> Algorithm:
+    """The core's algorithm, which may be given by its name."""
+    if isinstance(algorithm, Algorithm):
+        return algorithm
+    if algorithm not in _ALGORITHMS:
+        names = ", ".join(map(repr, _ALGORITHMS))
+        refuse(
+            call,
+            group,
+            f"algorithm is {algorithm!r}.\n"
+            f"  Pass {names}, a pycomm.Algorithm, or None to let the cost model choose.",
+        )
+    return _ALGORITHMS[algorithm]
 
 
 def root_rank(call: str, root: int, group: Group) -> int:
@@ -156,3 +164,47 @@ def seconds(call: str, timeout_s: float | None, group: Group) -> float:
             "  Pass a positive number of seconds, or None for the group's default.",
         )
     return float(timeout_s)
+
+
+def divided(call: str, argument: str, t: Tensor, group: Group) -> int:
+    """A ``p``-th of dimension 0, which is cut into one block for each rank."""
+    p = group.size
+    if t.dim() == 0:
+        refuse(
+            call,
+            group,
+            f"{argument} has no dimension to cut into {p} blocks.\n"
+            f"  Pass a tensor of shape (p*k, ...), here ({p},) or ({p}*k, ...).",
+        )
+    rows = t.shape[0]
+    if rows % p:
+        refuse(
+            call,
+            group,
+            f"{argument}.shape[0] is {rows}, which world size {p} does not divide.\n"
+            f"  Pad dimension 0 to {-(-rows // p) * p}.",
+        )
+    return rows // p
+
+
+def splits_of(call: str, argument: str, splits: Sequence[int], group: Group) -> list[int]:
+    """Rows of dimension 0 for each rank."""
+    rows = list(splits)
+    if len(rows) != group.size or not all(isinstance(n, int) and n >= 0 for n in rows):
+        refuse(
+            call,
+            group,
+            f"{argument} is {splits!r}, and the group has {group.size} ranks.\n"
+            f"  Pass {group.size} numbers of rows, none of them negative.",
+        )
+    return rows
+
+
+def same_dtype(call: str, output: Tensor, input: Tensor, group: Group) -> None:
+    if output.dtype is not input.dtype:
+        refuse(
+            call,
+            group,
+            f"output has {output.dtype} and input has {input.dtype}.\n"
+            f"  Pass an output of dtype={input.dtype}.",
+        )

@@ -5,7 +5,7 @@ unpickle raises on every rank, so that none is left waiting.
 """
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pycomm._core import Group
 from pycomm.arguments import MOVABLE, root_rank
+from pycomm.collectives import all_to_all, gather_list
 from pycomm.errors import CommError, InvalidArgumentError
 from pycomm.runtime import world_group
 
@@ -76,6 +77,70 @@ def all_gather_object(obj: Any, *, group: Group | None = None) -> list[Any]:
     return objects
 
 
+def gather_object(obj: Any, root: int = 0, *, group: Group | None = None) -> list[Any] | None:
+    """Every rank's ``obj``, by rank, on ``root``; None on the others.
+
+    Args:
+        obj: as for ``all_gather_object``.
+        root: a rank of the group.
+        group: the ranks taking part, the world if None; every one of them makes this call.
+
+    Raises:
+        InvalidArgumentError: on every rank, if one cannot pickle its object or the root cannot
+            unpickle it; the group stays usable.
+        MismatchError, CommTimeoutError, PeerLostError: as for ``all_reduce``.
+
+    Memory: on the root the sum of all pickles, elsewhere its own.
+    """
+    if group is None:
+        group = world_group()
+    root = root_rank("gather_object", root, group)
+    payload, mistake = _attempt(lambda: pickle.dumps(obj, pickle.HIGHEST_PROTOCOL), b"")
+    raise_together("gather_object", mistake, group)
+    payloads = gather_list(_tensor_of(payload), root, group=group)
+    objects: list[Any] | None = None
+    mistake = None
+    if payloads is not None:
+        objects, mistake = _attempt(
+            lambda: [pickle.loads(theirs.numpy().tobytes()) for theirs in payloads], None
+        )
+    raise_together("gather_object", mistake, group)
+    return objects
+
+
+def scatter_object(
+    objects: Sequence[Any] | None, root: int = 0, *, group: Group | None = None
+) -> Any:
+    """``root``'s ``objects[r]``, on rank ``r``. The root's own is a copy as well.
+
+    Args:
+        objects: on the root one for each rank, anything ``pickle`` can handle; ignored elsewhere.
+        root: a rank of the group.
+        group: the ranks taking part, the world if None; every one of them makes this call.
+
+    Raises:
+        InvalidArgumentError: on every rank, if ``objects`` are not one for each rank, the root
+            cannot pickle them, or a rank cannot unpickle its own; the group stays usable.
+        MismatchError, CommTimeoutError, PeerLostError: as for ``all_reduce``.
+
+    Memory: on the root the sum of all pickles, elsewhere its own.
+    """
+    if group is None:
+        group = world_group()
+    root = root_rank("scatter_object", root, group)
+    payloads: list[bytes] = [b""] * group.size
+    mistake: Exception | None = None
+    if group.rank == root:
+        payloads, mistake = _attempt(lambda: _pickled(objects, group.size), payloads)
+    raise_together("scatter_object", mistake, group)
+    lengths = [len(payload) for payload in payloads]
+    data = _tensor_of(b"".join(payloads))
+    mine = all_to_all(data, lengths, group=group).numpy().tobytes()
+    obj, mistake = _attempt(lambda: pickle.loads(mine), None)
+    raise_together("scatter_object", mistake, group)
+    return obj
+
+
 def raise_together(call: str, mistake: Exception | None, group: Group) -> None:
     """Raise on every rank if any has made a mistake, naming the first one that has.
 
@@ -131,6 +196,13 @@ def _tensor_of(payload: bytes) -> Tensor:
         return torch.empty(0, dtype=torch.uint8)
     # A bytearray, because torch warns about memory that it must not write.
     return torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+
+
+def _pickled(objects: Sequence[Any] | None, count: int) -> list[bytes]:
+    if objects is None or len(objects) != count:
+        given = "None" if objects is None else f"{len(objects)} objects"
+        raise ValueError(f"the root passed {given} for {count} ranks. Pass one for each rank.")
+    return [pickle.dumps(obj, pickle.HIGHEST_PROTOCOL) for obj in objects]
 
 
 def _attempt(action: Callable[[], T], otherwise: T) -> tuple[T, Exception | None]:

@@ -231,7 +231,7 @@ class DistributedOptimizer(Optimizer):
                 f"step(closure) on rank {sync.group.rank}: the closure returned a loss of shape "
                 f"{tuple(mean.shape)}.\n  Return one number."
             )
-        dtype = reducible("step(closure)", mean, _core.ReduceOp.AVG, sync.group)
+        dtype = reducible("step(closure)", "loss", mean, _core.ReduceOp.AVG, sync.group)
         ranks = self._announce(Event.LOSS, dtype.value)
         self._reduce_loss(sync, mean, dtype, ranks)
         return mean if isinstance(loss, Tensor) else mean.item()

@@ -1,14 +1,22 @@
 """A collective in flight."""
 
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar
-
-from pycomm import _core
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 
+
+class CoreWork(Protocol):
+    """What the core returns for an operation in flight."""
+
+    def wait(self) -> None: ...
+    def done(self) -> bool: ...
+    @property
+    def seconds(self) -> float: ...
+
+
 # Memory of operations that run on although nobody holds their Work any more.
-_abandoned: dict[_core.Work, object] = {}
+_abandoned: dict[CoreWork, object] = {}
 
 
 class Work(Generic[T]):
@@ -19,7 +27,7 @@ class Work(Generic[T]):
 
     __slots__ = ("_core_work", "_finish", "_result", "_tensors", "_waited")
 
-    def __init__(self, core_work: _core.Work, tensors: object, finish: Callable[[], T]) -> None:
+    def __init__(self, core_work: CoreWork, tensors: object, finish: Callable[[], T]) -> None:
         for over in [work for work in tuple(_abandoned) if work.done()]:
             _abandoned.pop(over, None)
         self._core_work = core_work
@@ -56,3 +64,30 @@ class Work(Generic[T]):
         core_work = getattr(self, "_core_work", None)
         if core_work is not None and not core_work.done():
             _abandoned[core_work] = self._tensors
+
+
+class Together:
+    """Several operations of one group as one; they end in the order they were started."""
+
+    def __init__(self, works: Sequence[CoreWork]) -> None:
+        self._works = tuple(works)
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+
+    def done(self) -> bool:
+        return all(work.done() for work in self._works)
+
+    @property
+    def seconds(self) -> float:
+        return sum(work.seconds for work in self._works)
+
+
+def outcome(core_work: CoreWork | None, tensors: object, finish: Callable[[], T]) -> T | Work[T]:
+    """What a call returns: its result if it was blocking, else the ``Work`` that returns it."""
+    return finish() if core_work is None else Work(core_work, tensors, finish)
+
+
+def nothing() -> None:
+    """The result of a call that writes into tensors it was given."""

@@ -12,8 +12,8 @@ CSRC_LAYERS = ["core", "kernels", "transport", "collectives", "group", "reducer"
 # Each line may import the lines before it, never its own neighbours.
 PYTHON_LAYERS = [
     {"errors", "_core"},
-    {"launch", "mpi_library", "failure", "work", "arguments", "cost"},
-    {"rendezvous"},
+    {"launch", "mpi_library", "failure", "work", "arguments", "tensor_calls", "cost"},
+    {"memory", "rendezvous"},
     {"runtime"},
     {"collectives"},
     {"objects"},
@@ -24,6 +24,14 @@ PYTHON_LAYERS = [
     {"__init__"},
     {"cli"},
     {"__main__"},
+]
+
+# Within pycomm/collectives, likewise.
+COLLECTIVES_LAYERS = [
+    {"autograd"},
+    {"all_reduce", "all_to_all", "barrier", "broadcast_reduce", "gather_scatter", "shards"},
+    {"grouped", "lists"},
+    {"__init__"},
 ]
 
 
@@ -76,3 +84,12 @@ def test_python_imports_point_down() -> None:
                 continue
             assert name in level, f"{path} imports pycomm.{name}"
             assert level[name] < level[module], f"{path} imports pycomm.{name}, which lies above it"
+
+
+def test_collectives_import_downward() -> None:
+    level = {name: i for i, names in enumerate(COLLECTIVES_LAYERS) for name in names}
+    for path in sorted((ROOT / "pycomm" / "collectives").glob("*.py")):
+        assert path.stem in level, f"{path}: give the module its place in COLLECTIVES_LAYERS"
+        for name in re.findall(r"^from pycomm\.collectives\.(\w+) import", path.read_text(), re.M):
+            assert level[name] < level[path.stem], f"{path} imports {name}, which lies above it"
+        assert "from pycomm.collectives import" not in path.read_text(), path

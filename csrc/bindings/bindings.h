@@ -20,8 +20,12 @@ void bind_errors();
 void bind_work(pybind11::module_& module);
 void bind_group(pybind11::module_& module);
 void bind_cost(pybind11::module_& module);
+void bind_tensor_calls(pybind11::module_& module);
 void bind_world(pybind11::module_& module);
 void bind_reducer(pybind11::module_& module);
+
+/// Turns the exception being handled into a Python error, in functions that pybind11 does not wrap.
+void set_python_error();
 
 /// Lets Python handle pending signals; throws what a handler raised (KeyboardInterrupt). For waits
 /// without the GIL. Cheap in threads that never handle signals.

@@ -11,6 +11,7 @@ PYBIND11_MODULE(_core, module) {
   pycomm::bind_work(module);
   pycomm::bind_group(module);
   pycomm::bind_cost(module);
+  pycomm::bind_tensor_calls(module);
   pycomm::bind_world(module);
   pycomm::bind_reducer(module);
   module.def("simd_level", &pycomm::simd_level,

@@ -19,24 +19,37 @@ void raise_as(const char* name, const CommError& error) {
   PyErr_SetObject(type.ptr(), decoded.ptr());
 }
 
+/// Sets the Python error for one of ours; throws what is not.
+void translate(const std::exception_ptr& pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const InvalidArgumentError& error) {
+    raise_as("InvalidArgumentError", error);
+  } catch (const MismatchError& error) {
+    raise_as("MismatchError", error);
+  } catch (const CommTimeoutError& error) {
+    raise_as("CommTimeoutError", error);
+  } catch (const PeerLostError& error) {
+    raise_as("PeerLostError", error);
+  } catch (const CommError& error) {
+    raise_as("CommError", error);
+  }
+}
+
 }  // namespace
 
 void bind_errors() {
-  py::register_exception_translator([](std::exception_ptr pointer) {
-    try {
-      if (pointer) std::rethrow_exception(pointer);
-    } catch (const InvalidArgumentError& error) {
-      raise_as("InvalidArgumentError", error);
-    } catch (const MismatchError& error) {
-      raise_as("MismatchError", error);
-    } catch (const CommTimeoutError& error) {
-      raise_as("CommTimeoutError", error);
-    } catch (const PeerLostError& error) {
-      raise_as("PeerLostError", error);
-    } catch (const CommError& error) {
-      raise_as("CommError", error);
-    }
-  });
+  py::register_exception_translator([](std::exception_ptr pointer) { translate(pointer); });
+}
+
+void set_python_error() {
+  try {
+    translate(std::current_exception());
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
 }
 
 }  // namespace pycomm

@@ -33,10 +33,14 @@ struct Call {
   }
 
   std::shared_ptr<Work> issue(bool async_op) {
-    const py::gil_scoped_release no_gil;
-    if (async_op) return group.start(std::move(operation));
-    group.run(std::move(operation), interrupt_check());
-    return nullptr;
+    std::optional<py::gil_scoped_release> no_gil;
+    const auto release = [&no_gil] { no_gil.emplace(); };
+    if (!async_op) {
+      group.run(std::move(operation), interrupt_check(), release);
+      return nullptr;
+    }
+    release();
+    return group.start(std::move(operation));
   }
 };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "collectives/fold_specs.h"
 #include "collectives/open.h"
 #include "collectives/partition.h"
 #include "kernels/fold.h"
@@ -13,10 +14,8 @@ namespace {
 /// Two ranks never write the same cache line, nor the pair that the prefetcher takes.
 constexpr std::size_t kPartGranuleBytes = 128;
 
-FoldSpec fold_spec(const Operation& operation) {
-  return {operation.dtype, operation.dtype, operation.op,
-          std::max<std::int64_t>(1, operation.divisor)};
-}
+/// Three slots of it stay in a core's second-level cache until the others have read them.
+constexpr std::size_t kPieceBytes = 256 << 10;
 
 Range part_of(const Context& context, const Operation& operation, std::size_t count) {
   return partition(count, context.window.local_size(), context.window.local_rank(),
@@ -24,106 +23,154 @@ Range part_of(const Context& context, const Operation& operation, std::size_t co
 }
 
 /// Fold this rank's part of the buffers where they lie.
-void fold_in_place(const Context& context, const Operation& operation) {
+void fold_in_place(Context& context, const Operation& operation) {
   const Range part = part_of(context, operation, operation.count);
-  std::vector<std::byte*> buffers;
   for (int peer = 0; peer < context.window.local_size(); ++peer) {
-    buffers.push_back(context.window.announced_buffer(peer, context.sequence) +
-                      part.begin * size_of(operation.dtype));
+    const auto at = static_cast<std::size_t>(peer);
+    context.destinations[at] = context.window.announced_buffer(peer, context.sequence) +
+                               part.begin * size_of(operation.dtype);
+    context.sources[at] = context.destinations[at];
   }
-  const std::vector<const std::byte*> sources(buffers.begin(), buffers.end());
-  fold_to_all(fold_spec(operation), buffers, sources, part.count());
+  fold_to_all(FoldSpecs::of(operation, context.placement).whole, context.destinations,
+              context.sources, part.count());
+}
+
+bool all_in_arena(const Context& context) {
+  for (int peer = 0; peer < context.window.local_size(); ++peer) {
+    if (context.window.announced_buffer(peer, context.sequence) == nullptr) return false;
+  }
+  return true;
 }
 
 /// One operation's way through the staging slots.
-class StagedAllReduce {
+class StagedReduction {
  public:
-  StagedAllReduce(Context& context, const Operation& operation)
+  /// @param reads_arenas  inputs are read where they were announced, not copied in.
+  /// @param output        null on a rank that wants no result.
+  StagedReduction(Context& context, const Operation& operation, bool reads_arenas,
+                  std::byte* output)
       : context_(context),
         operation_(operation),
+        reads_arenas_(reads_arenas),
+        output_(output),
+        spec_(FoldSpecs::of(operation, context.placement).whole),
         element_(size_of(operation.dtype)),
-        piece_count_(context.staging.piece_bytes / element_) {}
+        me_(context.window.local_rank()),
+        piece_count_(piece_bytes(context) / element_),
+        sources_(static_cast<std::size_t>(context.window.local_size())) {}
 
   Task<> run() {
     const std::size_t pieces = (operation_.count + piece_count_ - 1) / piece_count_;
-    copy_in(0);
-    co_await meet(context_);
+    if (!reads_arenas_) {
+      copy_in(0);
+      co_await meet(context_);
+    }
     for (std::size_t i = 0; i < pieces; ++i) {
-      if (i + 1 < pieces) copy_in(i + 1);
+      if (!reads_arenas_ && i + 1 < pieces) copy_in(i + 1);
       fold_part(i);
       co_await meet(context_);
-      copy_out(i);
+      if (output_ != nullptr) copy_out(i);
     }
   }
 
  private:
+  static std::size_t piece_bytes(const Context& context) {
+    return std::min(context.staging.piece_bytes, kPieceBytes);
+  }
+
   Range piece(std::size_t i) const {
     return {i * piece_count_, std::min(operation_.count, (i + 1) * piece_count_)};
   }
-  std::byte* slot(int peer, std::size_t i) const {
-    return context_.window.staging(peer) + i % 3 * context_.staging.piece_bytes;
-  }
+  /// A rank's part of piece `i`, in elements of the buffer.
   Range part(int peer, std::size_t i) const {
-    return partition(piece(i).count(), context_.window.local_size(), peer,
-                     kPartGranuleBytes / element_);
+    const Range whole = piece(i);
+    const Range of_piece =
+        partition(whole.count(), context_.window.local_size(), peer, kPartGranuleBytes / element_);
+    return {whole.begin + of_piece.begin, whole.begin + of_piece.end};
+  }
+  /// Where a rank's slot holds the element at `begin`, which lies in piece `i`.
+  std::byte* place(int peer, std::size_t i, std::size_t begin) const {
+    return context_.window.staging(peer) + i % 3 * piece_bytes(context_) +
+           (begin - piece(i).begin) * element_;
   }
 
-  void copy_in(std::size_t i) {
-    std::memcpy(slot(context_.window.local_rank(), i), operation_.input + piece(i).begin * element_,
-                piece(i).count() * element_);
+  void copy_in(std::size_t i) const {
+    const Range whole = piece(i);
+    const Range mine = part(me_, i);
+    for (const Range& theirs : {Range{whole.begin, mine.begin}, Range{mine.end, whole.end}}) {
+      std::memcpy(place(me_, i, theirs.begin), operation_.input + theirs.begin * element_,
+                  theirs.count() * element_);
+    }
   }
 
   void fold_part(std::size_t i) {
-    const int me = context_.window.local_rank();
-    const Range mine = part(me, i);
-    std::vector<const std::byte*> sources;
+    const Range mine = part(me_, i);
+    const std::size_t offset = mine.begin * element_;
     for (int peer = 0; peer < context_.window.local_size(); ++peer) {
-      sources.push_back(slot(peer, i) + mine.begin * element_);
+      const std::byte*& source = sources_[static_cast<std::size_t>(peer)];
+      if (peer == me_) {
+        source = operation_.input + offset;
+      } else if (reads_arenas_) {
+        source = context_.window.announced_buffer(peer, context_.sequence) + offset;
+      } else {
+        source = place(peer, i, mine.begin);
+      }
     }
-    std::byte* const destinations[] = {
-        slot(me, i) + mine.begin * element_,
-        operation_.output + (piece(i).begin + mine.begin) * element_};
-    fold_to_all(fold_spec(operation_), destinations, sources, mine.count());
+    std::byte* const shown = place(me_, i, mine.begin);
+    if (output_ == nullptr) {
+      fold(spec_, shown, sources_, mine.count());
+    } else {
+      std::byte* const destinations[] = {shown, output_ + offset};
+      fold_to_all(spec_, destinations, sources_, mine.count());
+    }
   }
 
-  void copy_out(std::size_t i) {
+  void copy_out(std::size_t i) const {
     for (int peer = 0; peer < context_.window.local_size(); ++peer) {
-      if (peer == context_.window.local_rank()) continue;
+      if (peer == me_) continue;
       const Range theirs = part(peer, i);
-      std::memcpy(operation_.output + (piece(i).begin + theirs.begin) * element_,
-                  slot(peer, i) + theirs.begin * element_, theirs.count() * element_);
+      std::memcpy(output_ + theirs.begin * element_, place(peer, i, theirs.begin),
+                  theirs.count() * element_);
     }
   }
 
   Context& context_;
   const Operation& operation_;
+  const bool reads_arenas_;
+  std::byte* const output_;
+  const FoldSpec spec_;
   const std::size_t element_;
+  const int me_;
   const std::size_t piece_count_;
+  std::vector<const std::byte*> sources_;
 };
 
 }  // namespace
 
 void all_reduce_announced(Context& context, const Operation& operation) {
   const std::size_t bytes = operation.count * size_of(operation.dtype);
-  std::vector<const std::byte*> sources;
   for (int peer = 0; peer < context.window.local_size(); ++peer) {
-    sources.push_back(context.window.announced_payload(peer, context.sequence, bytes));
+    context.sources[static_cast<std::size_t>(peer)] =
+        context.window.announced_payload(peer, context.sequence, bytes);
   }
-  fold(fold_spec(operation), operation.output, sources, operation.count);
+  fold(FoldSpecs::of(operation, context.placement).whole, operation.output, context.sources,
+       operation.count);
 }
 
 Task<> all_reduce_window(Context& context, const Operation& operation) {
-  bool all_in_arena = true;
-  for (int peer = 0; peer < context.window.local_size(); ++peer) {
-    all_in_arena &= context.window.announced_buffer(peer, context.sequence) != nullptr;
-  }
-  if (all_in_arena) {
+  if (all_in_arena(context)) {
     fold_in_place(context, operation);
     co_await meet(context);
   } else {
-    StagedAllReduce staged(context, operation);
+    StagedReduction staged(context, operation, /*reads_arenas=*/false, operation.output);
     co_await staged.run();
   }
+}
+
+Task<> reduce_window(Context& context, const Operation& operation) {
+  std::byte* const output = context.rank == operation.root ? operation.output : nullptr;
+  StagedReduction staged(context, operation, all_in_arena(context), output);
+  co_await staged.run();
 }
 
 }  // namespace pycomm

@@ -64,7 +64,14 @@ struct Context {
   Tuning tuning;
   int rank;
   std::uint64_t sequence = 0;  // of the current operation
-  std::uint64_t history = 0;   // hash over all earlier ones
+  /// The last operation this rank has announced: the current one, or the one before it.
+  std::uint64_t announced = 0;
+  std::uint64_t history = 0;  // hash over all announced ones
+  /// Room for a pointer to each local rank's memory, so that no operation need allocate.
+  std::vector<const std::byte*> sources =
+      std::vector<const std::byte*>(static_cast<std::size_t>(window.local_size()));
+  std::vector<std::byte*> destinations =
+      std::vector<std::byte*>(static_cast<std::size_t>(window.local_size()));
 
   int size() const { return static_cast<int>(world_ranks.size()); }
   int host() const { return placement.host_of[static_cast<std::size_t>(rank)]; }
@@ -85,6 +92,13 @@ struct Context {
 
   /// Offset of a buffer that lies in this rank's arena, else Announcement::kNotInArena.
   std::uint64_t arena_offset(const void* buffer, std::size_t bytes) const;
+
+  /// Where a rank of this host announced its buffer of the current operation, in this process's
+  /// addresses; null: not in its arena.
+  std::byte* announced_buffer(int group_rank) const {
+    return window.announced_buffer(placement.local_rank_of[static_cast<std::size_t>(group_rank)],
+                                   sequence);
+  }
 };
 
 }  // namespace pycomm

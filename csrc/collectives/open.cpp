@@ -81,19 +81,19 @@ Task<const std::byte*> agree_between_hosts(Context& context, const HostSum& sum)
   co_return sums;
 }
 
+}  // namespace
+
 void announce(Context& context, const Operation& operation, std::uint64_t buffer_offset,
               std::span<const std::byte> payload) {
   context.window.check_notices();  // who comes late to a finished group must not get a result
-  const Signature signature = Signature::of(operation, context.sequence, context.history);
-  context.history = signature.hash();  // the signature contains the history before it
-  context.window.announce(signature, buffer_offset, payload.data(), payload.size());
+  // The next operation's history is this one's hash, which contains the history before it.
+  context.history = context.window.announce(operation, ++context.announced, context.history,
+                                            buffer_offset, payload.data(), payload.size());
 }
-
-}  // namespace
 
 Task<> open_operation(Context& context, const Operation& operation, std::uint64_t buffer_offset,
                       std::span<const std::byte> payload) {
-  announce(context, operation, buffer_offset, payload);
+  if (context.announced < context.sequence) announce(context, operation, buffer_offset, payload);
   const bool one_host = context.host_count() == 1;
   Window::AllAnnounced announced(context.window, context.sequence, /*compare=*/one_host);
   co_await until(announced);
@@ -104,7 +104,9 @@ Task<> open_operation(Context& context, const Operation& operation, std::uint64_
 
 Task<const std::byte*> open_with_sums(Context& context, const Operation& operation,
                                       std::span<const std::byte> payload, HostSum sum) {
-  announce(context, operation, Announcement::kNotInArena, payload);
+  if (context.announced < context.sequence) {
+    announce(context, operation, Announcement::kNotInArena, payload);
+  }
   Window::AllAnnounced announced(context.window, context.sequence, /*compare=*/false);
   co_await until(announced);
   if (context.window.local_rank() == 0) co_await agree_between_hosts(context, sum);

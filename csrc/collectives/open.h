@@ -9,6 +9,11 @@
 
 namespace pycomm {
 
+/// Show the ranks of this host the group's next operation: the first half of opening it. Does not
+/// wait, and is undone by nothing: the operation has to follow.
+void announce(Context& context, const Operation& operation, std::uint64_t buffer_offset,
+              std::span<const std::byte> payload);
+
 /// Start an operation together: announce it, wait until every rank of the group has, and compare.
 /// Nothing has been written when this throws.
 ///
@@ -21,7 +26,10 @@ namespace pycomm {
 ///
 /// Cost: one arrival inside a host; between H hosts ceil(log2 H) alpha more.
 ///
-/// @param payload  at most Announcement::kEagerBytes, for the ranks of this host.
+/// An operation that announce() has already shown is not announced again.
+///
+/// @param payload  at most Announcement::kEagerBytes, for the ranks of this host; takes the place
+///                 of `buffer_offset`.
 /// @throws MismatchError, and what has finished the group before.
 Task<> open_operation(Context& context, const Operation& operation, std::uint64_t buffer_offset,
                       std::span<const std::byte> payload);

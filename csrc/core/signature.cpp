@@ -9,11 +9,15 @@
 namespace pycomm {
 namespace {
 
-/// One step of a multiply-and-fold hash (as in wyhash): every input bit reaches every output bit.
+/// Both halves of a 128-bit product: every input bit reaches every output bit (as in wyhash).
+std::uint64_t product(std::uint64_t a, std::uint64_t b) {
+  const auto wide = static_cast<unsigned __int128>(a) * b;
+  return static_cast<std::uint64_t>(wide) ^ static_cast<std::uint64_t>(wide >> 64);
+}
+
+/// One step of a hash over a sequence of words.
 std::uint64_t mix(std::uint64_t state, std::uint64_t word) {
-  const auto product = static_cast<unsigned __int128>(state ^ word) * 0x9E3779B97F4A7C15u;
-  return static_cast<std::uint64_t>(product) ^ static_cast<std::uint64_t>(product >> 64) ^
-         0xD6E8FEB86659FD93u;
+  return product(state ^ word, 0x9E3779B97F4A7C15u) ^ 0xD6E8FEB86659FD93u;
 }
 
 std::uint64_t hash_of(std::string_view text) {
@@ -56,38 +60,46 @@ std::string name_of_call(const Signature& signature) {
 
 Signature Signature::of(const Operation& operation, std::uint64_t sequence, std::uint64_t history) {
   Signature signature;
-  signature.sequence = sequence;
-  signature.history = history;
-  signature.counts_hash = hash_of_counts(operation);
-  signature.count = signature.counts_hash == 0 ? operation.count : 0;
-  signature.divisor = operation.divisor;
-  signature.prescale = operation.prescale;
-  signature.postscale = operation.postscale;
-  signature.root = operation.root;
-  signature.kind = operation.kind;
-  signature.dtype = operation.dtype;
-  signature.op = operation.op;
-  signature.algorithm = operation.algorithm;
-  signature.dim_count = static_cast<std::int8_t>(operation.shape.count);
-  for (int i = 0; i < std::min(operation.shape.count, Shape::kMaxDims); ++i) {
-    signature.dims[i] = operation.shape.dims[i];
-  }
-  signature.name_hash = hash_of(operation.name);
-  std::memcpy(signature.name.data(), operation.name.data(),
-              std::min(operation.name.size(), kMaxName));
+  signature.assign(operation, sequence, history);
   return signature;
 }
 
-std::uint64_t Signature::hash() const {
-  std::uint64_t state = mix(0x2545F4914F6CDD1Du, sequence);
-  for (const std::uint64_t word :
-       {history, count, static_cast<std::uint64_t>(divisor), std::bit_cast<std::uint64_t>(prescale),
-        std::bit_cast<std::uint64_t>(postscale), counts_hash, name_hash,
-        static_cast<std::uint64_t>(root) << 40 | static_cast<std::uint64_t>(kind) << 32 |
-            static_cast<std::uint64_t>(dtype) << 24 | static_cast<std::uint64_t>(op) << 16 |
-            static_cast<std::uint64_t>(algorithm) << 8 | static_cast<std::uint8_t>(dim_count)}) {
-    state = mix(state, word);
+void Signature::assign(const Operation& operation, std::uint64_t sequence_in,
+                       std::uint64_t history_in) {
+  sequence = sequence_in;
+  history = history_in;
+  counts_hash = hash_of_counts(operation);
+  count = counts_hash == 0 ? operation.count : 0;
+  divisor = operation.divisor;
+  prescale = operation.prescale;
+  postscale = operation.postscale;
+  root = operation.root;
+  kind = operation.kind;
+  dtype = operation.dtype;
+  op = operation.op;
+  algorithm = operation.algorithm;
+  dim_count = static_cast<std::int8_t>(operation.shape.count);
+  for (int i = 0; i < std::min(operation.shape.count, Shape::kMaxDims); ++i) {
+    dims[i] = operation.shape.dims[i];
   }
+  name_hash = hash_of(operation.name);
+  const std::size_t length = std::min(operation.name.size(), kMaxName);
+  if (length > 0) std::memcpy(name.data(), operation.name.data(), length);
+  if (length < kMaxName) name[length] = '\0';
+}
+
+std::uint64_t Signature::hash() const {
+  // Pairs of words, each with keys of its own, so that the products do not wait for each other.
+  std::uint64_t state = product(sequence ^ 0x2545F4914F6CDD1Du, history ^ 0x9E3779B97F4A7C15u) ^
+                        product(count ^ 0xA0761D6478BD642Fu,
+                                static_cast<std::uint64_t>(divisor) ^ 0xE7037ED1A0B428DBu) ^
+                        product(std::bit_cast<std::uint64_t>(prescale) ^ 0x8EBC6AF09C88C6E3u,
+                                std::bit_cast<std::uint64_t>(postscale) ^ 0x589965CC75374CC3u) ^
+                        product(counts_hash ^ 0x1D8E4E27C47D124Fu, name_hash ^ 0xEB44ACCAB455D165u);
+  state = mix(
+      state, static_cast<std::uint64_t>(root) << 40 | static_cast<std::uint64_t>(kind) << 32 |
+                 static_cast<std::uint64_t>(dtype) << 24 | static_cast<std::uint64_t>(op) << 16 |
+                 static_cast<std::uint64_t>(algorithm) << 8 | static_cast<std::uint8_t>(dim_count));
   for (int i = 0; i < std::min<int>(dim_count, Shape::kMaxDims); ++i) {
     state = mix(state, static_cast<std::uint64_t>(dims[i]));
   }

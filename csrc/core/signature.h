@@ -31,9 +31,13 @@ struct Signature {
   ReduceOp op = ReduceOp::kSum;
   Algorithm algorithm = Algorithm::kAuto;
   std::int8_t dim_count = -1;
-  std::array<char, kMaxName> name{};  // for errors: cut off, padded with zeros
+  std::array<char, kMaxName> name{};  // for errors: cut off, ends at the first zero
 
   static Signature of(const Operation& operation, std::uint64_t sequence, std::uint64_t history);
+
+  /// Becomes the signature of `operation`. Every operation pays for this: only what is read is
+  /// written, so `dims` beyond dim_count and `name` beyond its end keep what was there.
+  void assign(const Operation& operation, std::uint64_t sequence_in, std::uint64_t history_in);
 
   /// 64 bits over all but `name`. Ranks compare this; the rest is read to explain a difference.
   std::uint64_t hash() const;

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstdint>
 
+#include "core/pause.h"
 #include "transport/doorbell.h"
 
 namespace pycomm {
@@ -71,14 +72,6 @@ class Backoff {
   static constexpr std::chrono::nanoseconds kLongestSleep = std::chrono::milliseconds(50);
   static constexpr std::chrono::nanoseconds kShortestNap = std::chrono::microseconds(50);
   static constexpr std::chrono::nanoseconds kLongestNap = std::chrono::milliseconds(1);
-
-  static void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-  }
 
   Doorbell& doorbell_;
   const bool may_spin_;

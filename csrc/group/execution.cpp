@@ -1,7 +1,6 @@
 #include "group/execution.h"
 
 #include <cstdio>
-#include <utility>
 
 #include "collectives/run.h"
 #include "core/error.h"
@@ -20,8 +19,14 @@ Task<> begin(Context& context, const Operation& operation) {
 
 }  // namespace
 
-Execution::Execution(Context& context, Operation operation)
-    : context_(context), operation_(std::move(operation)), task_(begin(context, operation_)) {
+std::string describe_call(const Context& context, const Operation& operation) {
+  const Signature signature = Signature::of(operation, context.sequence, context.history);
+  return signature.describe() + " (call #" + std::to_string(context.sequence) + ") on rank " +
+         std::to_string(context.rank);
+}
+
+Execution::Execution(Context& context, const Operation& operation)
+    : context_(context), operation_(operation), task_(begin(context, operation)) {
   task_.start(suspension_);
 }
 
@@ -63,12 +68,6 @@ void Execution::check_for_leavers() {
                         " called shutdown() instead.\n  Every rank must make the same number of "
                         "calls; ranks with fewer batches belong in `with pycomm.join():`.");
   }
-}
-
-std::string Execution::describe() const {
-  const Signature signature = Signature::of(operation_, context_.sequence, context_.history);
-  return signature.describe() + " (call #" + std::to_string(context_.sequence) + ") on rank " +
-         std::to_string(context_.rank);
 }
 
 }  // namespace pycomm

@@ -10,13 +10,16 @@
 
 namespace pycomm {
 
+/// "all_reduce 'bucket 3' of 4096 float32, SUM (call #41) on rank 2": the current call, for errors.
+std::string describe_call(const Context& context, const Operation& operation);
+
 /// One operation on its way, driven from outside by whichever thread has it.
 class Execution {
  public:
   using Clock = std::chrono::steady_clock;
 
-  /// Starts the operation, as the group's next one, and its clock. `context` outlives this.
-  Execution(Context& context, Operation operation);
+  /// Starts the operation, as the group's next one, and its clock. Both arguments outlive this.
+  Execution(Context& context, const Operation& operation);
   Execution(const Execution&) = delete;
   Execution& operator=(const Execution&) = delete;
 
@@ -34,15 +37,14 @@ class Execution {
   bool rings_doorbell() const { return suspension_.wait->rings_doorbell(); }
   double seconds() const { return std::chrono::duration<double>(Clock::now() - began_).count(); }
 
-  /// "all_reduce 'bucket 3' of 4096 float32, SUM (call #41) on rank 2", for errors.
-  std::string describe() const;
+  std::string describe() const { return describe_call(context_, operation_); }
 
  private:
   /// A local rank that has called shutdown() will not come any more.
   void check_for_leavers();
 
   Context& context_;
-  const Operation operation_;
+  const Operation& operation_;
   const Clock::time_point began_ = Clock::now();
   std::optional<Clock::time_point> left_since_;  // a rank that has not announced this operation
   Suspension suspension_;

@@ -4,6 +4,7 @@
 #include <new>
 #include <utility>
 
+#include "collectives/immediate.h"
 #include "core/error.h"
 #include "core/fork_guard.h"
 #include "core/signature.h"
@@ -15,6 +16,9 @@ namespace {
 
 constexpr std::size_t kPageBytes =
     (sizeof(GroupPage) + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment;
+
+/// How often a small operation looks for its peers before it waits like any other: 3 to 8 us.
+constexpr int kLooksAtOnce = 128;
 
 /// Which members share hosts, in group ranks.
 Placement placement_of(const Process& process, const std::vector<int>& ranks) {
@@ -35,6 +39,29 @@ NoticeKind kind_of(const std::exception_ptr& error) {
   } catch (...) {
     return NoticeKind::kPeerLost;
   }
+}
+
+/// What is wrong with blocks of given lengths (one for each rank, mine as long as what I bring); empty: nothing.
+std::string problem_of_counts(const Operation& operation, int rank, int size) {
+  const auto has_length = [&](const std::vector<std::size_t>& counts) {
+    return counts.empty() || counts.size() == static_cast<std::size_t>(size);
+  };
+  const bool exchanges = operation.kind == Kind::kAllToAll;
+  const bool gathers = operation.kind == Kind::kAllGather || operation.kind == Kind::kGather;
+  if ((!operation.input_counts.empty() && !exchanges) ||
+      (!operation.output_counts.empty() && !exchanges && !gathers)) {
+    return "all its blocks have one length. Pass `count` alone.";
+  }
+  if (!has_length(operation.input_counts) || !has_length(operation.output_counts)) {
+    return "input_counts has " + std::to_string(operation.input_counts.size()) +
+           " entries and output_counts " + std::to_string(operation.output_counts.size()) +
+           ", the group " + std::to_string(size) + " ranks. Pass one for each rank.";
+  }
+  if (!gathers || operation.output_counts.empty()) return "";
+  const std::size_t mine = operation.output_counts[static_cast<std::size_t>(rank)];
+  if (operation.count == mine) return "";
+  return "this rank brings " + std::to_string(operation.count) + " elements, and output_counts[" +
+         std::to_string(rank) + "] is " + std::to_string(mine) + ". Pass the same number twice.";
 }
 
 }  // namespace
@@ -106,32 +133,37 @@ Group::~Group() {
   }
 }
 
+void Group::refuse(const Operation& operation, const std::string& problem) const {
+  throw InvalidArgumentError(std::string(name_of(operation.kind)) + " on rank " +
+                             std::to_string(rank()) + ": " + problem);
+}
+
 void Group::prepare(Operation& operation) const {
   if (in_forked_child()) {
     throw CommError(std::string(name_of(operation.kind)) +
                     ": this process was forked from a rank and is not one itself. Communicate in "
                     "the parent, or start workers with the 'spawn' method and call pycomm.init().");
   }
-  const std::string where =
-      std::string(name_of(operation.kind)) + " on rank " + std::to_string(rank()) + ": ";
   if (operation.root < 0 || operation.root >= size()) {
-    throw InvalidArgumentError(where + "root is " + std::to_string(operation.root) +
-                               ", the group has ranks 0 to " + std::to_string(size() - 1) + ".");
+    refuse(operation, "root is " + std::to_string(operation.root) + ", the group has ranks 0 to " +
+                          std::to_string(size() - 1) + ".");
+  }
+  if (const auto problem = problem_of_counts(operation, rank(), size()); !problem.empty()) {
+    refuse(operation, problem);
   }
   if (reduces(operation.kind)) {
     if (!can_reduce(operation.dtype, operation.op)) {
-      throw InvalidArgumentError(where + "dtype " + name_of(operation.dtype) +
-                                 " cannot be reduced with " + name_of(operation.op) + ".");
+      refuse(operation, std::string("dtype ") + name_of(operation.dtype) +
+                            " cannot be reduced with " + name_of(operation.op) + ".");
     }
     if (operation.op == ReduceOp::kAvg && operation.divisor == 0) operation.divisor = size();
     if (operation.divisor < 0 || (operation.divisor > 1 && !is_scalable(operation.dtype))) {
-      throw InvalidArgumentError(where + "divisor " + std::to_string(operation.divisor) +
-                                 " needs a floating or complex dtype and must be positive.");
+      refuse(operation, "divisor " + std::to_string(operation.divisor) +
+                            " needs a floating or complex dtype and must be positive.");
     }
     if ((operation.prescale != 1 || operation.postscale != 1) && !is_scalable(operation.dtype)) {
-      throw InvalidArgumentError(where +
-                                 "a factor needs a floating or complex dtype, and this is " +
-                                 name_of(operation.dtype) + ".");
+      refuse(operation, std::string("a factor needs a floating or complex dtype, and this is ") +
+                            name_of(operation.dtype) + ".");
     }
   }
   if (operation.timeout_s <= 0) operation.timeout_s = process_->options.timeout_s;
@@ -148,7 +180,8 @@ std::shared_ptr<Work> Group::enqueue(Operation operation) {
     std::lock_guard lock(mutex_);
     if (failure_) std::rethrow_exception(failure_);
     queue_.push_back({std::move(operation), work});
-    if (running_here_ || running_there_ || queue_.size() > 1) return work;
+    // Acquire-release, as all changes: who sees kRunning may leave the queue to that thread.
+    if (state_.fetch_or(kQueued, std::memory_order_acq_rel) != 0) return work;
   }
   submit();
   return work;
@@ -163,19 +196,63 @@ void Group::submit() {
   }
 }
 
-void Group::run(Operation operation, const InterruptCheck& check_interrupt) {
+bool Group::begin_turn() {
+  unsigned idle = 0;
+  return placement_.host_count() == 1 && !process_->stopped() &&
+         state_.compare_exchange_strong(idle, kRunning, std::memory_order_acq_rel);
+}
+
+void Group::end_turn() {
+  if (state_.fetch_and(~kRunning, std::memory_order_acq_rel) & kQueued) submit();
+}
+
+void Group::run(Operation operation, const InterruptCheck& check_interrupt,
+                const std::function<void()>& before_waiting) {
   prepare(operation);
-  if (placement_.host_count() == 1) {
-    std::unique_lock lock(mutex_);
-    if (failure_) std::rethrow_exception(failure_);
-    if (process_->stopped()) throw CommError("pycomm was shut down; call pycomm.init() again.");
-    if (!running_here_ && !running_there_ && queue_.empty()) {
-      running_here_ = true;
-      lock.unlock();
-      run_here(std::move(operation), check_interrupt);
-      return;
+  if (begin_turn()) {
+    run_here(operation, check_interrupt, before_waiting);
+  } else {
+    if (before_waiting) before_waiting();
+    run_there(std::move(operation), check_interrupt);
+  }
+}
+
+void Group::run_here(const Operation& operation, const InterruptCheck& check_interrupt,
+                     const std::function<void()>& before_waiting) {
+  std::exception_ptr error;
+  try {
+    const int looks = process_->may_spin ? kLooksAtOnce : 1;
+    if (!is_immediate(context_, operation) || !run_immediately(context_, operation, looks)) {
+      if (before_waiting) before_waiting();
+      drive(operation, check_interrupt);
+    }
+  } catch (...) {
+    error = std::current_exception();
+    fail(operation);
+  }
+  try {
+    end_turn();
+  } catch (const CommError&) {
+    if (!error) throw;
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+void Group::drive(const Operation& operation, const InterruptCheck& check_interrupt) {
+  Execution execution(context_, operation);
+  Backoff backoff(window_.doorbell(), process_->may_spin);
+  while (!execution.done()) {
+    if (execution.advance()) {
+      backoff.reset();
+    } else if (backoff.relax([&] { return execution.advance(); }, [] { return true; })) {
+      execution.check();
+      check_interrupt();
     }
   }
+  execution.finish();
+}
+
+void Group::run_there(Operation operation, const InterruptCheck& check_interrupt) {
   const std::string call = name_of(operation.kind);
   const auto work = enqueue(std::move(operation));
   std::exception_ptr interrupt;
@@ -201,62 +278,24 @@ void Group::run(Operation operation, const InterruptCheck& check_interrupt) {
   }
 }
 
-void Group::run_here(Operation operation, const InterruptCheck& check_interrupt) {
-  std::string call = name_of(operation.kind);
-  std::exception_ptr error;
-  try {
-    Execution execution(context_, std::move(operation));
-    Backoff backoff(window_.doorbell(), process_->may_spin);
-    try {
-      while (!execution.done()) {
-        if (execution.advance()) {
-          backoff.reset();
-        } else if (backoff.relax([&] { return execution.advance(); }, [] { return true; })) {
-          execution.check();
-          check_interrupt();
-        }
-      }
-      execution.finish();
-    } catch (...) {
-      call = execution.describe();
-      throw;
-    }
-  } catch (...) {
-    error = std::current_exception();
-    fail(call);
-  }
-  bool more = false;
-  {
-    std::lock_guard lock(mutex_);
-    running_here_ = false;
-    more = !queue_.empty();
-  }
-  try {
-    if (more) submit();
-  } catch (const CommError&) {
-    if (!error) throw;
-  }
-  if (error) std::rethrow_exception(error);
-}
-
 Progressive::State Group::advance() {
-  if (current_ == nullptr) {
-    Pending next;
+  if (!current_) {
     std::exception_ptr failure;
     {
       std::lock_guard lock(mutex_);
-      if (running_here_ || queue_.empty()) return State::kIdle;
-      next = std::move(queue_.front());
+      if (queue_.empty()) return State::kIdle;
+      // A caller's thread whose turn it is submits the queue when it has ended.
+      if (state_.fetch_or(kRunning, std::memory_order_acq_rel) & kRunning) return State::kIdle;
+      pending_ = std::move(queue_.front());
       queue_.pop_front();
-      running_there_ = true;
+      if (queue_.empty()) state_.fetch_and(~kQueued, std::memory_order_acq_rel);
       failure = failure_;
     }
-    current_work_ = std::move(next.work);
     if (failure) {
       end_current(failure);  // issued before the failure, never begun
       return State::kAdvanced;
     }
-    current_ = std::make_unique<Execution>(context_, std::move(next.operation));
+    current_.emplace(context_, pending_.operation);
     if (!current_->done()) return State::kAdvanced;
   }
   try {
@@ -268,18 +307,18 @@ Progressive::State Group::advance() {
       end_current(nullptr);
     }
   } catch (...) {
-    fail(current_->describe());
+    fail(pending_.operation);
     end_current(std::current_exception());
   }
   return State::kAdvanced;
 }
 
 void Group::check() {
-  if (current_ == nullptr) return;
+  if (!current_) return;
   try {
     current_->check();
   } catch (...) {
-    fail(current_->describe());
+    fail(pending_.operation);
     end_current(std::current_exception());
   }
 }
@@ -291,28 +330,31 @@ void Group::abandon() {
       "Wait for every Work before shutdown(); call pycomm.init() to start over."));
   {
     std::lock_guard lock(mutex_);
-    if (!failure_) failure_ = error;
+    finish(error);
     left.swap(queue_);
+    state_.fetch_and(~kQueued, std::memory_order_acq_rel);
   }
-  if (current_work_) end_current(error);
+  if (current_) end_current(error);
   for (const Pending& pending : left) pending.work->complete(error, 0);
 }
 
 void Group::end_current(std::exception_ptr error) {
   const double seconds = current_ ? current_->seconds() : 0;
   current_.reset();
-  const auto work = std::move(current_work_);
-  current_work_ = nullptr;
-  {
-    std::lock_guard lock(mutex_);
-    running_there_ = false;
-  }
+  const auto work = std::move(pending_.work);
+  state_.fetch_and(~kRunning, std::memory_order_acq_rel);  // advance() looks at the queue again
   work->complete(std::move(error), seconds);
 }
 
-void Group::fail(const std::string& call) {
+void Group::finish(std::exception_ptr error) {
+  if (!failure_) failure_ = std::move(error);
+  state_.fetch_or(kFinished, std::memory_order_acq_rel);
+}
+
+void Group::fail(const Operation& operation) {
   const std::exception_ptr error = std::current_exception();
-  std::string text = "rank " + std::to_string(rank()) + " was interrupted in " + call + ".";
+  std::string text = "rank " + std::to_string(rank()) + " was interrupted in " +
+                     describe_call(context_, operation) + ".";
   std::exception_ptr lasting;
   try {
     std::rethrow_exception(error);
@@ -325,7 +367,7 @@ void Group::fail(const std::string& call) {
   }
   {
     std::lock_guard lock(mutex_);
-    if (!failure_) failure_ = lasting;
+    finish(lasting);
   }
   window_.notice().post(kind_of(lasting), rank(), text);
   window_.ring_all();
@@ -355,7 +397,7 @@ void Group::abort(const std::string& reason) {
   if (in_forked_child()) return;
   {
     std::lock_guard lock(mutex_);
-    if (!failure_) failure_ = std::make_exception_ptr(PeerLostError(reason));
+    finish(std::make_exception_ptr(PeerLostError(reason)));
   }
   window_.notice().post(NoticeKind::kPeerLost, rank(), reason);
   window_.ring_all();

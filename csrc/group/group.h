@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <deque>
 #include <exception>
@@ -58,7 +59,11 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
 
   /// Run an operation to its end. On an idle group inside one host this happens in the caller's
   /// thread, without a hand-over.
-  void run(Operation operation, const InterruptCheck& check_interrupt);
+  ///
+  /// @param before_waiting  called once unless the operation ends within microseconds: the caller
+  ///                        may give back what others need meanwhile (Python's lock).
+  void run(Operation operation, const InterruptCheck& check_interrupt,
+           const std::function<void()>& before_waiting = {});
 
   /// Memory in this rank's arena, zeroed, page-aligned: what lies there is reduced without a copy.
   /// It returns to the arena when the last reference dies.
@@ -108,12 +113,23 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
 
   /// Fill in defaults and refuse what cannot work.
   void prepare(Operation& operation) const;
+  [[noreturn]] void refuse(const Operation& operation, const std::string& problem) const;
+  /// The calling thread drives the group, which was idle, until end_turn(). False: it is not idle,
+  /// has failed, or spans several hosts.
+  bool begin_turn();
+  void end_turn();
   std::shared_ptr<Work> enqueue(Operation operation);
   /// Hand the queue to the progress thread.
   void submit();
-  void run_here(Operation operation, const InterruptCheck& check_interrupt);
+  void run_here(const Operation& operation, const InterruptCheck& check_interrupt,
+                const std::function<void()>& before_waiting);
+  void run_there(Operation operation, const InterruptCheck& check_interrupt);
+  /// Drive an operation to its end.
+  void drive(const Operation& operation, const InterruptCheck& check_interrupt);
+  /// Every later operation raises `error`, unless another one came first. Under `mutex_`.
+  void finish(std::exception_ptr error);
   /// The group is finished by the exception being handled; tells the other members why.
-  void fail(const std::string& call);
+  void fail(const Operation& operation);
   /// The progress thread's operation is over.
   void end_current(std::exception_ptr error);
 
@@ -124,15 +140,20 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   Window window_;
   Context context_;
 
+  /// Whose turn it is. 0 is an idle group, which a caller's thread takes over, and gives back, by
+  /// one atomic operation; all other changes are made under `mutex_`, with what they describe.
+  std::atomic<unsigned> state_{0};
+  static constexpr unsigned kRunning = 1;   // a thread drives an operation
+  static constexpr unsigned kQueued = 2;    // queue_ is not empty: whose turn ends hands it on
+  static constexpr unsigned kFinished = 4;  // failure_ is set
+
   mutable std::mutex mutex_;
   std::deque<Pending> queue_;
-  bool running_here_ = false;   // a caller's thread drives an operation
-  bool running_there_ = false;  // the progress thread does
   std::exception_ptr failure_;
 
   // Touched by the progress thread alone.
-  std::unique_ptr<Execution> current_;
-  std::shared_ptr<Work> current_work_;
+  Pending pending_;  // what current_ executes
+  std::optional<Execution> current_;
 };
 
 }  // namespace pycomm

@@ -130,13 +130,9 @@ void Process::stop() {
   {
     std::lock_guard lock(mutex_);
     engine.swap(engine_);
+    stopped_.store(true, std::memory_order_release);
   }
   // The thread is joined here, outside the lock that it may want.
-}
-
-bool Process::stopped() {
-  std::lock_guard lock(mutex_);
-  return engine_ == nullptr;
 }
 
 std::shared_ptr<ArenaBlock> Process::allocate(std::size_t bytes) {

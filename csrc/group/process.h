@@ -72,7 +72,7 @@ class Process {
   void submit(std::shared_ptr<Progressive> queue);
   /// End the progress thread: nothing will be communicated any more.
   void stop();
-  bool stopped();
+  bool stopped() const { return stopped_.load(std::memory_order_acquire); }
 
   int local_rank() const { return placement.local_rank_of[static_cast<std::size_t>(rank)]; }
 
@@ -109,6 +109,7 @@ class Process {
   std::mutex mutex_;
   std::vector<Retired> retired_;
   std::shared_ptr<Engine> engine_;
+  std::atomic<bool> stopped_{false};
 };
 
 /// The first block of an arena, so that peers find it at offset 0.

@@ -82,15 +82,28 @@ std::string describe(const FoldSpec& spec, std::size_t source_count) {
          " sources by " + name_of(spec.op) + " into " + name_of(spec.destination_dtype);
 }
 
+bool is_bitwise(ReduceOp op) {
+  return op == ReduceOp::kBand || op == ReduceOp::kBor || op == ReduceOp::kBxor;
+}
+
+/// Why can_reduce() says no, and what helps.
+std::string why_not(const FoldSpec& spec) {
+  if (is_float8(spec.source_dtype)) return "float8 can only be moved. Convert it to bfloat16.";
+  if (is_bitwise(spec.op)) {
+    return std::string(name_of(spec.op)) + " needs an integer dtype or bool. Convert to one.";
+  }
+  if (is_complex(spec.source_dtype)) {
+    return "complex numbers are folded by SUM and AVG only. Fold their real and imaginary parts.";
+  }
+  return "AVG needs a floating or complex dtype. Use SUM, or convert to one.";
+}
+
 void check(const FoldSpec& spec, std::size_t source_count) {
   auto refuse = [&](const std::string& why) {
     throw InvalidArgumentError(describe(spec, source_count) + ": " + why);
   };
   if (source_count == 0) refuse("there is nothing to fold. Pass at least one source.");
-  if (spec.source_dtype == DType::kBool) refuse("bool can only be moved. Convert it to uint8.");
-  if (!can_reduce(spec.source_dtype, spec.op)) {
-    refuse("AVG needs a floating dtype. Use SUM, or convert to one.");
-  }
+  if (!can_reduce(spec.source_dtype, spec.op)) refuse(why_not(spec));
   if (!can_convert(spec.source_dtype, spec.destination_dtype)) {
     refuse(std::string("a fold keeps its dtype or converts to or from its accumulator. Pass a ") +
            name_of(spec.source_dtype) + " destination.");
@@ -98,10 +111,27 @@ void check(const FoldSpec& spec, std::size_t source_count) {
   if (spec.divisor < 1) {
     refuse("the divisor is " + std::to_string(spec.divisor) + ". Pass a positive one.");
   }
-  if (spec.divisor != 1 && !is_floating(spec.source_dtype)) {
-    refuse("the divisor is " + std::to_string(spec.divisor) +
-           ", and integers are not divided. Pass 1.");
+  if (!is_scalable(spec.source_dtype) &&
+      (spec.divisor != 1 || spec.prescale != 1 || spec.postscale != 1)) {
+    refuse("the divisor is " + std::to_string(spec.divisor) + ", prescale " +
+           std::to_string(spec.prescale) + " and postscale " + std::to_string(spec.postscale) +
+           ", and integers and bool are not scaled. Pass 1 for each.");
   }
+}
+
+/// What combines alike is folded as one dtype: a complex number as its two components, and for an
+/// op that works on bits any integer as its bytes. Rewrites `spec`; returns how many elements of
+/// its new dtype make one of the old.
+std::size_t reduce_to_parts(FoldSpec& spec) {
+  const DType whole = spec.source_dtype;
+  DType part = whole;
+  if (whole == DType::kComplex64) part = DType::kFloat32;
+  if (whole == DType::kComplex128) part = DType::kFloat64;
+  if (is_integer(whole) && is_bitwise(spec.op)) part = DType::kUint8;
+  if (part == whole) return 1;
+  spec.source_dtype = part;
+  spec.destination_dtype = part;
+  return size_of(whole) / size_of(part);
 }
 
 std::span<const FoldLevel> supported_levels() {
@@ -152,8 +182,8 @@ void fold_to_all_at(const FoldLevel& level, const FoldSpec& spec,
                     std::span<const std::byte* const> sources, std::size_t count) {
   check(spec, sources.size());
   if (count == 0) return;
-  bool copies =
-      sources.size() == 1 && spec.source_dtype == spec.destination_dtype && spec.divisor == 1;
+  const bool copies = sources.size() == 1 && spec.source_dtype == spec.destination_dtype &&
+                      spec.divisor == 1 && spec.prescale == 1 && spec.postscale == 1;
   if (copies) {
     for (std::byte* destination : destinations) {
       if (destination == sources[0]) continue;
@@ -161,9 +191,11 @@ void fold_to_all_at(const FoldLevel& level, const FoldSpec& spec,
     }
     return;
   }
+  FoldSpec parts = spec;
+  count *= reduce_to_parts(parts);
   DefaultFloatingPoint default_floating_point;
   level.fold(
-      {spec, sources.data(), sources.size(), destinations.data(), destinations.size(), count});
+      {parts, sources.data(), sources.size(), destinations.data(), destinations.size(), count});
 }
 
 }  // namespace detail

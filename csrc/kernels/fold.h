@@ -9,8 +9,12 @@
 
 namespace pycomm {
 
-/// What a fold does: `destination[i] = round(op(... op(prescale * sources[0][i], prescale *
-/// sources[1][i]) ...) / divisor * postscale)`.
+/// What a fold does:
+///
+///   destination[i] = round(op(... op(prescale * sources[0][i], prescale * sources[1][i]) ...)
+///                          / divisor * postscale)
+///
+/// All but `round` is computed in the accumulator's type, each operation rounded to it.
 struct FoldSpec {
   DType source_dtype;
   /// `source_dtype`, or its accumulator (a host's partial sum), or, when `source_dtype` is an
@@ -18,11 +22,10 @@ struct FoldSpec {
   DType destination_dtype;
   /// kAvg folds like kSum; the division is by `divisor` alone.
   ReduceOp op = ReduceOp::kSum;
-  /// Divides once, in the accumulator, after the last source. 1 divides nothing. Floating and
-  /// complex dtypes only, as are factors other than 1.
+  /// Divides once, after the last source. Floating and complex dtypes only, as are the factors.
   std::int64_t divisor = 1;
-  /// Multiplies every source element as it is read. A factor is first rounded to the accumulator's
-  /// type.
+  /// Multiplies every source element as it is read. Both factors are first rounded to the
+  /// accumulator's type.
   double prescale = 1;
   /// Multiplies the quotient.
   double postscale = 1;
@@ -32,18 +35,22 @@ struct FoldSpec {
 ///
 /// Every element is computed by the same sequence of operations whatever `count`, the alignment or
 /// the instruction set, so a buffer may be cut anywhere: the bits do not change. 16-bit floats are
-/// widened to float32, folded, divided, and rounded once to nearest even. MIN and MAX return NaN
-/// if any source is NaN, and of two equal elements (0.0 and -0.0) the later. Integer sums and
-/// products wrap. A NaN that is computed or converted becomes the one positive quiet NaN of its
-/// type, since which NaN an addition passes on is for the compiler to choose. The calling thread's
-/// rounding and flush-to-zero modes have no effect.
+/// widened to float32, folded, scaled, and rounded once to nearest even. Complex numbers are folded
+/// as pairs of reals; divisor and factors are real. MIN and MAX return NaN if any source is NaN,
+/// and of two equal elements (0.0 and -0.0) the later. Integer sums and products wrap. A bool is
+/// combined as can_reduce() says; a byte that is neither 0 nor 1 counts as true, and the result is
+/// 0 or 1. A NaN that is computed or converted becomes the one positive quiet NaN of its type
+/// (each component of a complex number for itself), since which NaN an addition passes on is for
+/// the compiler to choose. The calling thread's rounding and flush-to-zero modes have no effect.
 ///
 /// `destination` may be any of the sources, exactly, unless the fold widens; other overlap is not
-/// allowed. No pointer need be aligned. k >= 1; k == 1 converts and divides, or just copies.
+/// allowed. No pointer need be aligned. k >= 1; k == 1 converts and scales. Where there is nothing
+/// of either to do it copies bytes: NaNs keep their payload, a bool its byte.
 ///
 /// Cost: k reads and one write per element, in one pass; no memory is allocated.
-/// @throws InvalidArgumentError  no source, bool, AVG or a divisor for integers, a divisor below 1,
-///         or a destination dtype other than those of FoldSpec.
+/// @throws InvalidArgumentError  no source, an op that can_reduce() denies the dtype (float8: every
+///         op), a divisor below 1, a divisor or factor for integers or bool, or a destination dtype
+///         other than those of FoldSpec.
 void fold(const FoldSpec& spec, std::byte* destination, std::span<const std::byte* const> sources,
           std::size_t count);
 

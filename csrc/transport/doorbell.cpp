@@ -1,6 +1,7 @@
 #include "transport/doorbell.h"
 
 #include <linux/futex.h>
+#include <linux/membarrier.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -8,18 +9,40 @@
 #include <ctime>
 
 namespace pycomm {
+namespace {
 
 static_assert(sizeof(std::atomic<std::uint32_t>) == 4, "a futex is a plain 32-bit word");
 
-void Doorbell::wake() {
+bool membarrier(int command) { return syscall(SYS_membarrier, command, 0, 0) == 0; }
+
+}  // namespace
+
+// Until the first doorbell is made it is not known that they need not.
+constinit std::atomic<bool> Doorbell::fences_{true};
+
+Doorbell::Doorbell() {
+  // The expedited kind, since the other waits for milliseconds; the global one, since ringers are
+  // other processes.
+  if (membarrier(MEMBARRIER_CMD_REGISTER_GLOBAL_EXPEDITED) &&
+      membarrier(MEMBARRIER_CMD_GLOBAL_EXPEDITED)) {
+    fences_.store(false, std::memory_order_relaxed);
+  } else {
+    state_.store(kRingersFence, std::memory_order_relaxed);
+  }
+}
+
+void Doorbell::ring_slowly() {
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if ((state_.load(std::memory_order_relaxed) & ~kRingersFence) == 0) return;
   rings_.fetch_add(1, std::memory_order_release);
   syscall(SYS_futex, &rings_, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
 std::uint32_t Doorbell::listen() {
-  sleepers_.fetch_add(1, std::memory_order_relaxed);
+  const std::uint32_t state = state_.fetch_add(1, std::memory_order_relaxed);
   const std::uint32_t ticket = rings_.load(std::memory_order_acquire);
-  fence();
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if ((state & kRingersFence) == 0) membarrier(MEMBARRIER_CMD_GLOBAL_EXPEDITED);
   return ticket;
 }
 
@@ -31,6 +54,6 @@ void Doorbell::sleep(std::uint32_t ticket, std::chrono::nanoseconds timeout) {
   syscall(SYS_futex, &rings_, FUTEX_WAIT, ticket, &relative, nullptr, 0);
 }
 
-void Doorbell::leave() { sleepers_.fetch_sub(1, std::memory_order_relaxed); }
+void Doorbell::leave() { state_.fetch_sub(1, std::memory_order_relaxed); }
 
 }  // namespace pycomm

@@ -7,6 +7,20 @@
 
 namespace pycomm {
 
+namespace {
+
+/// Fetch the lines of `bytes` that are about to be written, all at once, from the peers that have
+/// read them: a copy alone would do it a few at a time (4 KiB: 1.4 -> 1.2 us for a whole exchange).
+void own(std::byte* bytes, std::size_t count) {
+#if defined(__x86_64__)
+  for (std::size_t i = 0; i < count; i += 64) asm volatile("prefetchw %0" ::"m"(bytes[i]));
+#elif defined(__aarch64__)
+  for (std::size_t i = 0; i < count; i += 64) __builtin_prefetch(bytes + i, /*write=*/1);
+#endif
+}
+
+}  // namespace
+
 Window::Window(int local_rank, std::vector<Peer> peers, std::size_t staging_bytes,
                const Notice& job_notice)
     : local_rank_(local_rank),
@@ -14,19 +28,25 @@ Window::Window(int local_rank, std::vector<Peer> peers, std::size_t staging_byte
       staging_bytes_(staging_bytes),
       job_notice_(job_notice) {}
 
-void Window::announce(const Signature& signature, std::uint64_t buffer_offset,
-                      const std::byte* payload, std::size_t payload_bytes) {
-  Announcement& mine = peers_[index(local_rank_)].page->announcements[signature.sequence % 2];
-  mine.hash = signature.hash();
-  mine.buffer_offset = buffer_offset;
-  mine.signature = signature;
-  if (payload_bytes > 0) {
-    std::byte* target = payload_bytes <= Announcement::kInlineBytes ? mine.inline_payload.data()
-                                                                    : mine.eager_payload.data();
+std::uint64_t Window::announce(const Operation& operation, std::uint64_t sequence,
+                               std::uint64_t history, std::uint64_t buffer_offset,
+                               const std::byte* payload, std::size_t payload_bytes) {
+  Announcement& mine = peers_[index(local_rank_)].page->announcements[sequence % 2];
+  mine.signature.assign(operation, sequence, history);
+  const std::uint64_t hash = mine.signature.hash();
+  mine.hash = hash;
+  if (payload_bytes == 0) {
+    mine.buffer_offset = buffer_offset;
+  } else {
+    std::byte* const target = payload_bytes <= Announcement::kInlineBytes
+                                  ? mine.inline_payload.data()
+                                  : mine.eager_payload.data();
+    own(target, payload_bytes);
     std::memcpy(target, payload, payload_bytes);
   }
-  mine.sequence.store(signature.sequence, std::memory_order_release);
-  ring_all();
+  mine.sequence.store(sequence, std::memory_order_release);
+  ring_peers();
+  return hash;
 }
 
 const Signature& Window::announced_signature(int peer, std::uint64_t sequence) const {
@@ -70,7 +90,7 @@ std::string Window::AllAnnounced::describe() const {
 void Window::complete_phase() {
   ++phase_;
   peers_[index(local_rank_)].page->phase.store(phase_, std::memory_order_release);
-  ring_all();
+  ring_peers();
 }
 
 bool Window::AllCompleted::poll() {
@@ -114,6 +134,13 @@ void Window::leave() const {
 
 bool Window::all_left() const {
   return peers_[index(local_rank_)].page->left.load(std::memory_order_acquire) == local_size();
+}
+
+void Window::ring_peers() const {
+  Doorbell::fence();
+  for (const Peer& peer : peers_) {
+    if (&peer != &peers_[index(local_rank_)]) peer.process->doorbell.ring_after_fence();
+  }
 }
 
 void Window::ring_all() const {

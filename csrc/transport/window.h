@@ -28,9 +28,12 @@ struct ProcessPage {
 };
 
 /// What a rank shows the others of its host when it starts an operation.
+///
+/// All that a small operation needs lies in one cache line, which travels once. The signature is
+/// read only to explain a mismatch; its lines stay in the cache of the rank that writes them.
 struct Announcement {
   /// A payload up to this long travels in the cache line that announces it.
-  static constexpr std::size_t kInlineBytes = 40;
+  static constexpr std::size_t kInlineBytes = 48;
   /// A payload up to this long travels beside the announcement; a longer one through staging, or it
   /// is read where it lies in the arena.
   static constexpr std::size_t kEagerBytes = 4096;
@@ -39,9 +42,11 @@ struct Announcement {
   /// Published last, with release order; all of the rest is for the operation of this number.
   alignas(128) std::atomic<std::uint64_t> sequence;
   std::uint64_t hash;
-  /// Where in the rank's arena its buffer lies, or kNotInArena.
-  std::uint64_t buffer_offset;
-  std::array<std::byte, kInlineBytes> inline_payload;
+  union {
+    /// Without a payload: where in the rank's arena its buffer lies, or kNotInArena.
+    std::uint64_t buffer_offset;
+    std::array<std::byte, kInlineBytes> inline_payload;
+  };
 
   alignas(128) Signature signature;
   alignas(128) std::array<std::byte, kEagerBytes> eager_payload;
@@ -89,20 +94,23 @@ class Window {
   Doorbell& doorbell() const { return peers_[index(local_rank_)].process->doorbell; }
   Notice& notice() const { return peers_.front().page->notice; }
 
-  /// Start operation `signature.sequence`: show the peers what it is, where the buffer lies, and a
-  /// small payload if there is one (at most kEagerBytes).
-  void announce(const Signature& signature, std::uint64_t buffer_offset,
-                const std::byte* payload = nullptr, std::size_t payload_bytes = 0);
+  /// Start operation `sequence`: show the peers what it is and either where the buffer lies or, if
+  /// there is one, a small payload (at most kEagerBytes).
+  /// @return  the signature's hash, which is the history of the next operation.
+  std::uint64_t announce(const Operation& operation, std::uint64_t sequence, std::uint64_t history,
+                         std::uint64_t buffer_offset, const std::byte* payload = nullptr,
+                         std::size_t payload_bytes = 0);
 
   const Signature& announced_signature(int peer, std::uint64_t sequence) const;
   std::uint64_t announced_hash(int peer, std::uint64_t sequence) const;
-  /// Where a peer announced its buffer, in this process's addresses; null: not in its arena.
+  /// Where a peer announced its buffer, in this process's addresses; null: not in its arena. Only
+  /// if it announced no payload.
   std::byte* announced_buffer(int peer, std::uint64_t sequence) const;
   const std::byte* announced_payload(int peer, std::uint64_t sequence,
                                      std::size_t payload_bytes) const;
 
   /// Waits until every local rank has announced operation `sequence`.
-  class AllAnnounced : public Wait {
+  class AllAnnounced final : public Wait {
    public:
     /// @param compare  throw MismatchError as soon as a peer's announcement differs from ours.
     AllAnnounced(const Window& window, std::uint64_t sequence, bool compare)
@@ -122,7 +130,7 @@ class Window {
   void complete_phase();
 
   /// Waits until every local rank has completed as many phases as this one.
-  class AllCompleted : public Wait {
+  class AllCompleted final : public Wait {
    public:
     explicit AllCompleted(const Window& window) : window_(window), target_(window.phase_) {}
     bool poll() override;
@@ -154,6 +162,8 @@ class Window {
   void ring_all() const;
 
  private:
+  /// Wake every other local rank: one of its waits may be over.
+  void ring_peers() const;
   static std::size_t index(int peer) { return static_cast<std::size_t>(peer); }
   const Announcement& slot(int peer, std::uint64_t sequence) const {
     return peers_[index(peer)].page->announcements[sequence % 2];

@@ -15,8 +15,9 @@
 /// ("" if nothing).
 inline std::vector<std::string> run_ranks_catching(const std::vector<int>& hosts,
                                                    const std::function<void(pycomm::Group&)>& body,
-                                                   double timeout_s = 60) {
-  const auto worlds = pycomm::World::loopback(hosts, {timeout_s, std::size_t{64} << 20, {}});
+                                                   double timeout_s = 60,
+                                                   pycomm::Staging staging = {}) {
+  const auto worlds = pycomm::World::loopback(hosts, {timeout_s, std::size_t{64} << 20, staging});
   std::vector<std::string> errors(hosts.size());
   std::vector<std::thread> threads;
   for (std::size_t rank = 0; rank < hosts.size(); ++rank) {
@@ -36,8 +37,9 @@ inline std::vector<std::string> run_ranks_catching(const std::vector<int>& hosts
 
 /// The same, where nothing may be thrown.
 inline void run_ranks(const std::vector<int>& hosts,
-                      const std::function<void(pycomm::Group&)>& body) {
-  const auto errors = run_ranks_catching(hosts, body);
+                      const std::function<void(pycomm::Group&)>& body,
+                      pycomm::Staging staging = {}) {
+  const auto errors = run_ranks_catching(hosts, body, 60, staging);
   for (std::size_t rank = 0; rank < errors.size(); ++rank) {
     if (!errors[rank].empty()) {
       throw check::Failure("rank " + std::to_string(rank) + ": " + errors[rank]);
