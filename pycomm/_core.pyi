@@ -2,6 +2,7 @@
 
 import enum
 from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 class DType(enum.Enum):
     BOOL = 0
@@ -39,6 +40,40 @@ class Algorithm(enum.Enum):
     DIRECT = 1
     RING = 2
     GATHER_FOLD = 3
+
+class CostModel:
+    """What the machine costs, in seconds."""
+
+    def __init__(
+        self,
+        *,
+        alpha_s: float = ...,
+        beta_s_per_byte: float = ...,
+        gamma_s_per_byte: float = ...,
+        meeting_s: float = ...,
+    ) -> None: ...
+    @property
+    def alpha_s(self) -> float: ...
+    @property
+    def beta_s_per_byte(self) -> float: ...
+    @property
+    def gamma_s_per_byte(self) -> float: ...
+    @property
+    def meeting_s(self) -> float: ...
+
+class _PlanRow(TypedDict):
+    algorithm: Algorithm
+    runs: bool
+    seconds: float
+    messages: int
+    bytes: int
+
+def plan_all_reduce(
+    cost: CostModel, count: int, dtype: DType, hosts: int, ranks_per_host: int
+) -> list[_PlanRow]:
+    """Each possible algorithm: whether it runs, its predicted seconds, and the messages and bytes
+    that a host's first rank sends to other hosts. One host: a single row, AUTO.
+    """
 
 class Buffer:
     """Zeroed memory in this rank's arena, with the (writable) buffer protocol."""
@@ -259,8 +294,13 @@ class World:
         timeout_s: float,
         channel: Channel | None = None,
         arena_bytes: int = 0,
+        cost: CostModel = ...,
+        algorithm: Algorithm = ...,
     ) -> None:
-        """Find the other ranks. ``arena_bytes=0`` reserves as much as the host has memory."""
+        """Find the other ranks. ``arena_bytes=0`` reserves as much as the host has memory.
+
+        ``cost`` and ``algorithm`` (for whatever leaves the choice) are the same on all ranks.
+        """
 
     @property
     def group(self) -> Group: ...

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pycomm import _core, failure, mpi_library
+from pycomm import _core, cost, failure, mpi_library
 from pycomm.errors import CommError, InvalidArgumentError, MismatchError, NotInitializedError
 from pycomm.launch import detect
 from pycomm.rendezvous import Rendezvous, meet, through_comm
@@ -29,6 +29,12 @@ class _Session:
     group: _core.Group  # world.group, at hand: every call without a group asks for it
     comm: MPI.Intracomm | None  # as given to init()
     timeout_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tuning:
+    algorithm: _core.Algorithm  # for whatever leaves the choice; AUTO: the cost decides
+    cost: cost.CostModel
 
 
 _session: _Session | None = None
@@ -65,6 +71,7 @@ def init(*, comm: MPI.Intracomm | None = None, timeout_s: float | None = None) -
         return
     default_timeout_s = _timeout_s(timeout_s, os.environ)
     arena_bytes = _arena_bytes(os.environ)
+    tuning = _Tuning(_algorithm(os.environ), cost.load(os.environ))
     _core.simd_level()  # reads PYCOMM_SIMD: a typo there shows now, not in the first reduction
     launch = detect(os.environ)
     host_name = os.environ.get("PYCOMM_HOST") or socket.gethostname()
@@ -82,7 +89,7 @@ def init(*, comm: MPI.Intracomm | None = None, timeout_s: float | None = None) -
         rendezvous = meet(launch, os.environ, attempt=_sessions_begun, timeout_s=default_timeout_s)
     else:
         rendezvous = through_comm(comm, timeout_s=default_timeout_s)
-    world = _connect(rendezvous, host_key(os.environ), default_timeout_s, arena_bytes)
+    world = _connect(rendezvous, host_key(os.environ), default_timeout_s, arena_bytes, tuning)
     if rendezvous.size > 1:
         member = failure.Member(rendezvous.rank, rendezvous.size, host_name, world.abort)
         if rendezvous.comm is not None and len(world.group.hosts) > 1:
@@ -196,8 +203,17 @@ def host_key(environ: Mapping[str, str]) -> str:
     return f"{boot_id} {network_namespace} {socket.gethostname()}"
 
 
-def _connect(rendezvous: Rendezvous, key: str, timeout_s: float, arena_bytes: int) -> _core.World:
-    mine = json.dumps({"host_key": key, "timeout_s": timeout_s}).encode()
+def _connect(
+    rendezvous: Rendezvous, key: str, timeout_s: float, arena_bytes: int, tuning: _Tuning
+) -> _core.World:
+    mine = json.dumps(
+        {
+            "host_key": key,
+            "timeout_s": timeout_s,
+            "algorithm": tuning.algorithm.name.lower(),
+            "cost": dataclasses.asdict(tuning.cost),
+        }
+    ).encode()
     cards = [json.loads(card) for card in rendezvous.all_gather_bytes(mine)]
     for other, card in enumerate(cards):
         if card["timeout_s"] != cards[0]["timeout_s"]:
@@ -206,6 +222,12 @@ def _connect(rendezvous: Rendezvous, key: str, timeout_s: float, arena_bytes: in
                 f"and {card['timeout_s']:g} on rank {other}.\n"
                 "  Pass the same to init() everywhere, and PYCOMM_TIMEOUT_S to every rank "
                 "(`mpirun -x PYCOMM_TIMEOUT_S`)."
+            )
+        if card["algorithm"] != cards[0]["algorithm"]:
+            raise MismatchError(
+                f"init on rank {rendezvous.rank}: PYCOMM_ALGORITHM is {cards[0]['algorithm']} on "
+                f"rank 0 and {card['algorithm']} on rank {other}.\n"
+                "  Pass it to every rank (`mpirun -x PYCOMM_ALGORITHM`)."
             )
     host_keys = [card["host_key"] for card in cards]
     host_count = len(set(host_keys))
@@ -227,6 +249,9 @@ def _connect(rendezvous: Rendezvous, key: str, timeout_s: float, arena_bytes: in
         timeout_s=timeout_s,
         channel=channel,
         arena_bytes=arena_bytes,
+        # Rank 0's file counts: all ranks must choose alike.
+        cost=cost.CostModel(**cards[0]["cost"]).to_core(),
+        algorithm=tuning.algorithm,
     )
 
 
@@ -277,6 +302,16 @@ def _arena_bytes(environ: Mapping[str, str]) -> int:
             "  Pass one such as 8589934592, or unset it: address space costs nothing."
         )
     return int(text)
+
+
+def _algorithm(environ: Mapping[str, str]) -> _core.Algorithm:
+    text = environ.get("PYCOMM_ALGORITHM", "auto")
+    choices = {algorithm.name.lower(): algorithm for algorithm in _core.Algorithm}
+    if text not in choices:
+        raise InvalidArgumentError(
+            f"init: PYCOMM_ALGORITHM={text!r} is no algorithm. Choose one of {', '.join(choices)}."
+        )
+    return choices[text]
 
 
 def _own_host(call: str) -> list[int]:

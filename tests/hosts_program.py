@@ -78,7 +78,7 @@ def collectives(args: argparse.Namespace) -> None:
                 t = place(inputs[pycomm.rank()])
                 pycomm.all_reduce_(t)
                 assert same_bits(t, expected), f"all_reduce of {count} {dtype}, {place.__name__}"
-    for algorithm in (_core.Algorithm.DIRECT, _core.Algorithm.RING):
+    for algorithm in list(_core.Algorithm):
         for count in COUNTS:
             # Sums below 2^24: exact in float32 in any order.
             inputs = [whole_numbers(rank, count) for rank in range(pycomm.size())]

@@ -21,7 +21,7 @@ CSRC_LAYERS = [
 # Each line may import the lines before it, never its own neighbours.
 PYTHON_LAYERS = [
     {"errors", "_core"},
-    {"launch", "mpi_library", "failure", "work", "arguments", "tensor_calls"},
+    {"launch", "mpi_library", "failure", "work", "arguments", "tensor_calls", "cost"},
     {"memory", "rendezvous"},
     {"runtime"},
     {"collectives", "point_to_point", "groups", "mesh"},

@@ -19,6 +19,7 @@ void bind_types(pybind11::module_& module);
 void bind_errors();
 void bind_work(pybind11::module_& module);
 void bind_group(pybind11::module_& module);
+void bind_cost(pybind11::module_& module);
 void bind_tensor_calls(pybind11::module_& module);
 void bind_point_to_point(pybind11::module_& module);
 void bind_world(pybind11::module_& module);

@@ -10,6 +10,7 @@ PYBIND11_MODULE(_core, module) {
   pycomm::bind_types(module);
   pycomm::bind_work(module);
   pycomm::bind_group(module);
+  pycomm::bind_cost(module);
   pycomm::bind_tensor_calls(module);
   pycomm::bind_point_to_point(module);
   pycomm::bind_world(module);

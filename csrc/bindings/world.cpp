@@ -24,13 +24,14 @@ std::size_t default_arena_bytes() {
          static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
 }
 
-Process::Options options_of(double timeout_s, std::size_t arena_bytes) {
-  return {timeout_s, arena_bytes > 0 ? arena_bytes : default_arena_bytes(), {}};
+Process::Options options_of(double timeout_s, std::size_t arena_bytes, const Tuning& tuning) {
+  return {timeout_s, arena_bytes > 0 ? arena_bytes : default_arena_bytes(), {}, tuning};
 }
 
 std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
                                const py::function& all_gather_bytes, double timeout_s,
-                               std::shared_ptr<Channel> channel, std::size_t arena_bytes) {
+                               std::shared_ptr<Channel> channel, std::size_t arena_bytes,
+                               const CostModel& cost, Algorithm algorithm) {
   const auto gather = [&](const std::string& mine) {
     const py::gil_scoped_acquire gil;
     std::vector<std::string> all;
@@ -41,7 +42,7 @@ std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
   };
   const py::gil_scoped_release no_gil;
   return World::connect(rank, size, host_key, gather, std::move(channel),
-                        options_of(timeout_s, arena_bytes));
+                        options_of(timeout_s, arena_bytes, {cost, algorithm}));
 }
 
 }  // namespace
@@ -51,7 +52,8 @@ void bind_world(py::module_& module) {
                     "This process's memory, peers and progress thread; `group` holds all ranks.")
       .def(py::init(&connect), py::arg("rank"), py::arg("size"), py::arg("host_key"),
            py::arg("all_gather_bytes"), py::kw_only(), py::arg("timeout_s"),
-           py::arg("channel") = nullptr, py::arg("arena_bytes") = 0)
+           py::arg("channel") = nullptr, py::arg("arena_bytes") = 0, py::arg("cost") = CostModel(),
+           py::arg("algorithm") = Algorithm::kAuto)
       .def_property_readonly("group", &World::group)
       .def("abort", &World::abort, py::arg("reason"), py::call_guard<py::gil_scoped_release>(),
            "Make every rank's pending and later calls raise `reason`; True if none was before.")

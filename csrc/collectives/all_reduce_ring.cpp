@@ -1,75 +1,79 @@
 #include "collectives/all_reduce_ring.h"
 
-#include <algorithm>
-#include <array>
-
-#include "collectives/partition.h"
-
 namespace pycomm {
-namespace {
 
-/// Receives a chunk from the left neighbour segment by segment into two alternating buffers, folds
-/// each into `accumulator`, and meanwhile sends `outgoing` to the right.
-Task<> fold_step(const Lane& lane, const Share& share, std::span<const std::byte> outgoing,
-                 std::span<std::byte> accumulator) {
-  const std::size_t element = size_of(share.fold.source_dtype);
-  const auto segment_of = [&](std::size_t index, auto chunk) {
-    const std::size_t begin = std::min(chunk.size(), index * share.segment_bytes);
-    return chunk.subspan(begin, std::min(share.segment_bytes, chunk.size() - begin));
-  };
-  const auto segments = [&](std::size_t bytes) {
-    return (bytes + share.segment_bytes - 1) / share.segment_bytes;
-  };
-  std::vector<std::unique_ptr<Message>> sent;
-  for (std::size_t i = 0; i < segments(outgoing.size()); ++i) {
-    sent.push_back(lane.send(lane.host + 1, segment_of(i, outgoing)));
-  }
-  const std::size_t expected = segments(accumulator.size());
-  std::array<std::unique_ptr<Message>, 2> received;
-  const auto post = [&](std::size_t i) {
-    std::byte* const target = share.received + i % 2 * share.segment_bytes;
-    received[i % 2] = lane.receive(lane.host - 1, {target, segment_of(i, accumulator).size()});
-  };
-  for (std::size_t i = 0; i < std::min<std::size_t>(2, expected); ++i) post(i);
-  const FoldSpec partial{share.fold.source_dtype, share.fold.source_dtype, share.fold.op, 1};
-  for (std::size_t i = 0; i < expected; ++i) {
-    co_await until(*received[i % 2]);
-    const auto segment = segment_of(i, accumulator);
-    const std::byte* const sources[] = {share.received + i % 2 * share.segment_bytes,
-                                        segment.data()};
-    fold(partial, segment.data(), sources, segment.size() / element);
-    if (i + 2 < expected) post(i + 2);
-  }
-  for (const auto& message : sent) co_await until(*message);
+RingExchange::RingExchange(LaneStream& stream, const Share& share)
+    : stream_(stream),
+      share_(share),
+      host_(stream.lane().host),
+      hosts_(stream.lane().host_count()),
+      segments_(segments_of(share.count, hosts_, share.wire())) {}
+
+Range RingExchange::segment_of(int chunk, std::size_t index) const {
+  return segment(partition(share_.count, hosts_, stream_.lane().wrap(chunk)), segments_, index);
 }
 
-}  // namespace
+void RingExchange::send_partial(const Range& segment) {
+  stream_.send(host_ + 1, {partial_sum(segment), segment.count() * share_.wire()});
+}
 
-Task<> all_reduce_ring(const Lane& lane, const Share& share) {
-  const int hosts = lane.host_count();
-  const std::size_t wire = size_of(share.fold.source_dtype);
-  const std::size_t element = size_of(share.fold.destination_dtype);
-  const auto chunk = [&](int index) { return partition(share.count, hosts, lane.wrap(index)); };
-  const auto partial_sum = [&](int index) {
-    const Range range = chunk(index);
-    return std::span(share.host_sum + range.begin * wire, range.count() * wire);
-  };
-  const auto finished = [&](int index) {
-    const Range range = chunk(index);
-    return std::span(share.result + range.begin * element, range.count() * element);
-  };
+void RingExchange::send_finished(const Range& segment) {
+  stream_.send(host_ + 1, {share_.result + segment.begin * share_.element(),
+                           segment.count() * share_.element()});
+}
 
-  for (int step = 0; step < hosts - 1; ++step) {
-    co_await fold_step(lane, share, partial_sum(lane.host - step),
-                       partial_sum(lane.host - step - 1));
+void RingExchange::finish_segment(const Range& segment) const {
+  const std::byte* const owned[] = {partial_sum(segment)};
+  fold(share_.fold, share_.result + segment.begin * share_.element(), owned, segment.count());
+}
+
+void RingExchange::begin() {
+  arrived_ = stream_.last_receive();
+  // Chunks h-1 to h-H+1 come one after the other; together they fit beside the host's sum.
+  std::byte* target = share_.received;
+  for (int step = 0; step < hosts_ - 1; ++step) {
+    for (std::size_t i = 0; i < segments_; ++i) {
+      const std::size_t bytes = segment_of(host_ - step - 1, i).count() * share_.wire();
+      stream_.receive(host_ - 1, {target, bytes});
+      target += bytes;
+    }
   }
-  const std::byte* const owned[] = {partial_sum(lane.host + 1).data()};
-  fold(share.fold, finished(lane.host + 1).data(), owned, chunk(lane.host + 1).count());
-  for (int step = 0; step < hosts - 1; ++step) {
-    const auto received = lane.receive(lane.host - 1, finished(lane.host - step));
-    const auto sent = lane.send(lane.host + 1, finished(lane.host + 1 - step));
-    co_await until(*received);
-    co_await until(*sent);
+  for (std::size_t i = 0; i < segments_; ++i) send_partial(segment_of(host_, i));
+}
+
+Task<> RingExchange::finish() {
+  const FoldSpec partial{share_.fold.source_dtype, share_.fold.source_dtype, share_.fold.op, 1};
+  const std::byte* source = share_.received;
+  for (int step = 0; step < hosts_ - 1; ++step) {
+    for (std::size_t i = 0; i < segments_; ++i) {
+      const Range incoming = segment_of(host_ - step - 1, i);
+      auto arrived = stream_.received(++arrived_);
+      co_await until(arrived);
+      const std::byte* const sources[] = {source, partial_sum(incoming)};
+      fold(partial, partial_sum(incoming), sources, incoming.count());
+      source += incoming.count() * share_.wire();
+      if (step < hosts_ - 2) {
+        send_partial(incoming);
+      } else {
+        finish_segment(incoming);
+        send_finished(incoming);
+      }
+    }
+  }
+  // What comes now is finished: it is passed on H-2 times.
+  for (int step = 0; step < hosts_ - 1; ++step) {
+    for (std::size_t i = 0; i < segments_; ++i) {
+      const Range incoming = segment_of(host_ - step, i);
+      stream_.receive(host_ - 1, {share_.result + incoming.begin * share_.element(),
+                                  incoming.count() * share_.element()});
+    }
+  }
+  for (int step = 0; step < hosts_ - 2; ++step) {
+    for (std::size_t i = 0; i < segments_; ++i) {
+      auto arrived = stream_.received(++arrived_);
+      co_await until(arrived);
+      send_finished(segment_of(host_ - step, i));
+    }
   }
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
-#include "collectives/all_reduce_direct.h"
+#include "collectives/lane_exchange.h"
+#include "collectives/segments.h"
 
 namespace pycomm {
 
@@ -11,8 +12,8 @@ namespace pycomm {
 ///                                      (host h now owns the finished chunk h+1)
 ///   all-gather       step s = 0..H-2   send chunk h+1-s,  receive chunk h-s
 ///
-/// A chunk travels as segments of at most `share.segment_bytes`, two receives in flight, so that
-/// folding one overlaps receiving the next.
+/// A chunk travels as segments of at most kSegmentBytes, each of which is passed on in the next
+/// step as soon as it is there: the wire does not rest between steps.
 ///
 /// Every host talks to two neighbours only, whatever H. What it gives up: chunk c is folded in the
 /// rotated order c, c+1, ..., so results differ in the last bits from the canonical order (all
@@ -25,7 +26,29 @@ namespace pycomm {
 /// Source: Patarasuk & Yuan, J. Parallel Distrib. Comput. 69 (2009). Notation: Thakur, Rabenseifner
 /// & Gropp, Int. J. High Perform. Comput. Appl. 19 (2005).
 ///
-/// @param share  `fold.source_dtype` must be an accumulator type.
-Task<> all_reduce_ring(const Lane& lane, const Share& share);
+/// `share.fold.source_dtype` must be an accumulator type.
+class RingExchange : public LaneExchange {
+ public:
+  RingExchange(LaneStream& stream, const Share& share);
+
+  void begin() override;
+  Task<> finish() override;
+
+ private:
+  Range segment_of(int chunk, std::size_t index) const;
+  std::byte* partial_sum(const Range& range) const {
+    return share_.host_sum + range.begin * share_.wire();
+  }
+  void send_partial(const Range& segment);
+  void send_finished(const Range& segment);
+  void finish_segment(const Range& segment) const;
+
+  LaneStream& stream_;
+  const Share share_;
+  const int host_;
+  const int hosts_;
+  const std::size_t segments_;
+  LaneStream::Ticket arrived_ = 0;  // receives that were over when this exchange began
+};
 
 }  // namespace pycomm

@@ -6,6 +6,7 @@
 #include <span>
 #include <vector>
 
+#include "collectives/cost.h"
 #include "collectives/placement.h"
 #include "transport/channel.h"
 #include "transport/window.h"
@@ -29,11 +30,16 @@ struct Lane {
   std::unique_ptr<Message> receive(int from_host, std::span<std::byte> bytes) const {
     return channel.receive(peers[static_cast<std::size_t>(wrap(from_host))], tag, bytes);
   }
+  std::unique_ptr<Message> receive_at_most(int from_host, std::span<std::byte> room,
+                                           std::size_t& length) const {
+    return channel.receive_at_most(peers[static_cast<std::size_t>(wrap(from_host))], tag, room,
+                                   length);
+  }
 };
 
-/// How a group divides the staging memory that each of its ranks has. Inside one host three pieces
-/// suffice; between hosts a lane also holds its host's sum, what it receives, and the result, in
-/// regions of four pieces. No result depends on the size of a piece.
+/// The staging memory that each rank of a group has. Inside one host three pieces suffice; between
+/// hosts there is more, which each collective divides in its own way (see PiecePlan). No result
+/// depends on the size of a piece.
 struct Staging {
   static constexpr std::size_t kLeastPieceBytes = 1024;
 
@@ -41,13 +47,8 @@ struct Staging {
   /// within its cache.
   std::size_t piece_bytes = 512 << 10;
 
-  std::size_t region_bytes() const { return 4 * piece_bytes; }
-  std::size_t input() const { return 0; }
-  std::size_t host_sum() const { return 1 * region_bytes(); }
-  std::size_t received() const { return 2 * region_bytes(); }
-  std::size_t result() const { return 3 * region_bytes(); }
-  std::size_t bytes(int host_count) const {
-    return host_count == 1 ? 3 * piece_bytes : 4 * region_bytes();
+  constexpr std::size_t bytes(int host_count) const {
+    return (host_count == 1 ? 3 : 16) * piece_bytes;
   }
 };
 
@@ -60,6 +61,7 @@ struct Context {
   const std::vector<int>& world_ranks;  // by group rank
   const Arena& arena;                   // this rank's
   Staging staging;
+  Tuning tuning;
   int rank;
   std::uint64_t sequence = 0;  // of the current operation
   /// The last operation this rank has announced: the current one, or the one before it.
@@ -82,6 +84,11 @@ struct Context {
 
   /// Lane `index`, made of each host's rank at that position.
   Lane lane(int index) const;
+
+  AllReduceJob job_of(const Operation& operation) const {
+    return {operation.count,        operation.dtype,   host_count(),
+            placement.most_ranks(), placement.lanes(), staging.piece_bytes};
+  }
 
   /// Offset of a buffer that lies in this rank's arena, else Announcement::kNotInArena.
   std::uint64_t arena_offset(const void* buffer, std::size_t bytes) const;

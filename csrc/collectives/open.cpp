@@ -1,6 +1,8 @@
 #include "collectives/open.h"
 
+#include <algorithm>
 #include <cstring>
+#include <string>
 
 #include "core/error.h"
 
@@ -17,13 +19,14 @@ struct Extremes {
   Entry lowest;
   Entry highest;
 
+  bool agree() const { return lowest.hash == highest.hash; }
   void include(const Entry& entry) {
     if (entry.hash < lowest.hash) lowest = entry;
     if (entry.hash > highest.hash) highest = entry;
   }
 };
 
-static_assert(sizeof(Extremes) <= Staging::kLeastPieceBytes);
+static_assert(sizeof(Extremes) <= 2 * Staging::kLeastPieceBytes);
 
 Extremes extremes_of_host(const Context& context) {
   const auto entry = [&](int peer) {
@@ -36,30 +39,46 @@ Extremes extremes_of_host(const Context& context) {
   return extremes;
 }
 
-/// Spread every host's extremes to all hosts.
-Task<> agree_between_hosts(Context& context) {
+/// Spread every host's extremes to all hosts, and every host's sum with them.
+Task<const std::byte*> agree_between_hosts(Context& context, const HostSum& sum) {
   const Lane lane = context.lane(0);
   Extremes mine = extremes_of_host(context);
   // Messages need memory that outlives this coroutine; everybody has finished with the staging.
-  const std::span<std::byte> outgoing(context.window.staging(0), sizeof(Extremes));
-  const std::span<std::byte> arriving(context.window.staging(0) + Staging::kLeastPieceBytes,
-                                      sizeof(Extremes));
+  std::byte* const outgoing = context.window.staging(0);
+  std::byte* const sums = outgoing + sizeof(Extremes);
+  const std::size_t capacity = context.window.staging_bytes() / 2;
+  const std::span<std::byte> arriving(outgoing + capacity, capacity);
+  if (mine.agree() && sum.bytes > 0) sum.write(sums);
   for (int distance = 1; distance < lane.host_count(); distance *= 2) {
-    std::memcpy(outgoing.data(), &mine, sizeof(mine));
-    const auto received = lane.receive(lane.host - distance, arriving);
-    const auto sent = lane.send(lane.host + distance, outgoing);
+    const auto hosts = static_cast<std::size_t>(std::min(distance, lane.host_count() - distance));
+    std::memcpy(outgoing, &mine, sizeof(mine));
+    // Whoever knows of a mismatch passes on just that.
+    const std::size_t expected = sizeof(Extremes) + hosts * sum.bytes;
+    std::size_t length = 0;
+    const auto received = lane.receive_at_most(lane.host - distance, arriving, length);
+    const auto sent =
+        lane.send(lane.host + distance, {outgoing, mine.agree() ? expected : sizeof(Extremes)});
     co_await until(*received);
     co_await until(*sent);
     Extremes incoming;
+    if (length < sizeof(incoming)) {
+      throw CommError("all hosts must run the same version of pycomm: an opening message has " +
+                      std::to_string(length) + " bytes instead of " +
+                      std::to_string(sizeof(incoming)) + " or more.");
+    }
     std::memcpy(&incoming, arriving.data(), sizeof(incoming));
     mine.include(incoming.lowest);
     mine.include(incoming.highest);
+    if (!mine.agree() || sum.bytes == 0) continue;
+    std::memcpy(sums + static_cast<std::size_t>(distance) * sum.bytes,
+                arriving.data() + sizeof(incoming), hosts * sum.bytes);
   }
-  if (mine.lowest.hash != mine.highest.hash) {
+  if (!mine.agree()) {
     throw MismatchError(describe_mismatch(static_cast<int>(mine.lowest.rank), mine.lowest.signature,
                                           static_cast<int>(mine.highest.rank),
                                           mine.highest.signature));
   }
+  co_return sums;
 }
 
 }  // namespace
@@ -79,8 +98,24 @@ Task<> open_operation(Context& context, const Operation& operation, std::uint64_
   Window::AllAnnounced announced(context.window, context.sequence, /*compare=*/one_host);
   co_await until(announced);
   if (one_host) co_return;
-  if (context.window.local_rank() == 0) co_await agree_between_hosts(context);
+  if (context.window.local_rank() == 0) co_await agree_between_hosts(context, {0, {}});
   co_await meet(context);
+}
+
+Task<const std::byte*> open_with_sums(Context& context, const Operation& operation,
+                                      std::span<const std::byte> payload, HostSum sum) {
+  if (context.announced < context.sequence) {
+    announce(context, operation, Announcement::kNotInArena, payload);
+  }
+  Window::AllAnnounced announced(context.window, context.sequence, /*compare=*/false);
+  co_await until(announced);
+  if (context.window.local_rank() == 0) co_await agree_between_hosts(context, sum);
+  co_await meet(context);
+  co_return context.window.staging(0) + sizeof(Extremes);
+}
+
+std::size_t agreement_bytes(int host_count, std::size_t sum_bytes) {
+  return sizeof(Extremes) + static_cast<std::size_t>(host_count) * sum_bytes;
 }
 
 Task<> meet(Context& context) {

@@ -1,5 +1,8 @@
 #pragma once
 
+#include <functional>
+#include <span>
+
 #include "collectives/context.h"
 #include "core/operation.h"
 #include "core/task.h"
@@ -30,6 +33,24 @@ void announce(Context& context, const Operation& operation, std::uint64_t buffer
 /// @throws MismatchError, and what has finished the group before.
 Task<> open_operation(Context& context, const Operation& operation, std::uint64_t buffer_offset,
                       std::span<const std::byte> payload);
+
+/// What every host adds to the messages by which the hosts agree, so that all have all of them.
+struct HostSum {
+  std::size_t bytes;
+  /// Writes this host's. Called on its first rank once the host's ranks agree among themselves.
+  std::function<void(std::byte*)> write;
+};
+
+/// open_operation between hosts, on whose messages every host's sum rides: round k passes on the
+/// sums of 2^k hosts, or as many as are still missing, beside the extremes. Not a message more.
+///
+/// @return  all hosts' sums end to end, from this host's backwards (host h, h-1, ...). They lie in
+///          the staging of the host's first rank until the next operation.
+Task<const std::byte*> open_with_sums(Context& context, const Operation& operation,
+                                      std::span<const std::byte> payload, HostSum sum);
+
+/// The length of the hosts' longest message in open_with_sums; it must fit half the staging.
+std::size_t agreement_bytes(int host_count, std::size_t sum_bytes);
 
 /// Wait until every rank of this host is here.
 Task<> meet(Context& context);

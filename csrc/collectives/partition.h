@@ -9,7 +9,7 @@ namespace pycomm {
 struct Range {
   std::size_t begin;
   std::size_t end;
-  std::size_t count() const { return end - begin; }
+  constexpr std::size_t count() const { return end - begin; }
 };
 
 /// Chunk `index` of `count` elements cut into `parts`: the chunks tile the buffer in order and

@@ -27,4 +27,10 @@ int Placement::lanes() const {
   return static_cast<int>(fewest);
 }
 
+int Placement::most_ranks() const {
+  std::size_t most = 0;
+  for (const auto& ranks : hosts) most = std::max(most, ranks.size());
+  return static_cast<int>(most);
+}
+
 }  // namespace pycomm

@@ -15,6 +15,8 @@ struct Placement {
   int host_count() const { return static_cast<int>(hosts.size()); }
   /// Ranks of each host that talk to the other hosts: the smallest number of ranks on any host.
   int lanes() const;
+  /// The largest number of ranks on any host.
+  int most_ranks() const;
 
   /// @param keys  for each group rank, what names its host; equal keys are one host.
   static Placement of(const std::vector<std::string>& keys);

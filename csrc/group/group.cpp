@@ -116,8 +116,15 @@ Group::Group(std::shared_ptr<Process> process, std::vector<int> ranks, int rank,
       placement_(std::move(placement)),
       memory_(std::move(memory)),
       window_(std::move(window)),
-      context_{window_,          process_->channel.get(),   tag, placement_, ranks_,
-               *process_->arena, process_->options.staging, rank} {}
+      context_{window_,
+               process_->channel.get(),
+               tag,
+               placement_,
+               ranks_,
+               *process_->arena,
+               process_->options.staging,
+               process_->options.tuning,
+               rank} {}
 
 Group::~Group() {
   if (in_forked_child()) return;

@@ -26,6 +26,8 @@ class Process {
     double timeout_s;
     std::size_t arena_bytes;
     Staging staging = {};
+    /// The same on all ranks.
+    Tuning tuning = {};
   };
 
   /// Find the other ranks and map the memory of those on the same host. Collective.

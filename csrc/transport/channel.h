@@ -40,6 +40,11 @@ class Channel {
   /// @param bytes   exactly as long as what the peer sends; a longer message is a MismatchError.
   virtual std::unique_ptr<Message> receive(int peer, int tag, std::span<std::byte> bytes) = 0;
 
+  /// The same for a message that may be shorter than `room`.
+  /// @param length  set when the message is over; outlives it.
+  virtual std::unique_ptr<Message> receive_at_most(int peer, int tag, std::span<std::byte> room,
+                                                   std::size_t& length) = 0;
+
   struct Incoming {
     int peer;
     std::size_t bytes;

@@ -103,9 +103,10 @@ class LoopbackSend : public Message {
 
 class LoopbackReceive : public Message {
  public:
+  /// @param length  null: the message is as long as `bytes`.
   LoopbackReceive(std::shared_ptr<LoopbackMailbox> mailbox, int peer, int tag,
-                  std::span<std::byte> bytes)
-      : mailbox_(std::move(mailbox)), peer_(peer), tag_(tag), bytes_(bytes) {
+                  std::span<std::byte> bytes, std::size_t* length)
+      : mailbox_(std::move(mailbox)), peer_(peer), tag_(tag), bytes_(bytes), length_(length) {
     mailbox_->await(peer_, tag_, &slot_);
   }
   ~LoopbackReceive() override {
@@ -119,7 +120,9 @@ class LoopbackReceive : public Message {
     const auto letter = mailbox_->take(slot_);
     if (!letter) return false;
     done_ = true;
-    if (letter->size() != bytes_.size()) {
+    const bool fits =
+        length_ != nullptr ? letter->size() <= bytes_.size() : letter->size() == bytes_.size();
+    if (!fits) {
       throw MismatchError("rank " + std::to_string(peer_) + " sent " +
                           std::to_string(letter->size()) + " bytes (tag " + std::to_string(tag_) +
                           ") where " + std::to_string(bytes_.size()) +
@@ -127,7 +130,8 @@ class LoopbackReceive : public Message {
                           "same order.");
     }
     // An empty span may have no address, which memcpy does not allow.
-    if (!bytes_.empty()) std::memcpy(bytes_.data(), letter->data(), bytes_.size());
+    if (!letter->empty()) std::memcpy(bytes_.data(), letter->data(), letter->size());
+    if (length_ != nullptr) *length_ = letter->size();
     return true;
   }
 
@@ -141,6 +145,7 @@ class LoopbackReceive : public Message {
   int peer_;
   int tag_;
   std::span<std::byte> bytes_;
+  std::size_t* length_;
   LoopbackMailbox::Slot slot_;
   bool done_ = false;
 };
@@ -159,7 +164,13 @@ std::unique_ptr<Message> LoopbackChannel::send(int peer, int tag,
 }
 
 std::unique_ptr<Message> LoopbackChannel::receive(int peer, int tag, std::span<std::byte> bytes) {
-  return std::make_unique<LoopbackReceive>(mailboxes_.at(rank_), peer, tag, bytes);
+  return std::make_unique<LoopbackReceive>(mailboxes_.at(rank_), peer, tag, bytes, nullptr);
+}
+
+std::unique_ptr<Message> LoopbackChannel::receive_at_most(int peer, int tag,
+                                                          std::span<std::byte> room,
+                                                          std::size_t& length) {
+  return std::make_unique<LoopbackReceive>(mailboxes_.at(rank_), peer, tag, room, &length);
 }
 
 std::optional<Channel::Incoming> LoopbackChannel::probe(int tag) {

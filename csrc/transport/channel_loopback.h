@@ -31,6 +31,8 @@ class LoopbackChannel : public Channel {
   int size() const override { return static_cast<int>(mailboxes_.size()); }
   std::unique_ptr<Message> send(int peer, int tag, std::span<const std::byte> bytes) override;
   std::unique_ptr<Message> receive(int peer, int tag, std::span<std::byte> bytes) override;
+  std::unique_ptr<Message> receive_at_most(int peer, int tag, std::span<std::byte> room,
+                                           std::size_t& length) override;
   std::optional<Incoming> probe(int tag) override;
   void progress() override {}
 

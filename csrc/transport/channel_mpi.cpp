@@ -164,8 +164,10 @@ class MpiInbox {
 
 class MpiReceive : public Message {
  public:
-  MpiReceive(std::shared_ptr<MpiInbox> inbox, const Route& route, std::byte* buffer)
-      : inbox_(std::move(inbox)), route_(route), buffer_(buffer) {
+  /// @param length  null: the message is as long as the route says.
+  MpiReceive(std::shared_ptr<MpiInbox> inbox, const Route& route, std::byte* buffer,
+             std::size_t* length)
+      : inbox_(std::move(inbox)), route_(route), buffer_(buffer), length_(length) {
     inbox_->add(this);
   }
   /// Never blocks. A message that is arriving already still goes to the buffer.
@@ -178,6 +180,7 @@ class MpiReceive : public Message {
     if (!started_) inbox_->start_arrived();
     if (error_) std::rethrow_exception(error_);
     done_ = started_ && request_.test(route_);
+    if (done_ && length_ != nullptr) *length_ = arriving_bytes_;
     return done_;
   }
 
@@ -195,8 +198,8 @@ class MpiReceive : public Message {
       route_.check(MPI_Iprobe(route_.peer, route_.tag, communicator, &arrived, &status));
       if (!arrived) return false;
       require_length(status);
-      route_.check(MPI_Irecv(buffer_, mpi_count(route_), MPI_BYTE, route_.peer, route_.tag,
-                             communicator, request_.address()));
+      route_.check(MPI_Irecv(buffer_, static_cast<int>(arriving_bytes_), MPI_BYTE, route_.peer,
+                             route_.tag, communicator, request_.address()));
       started_ = true;
     } catch (...) {
       error_ = std::current_exception();
@@ -205,10 +208,12 @@ class MpiReceive : public Message {
   }
 
  private:
-  void require_length(const MPI_Status& status) const {
+  void require_length(const MPI_Status& status) {
     int length = 0;
     route_.check(MPI_Get_count(&status, MPI_BYTE, &length));
-    if (static_cast<std::size_t>(length) == route_.bytes) return;
+    arriving_bytes_ = static_cast<std::size_t>(length);
+    if (arriving_bytes_ == route_.bytes) return;
+    if (length_ != nullptr && arriving_bytes_ < route_.bytes) return;
     throw MismatchError("rank " + std::to_string(route_.rank) + " expected " +
                         std::to_string(route_.bytes) + " bytes from rank " +
                         std::to_string(route_.peer) + " (tag " + std::to_string(route_.tag) +
@@ -219,6 +224,8 @@ class MpiReceive : public Message {
   std::shared_ptr<MpiInbox> inbox_;
   Route route_;
   std::byte* buffer_;
+  std::size_t* length_;
+  std::size_t arriving_bytes_ = 0;
   Request request_;
   std::exception_ptr error_;
   bool started_ = false;
@@ -292,7 +299,13 @@ std::unique_ptr<Message> MpiChannel::send(int peer, int tag, std::span<const std
 
 std::unique_ptr<Message> MpiChannel::receive(int peer, int tag, std::span<std::byte> bytes) {
   const Route route{Route::Direction::kReceive, rank_, peer, tag, bytes.size()};
-  return std::make_unique<MpiReceive>(inbox_, route, bytes.data());
+  return std::make_unique<MpiReceive>(inbox_, route, bytes.data(), nullptr);
+}
+
+std::unique_ptr<Message> MpiChannel::receive_at_most(int peer, int tag, std::span<std::byte> room,
+                                                     std::size_t& length) {
+  const Route route{Route::Direction::kReceive, rank_, peer, tag, room.size()};
+  return std::make_unique<MpiReceive>(inbox_, route, room.data(), &length);
 }
 
 std::optional<Channel::Incoming> MpiChannel::probe(int tag) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from pycomm.cli import info
+from pycomm.cli import info, plan
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -14,6 +14,9 @@ def main(arguments: Sequence[str]) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser(
         "info", help="what is installed, and what this machine offers"
-    ).set_defaults(run=info.run)
+    ).set_defaults(run=lambda chosen: info.run())
+    planner = commands.add_parser("plan", help="which all-reduce runs, and what each would cost")
+    plan.add_arguments(planner)
+    planner.set_defaults(run=plan.run)
     chosen = parser.parse_args(arguments)
-    return int(chosen.run())
+    return int(chosen.run(chosen))
