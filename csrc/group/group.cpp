@@ -381,6 +381,12 @@ void Group::quarantine(std::shared_ptr<ArenaBlock> memory) {
 
 std::shared_ptr<ArenaBlock> Group::allocate(std::size_t bytes) { return process_->allocate(bytes); }
 
+std::byte* Group::mapped(int rank, std::uint64_t offset) const {
+  const int world_rank = ranks_[static_cast<std::size_t>(rank)];
+  const int local = process_->placement.local_rank_of[static_cast<std::size_t>(world_rank)];
+  return process_->local_arenas[static_cast<std::size_t>(local)]->base() + offset;
+}
+
 void Group::abort(const std::string& reason) {
   if (in_forked_child()) return;
   {
