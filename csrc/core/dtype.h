@@ -107,9 +107,7 @@ constexpr bool is_complex(DType dtype) {
 
 constexpr bool is_float8(DType dtype) { return dtype >= DType::kFloat8E4M3Fn; }
 
-constexpr bool is_integer(DType dtype) {
-  return dtype >= DType::kUint8 && dtype <= DType::kInt64;
-}
+constexpr bool is_integer(DType dtype) { return dtype >= DType::kUint8 && dtype <= DType::kInt64; }
 
 /// What a quotient or a factor makes sense for.
 constexpr bool is_scalable(DType dtype) { return is_floating(dtype) || is_complex(dtype); }

@@ -41,8 +41,8 @@ constexpr const char* name_of(ReduceOp op) {
 }
 
 /// Whether elements of `dtype` can be combined by `op`. bool combines as torch's bool tensors do
-/// (SUM, MAX and BOR are "or"; PROD, MIN and BAND are "and"); AVG needs something to divide; complex
-/// numbers have no order, no bits, and here no product; float8 only moves.
+/// (SUM, MAX and BOR are "or"; PROD, MIN and BAND are "and"); AVG needs something to divide;
+/// complex numbers have no order, no bits, and here no product; float8 only moves.
 constexpr bool can_reduce(DType dtype, ReduceOp op) {
   switch (op) {
     case ReduceOp::kSum:
