@@ -154,8 +154,9 @@ def raise_together(call: str, mistake: Exception | None, group: Group) -> None:
             ) from mistake
 
 
-# The public call is the name of every operation it is made of, so that two different calls never
-# take each other's bytes: the ranks get a MismatchError that names both.
+# The public call is the name of the operations below, and every call begins with one of them, so
+# that two different calls never take each other's bytes: the ranks get a MismatchError that names
+# both.
 
 
 def broadcast_bytes(call: str, payload: bytes, root: int, group: Group) -> bytes:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_ranks import run_ranks
 
+import pycomm
 from pycomm import InvalidArgumentError, MismatchError
 from pycomm.collectives import all_reduce
 from pycomm.groups import new_group
@@ -114,6 +115,7 @@ def test_groups(body, hosts):
 @pytest.mark.mpi
 @pytest.mark.parametrize("body", BODIES)
 def test_groups_under_mpirun(body):
+    pycomm.init()
     body(world_group())
 
 

@@ -168,6 +168,7 @@ def test_messages(body, hosts):
 @pytest.mark.mpi
 @pytest.mark.parametrize("body", BODIES)
 def test_messages_under_mpirun(body):
+    pycomm.init()
     body(world_group())
 
 

@@ -10,7 +10,7 @@ from torch import nn
 import pycomm
 from pycomm import InvalidArgumentError, MismatchError
 from pycomm.collectives import all_reduce
-from pycomm.objects import all_gather_object, broadcast_object
+from pycomm.objects import all_gather_object, broadcast_object, gather_object, scatter_object
 from pycomm.runtime import world_group
 from pycomm.state import broadcast_optimizer_state, broadcast_parameters
 
@@ -121,6 +121,11 @@ def check_objects(group):
     objects = [list(range(rank * 1000)) for rank in range(p)]
     assert all_gather_object(objects[rank], group=group) == objects
     assert all_gather_object(None, group=group) == [None] * p
+    for root in (0, p - 1):
+        gathered = gather_object(objects[rank], root, group=group)
+        assert gathered == (objects if rank == root else None)
+        scattered = scatter_object(objects if rank == root else None, root, group=group)
+        assert scattered == objects[rank]
 
 
 # ------------------------------------------------------------------------------------ parameters
@@ -376,11 +381,37 @@ def test_what_pickle_refuses_raises_on_all(obj, message):
             broadcast_object(mine, 1, group=group)
         with pytest.raises(InvalidArgumentError, match=f"all_gather_object .*{message}"):
             all_gather_object(mine, group=group)
+        with pytest.raises(InvalidArgumentError, match=f"scatter_object .*{message}"):
+            scatter_object([mine] * 3, 1, group=group)
+        with pytest.raises(InvalidArgumentError, match=f"gather_object .*{message}"):
+            gather_object(mine, 0, group=group)
         with pytest.raises(InvalidArgumentError, match="root is 3"):
             broadcast_object(mine, 3, group=group)
         assert all_gather_object(group.rank, group=group) == [0, 1, 2]
 
     run_ranks(3, body)
+
+
+def test_objects_to_scatter_are_one_for_each_rank():
+    def body(group):
+        objects = ["too", "few"] if group.rank == 2 else None
+        with pytest.raises(InvalidArgumentError, match=r"failed on rank 2.* 2 objects for 3 ranks"):
+            scatter_object(objects, 2, group=group)
+        with pytest.raises(InvalidArgumentError, match=r"failed on rank 0.* None for 3 ranks"):
+            scatter_object(None, 0, group=group)
+        assert scatter_object(["a", "b", "c"], 1, group=group) == "abc"[group.rank]
+
+    run_ranks(3, body)
+
+
+def test_different_object_calls_are_a_mismatch_that_names_both():
+    def body(group):
+        call = all_gather_object if group.rank == 0 else broadcast_object
+        with pytest.raises(MismatchError, match="all_gather_object") as raised:
+            call("a", group=group)
+        assert "broadcast_object" in str(raised.value)
+
+    run_ranks(2, body)
 
 
 # ---------------------------------------------------------------------------------- under mpirun
@@ -399,13 +430,3 @@ def test_state_of_processes():
 def test_objects_of_processes():
     pycomm.init()
     check_objects(world_group())
-
-
-def test_different_object_calls_are_a_mismatch_that_names_both():
-    def body(group):
-        call = all_gather_object if group.rank == 0 else broadcast_object
-        with pytest.raises(MismatchError, match="all_gather_object") as raised:
-            call("a", group=group)
-        assert "broadcast_object" in str(raised.value)
-
-    run_ranks(2, body)

@@ -21,6 +21,8 @@ def negated_view():
     return torch.ones(1, dtype=torch.complex64).conj().imag
 
 
+# bool and complex numbers, which have no MAX, go the long way.
+ORDINARY = [dtype for dtype in REDUCIBLE if dtype is not torch.bool and not dtype.is_complex]
 # Each of these needs the long way, if only to be refused there.
 UNUSUAL = {
     "a subclass": lambda: torch.ones(3).as_subclass(Subclass),
@@ -57,14 +59,14 @@ def test_unusual_tensors_are_left_alone(make):
 def test_unusual_arguments_are_left_alone():
     def body(group):
         assert in_place(group, torch.ones(3), "sum") is False
-        assert in_place(group, torch.ones(3, dtype=torch.int32), ReduceOp.AVG) is (False)
+        assert in_place(group, torch.ones(3, dtype=torch.int32), ReduceOp.AVG) is False
         assert in_place("world", torch.ones(3), ReduceOp.SUM) is False
 
     run_ranks(1, body)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 1, 3), (1,) * 10, (2000, 3)], ids=str)
-@pytest.mark.parametrize("dtype", REDUCIBLE, ids=str)
+@pytest.mark.parametrize("dtype", ORDINARY, ids=str)
 def test_both_ways_make_the_same_call(dtype, shape):
     def body(group):
         t = torch.full(shape, group.rank + 1).to(dtype)

@@ -1,6 +1,5 @@
 """A rank that waits leaves its core to the ranks that compute."""
 
-import statistics
 import time
 
 import pytest
@@ -12,7 +11,7 @@ from pycomm.collectives import all_reduce_, barrier
 RANKS = 4
 WAIT_S = 0.1
 MOST_CPU_S = 0.005  # of each rank that waits so long; one that tests and sleeps 1 ms needs 0.004
-REPEATS = 5  # of which the median counts: the machine may be busy
+REPEATS = 5  # of which the least counts: a busy machine adds to all, by cold caches
 
 
 def small(group):
@@ -46,7 +45,7 @@ def test_waiting_burns_no_core(call, hosts):
                 time.sleep(WAIT_S)
             call(group)
             spent.append(time.process_time() - before)
-        return statistics.median(spent)
+        return min(spent)
 
     waiting = RANKS - 1
     assert run_ranks(RANKS, body, hosts=hosts)[0] < waiting * MOST_CPU_S

@@ -45,9 +45,8 @@ void bind_types(py::module_& module) {
       .finalize();
   py::native_enum<Algorithm>(
       module, "Algorithm", "enum.Enum",
-      "Of an all-reduce between hosts. AUTO chooses by cost among those that "
-      "keep the canonical order: DIRECT and GATHER_FOLD. RING folds in a "
-      "rotated one.")
+      "Of an all-reduce between hosts. AUTO chooses by cost among those that keep the canonical "
+      "order: DIRECT and GATHER_FOLD. RING folds in a rotated one.")
       .value("AUTO", Algorithm::kAuto)
       .value("DIRECT", Algorithm::kDirect)
       .value("RING", Algorithm::kRing)

@@ -44,19 +44,18 @@ NoticeKind kind_of(const std::exception_ptr& error) {
 /// What is wrong with blocks of given lengths, of which there is one for each rank, mine as long as
 /// what I bring; empty: nothing.
 std::string problem_of_counts(const Operation& operation, int rank, int size) {
-  const auto has_length = [&](const std::vector<std::size_t>& counts) {
-    return counts.empty() || counts.size() == static_cast<std::size_t>(size);
-  };
   const bool exchanges = operation.kind == Kind::kAllToAll;
   const bool gathers = operation.kind == Kind::kAllGather || operation.kind == Kind::kGather;
   if ((!operation.input_counts.empty() && !exchanges) ||
       (!operation.output_counts.empty() && !exchanges && !gathers)) {
     return "all its blocks have one length. Pass `count` alone.";
   }
-  if (!has_length(operation.input_counts) || !has_length(operation.output_counts)) {
-    return "input_counts has " + std::to_string(operation.input_counts.size()) +
-           " entries and output_counts " + std::to_string(operation.output_counts.size()) +
-           ", the group " + std::to_string(size) + " ranks. Pass one for each rank.";
+  for (const auto& [name, counts] : {std::pair{"input_counts", &operation.input_counts},
+                                     std::pair{"output_counts", &operation.output_counts}}) {
+    if (!counts->empty() && counts->size() != static_cast<std::size_t>(size)) {
+      return std::string(name) + " has " + std::to_string(counts->size()) +
+             " entries, the group " + std::to_string(size) + " ranks. Pass one for each rank.";
+    }
   }
   if (!gathers || operation.output_counts.empty()) return "";
   const std::size_t mine = operation.output_counts[static_cast<std::size_t>(rank)];

@@ -16,6 +16,10 @@ namespace {
 /// What a leaving rank had sent before may still be on its way.
 constexpr auto kGrace = std::chrono::seconds(1);
 
+constexpr const char* kAbandoned =
+    "pycomm was shut down: a send or recv that had not ended by then was abandoned. Wait for every "
+    "Work before shutdown(); call pycomm.init() to start over.";
+
 const Arena& arena_of(const Process& process, int world_rank) {
   const int local = process.placement.local_rank_of[static_cast<std::size_t>(world_rank)];
   return *process.local_arenas[static_cast<std::size_t>(local)];
@@ -236,6 +240,10 @@ void PostOffice::check() {
 
 void PostOffice::check_peers_and_deadlines() {
   if (failed_) return;
+  if (group_.process_->stopped()) {  // by another thread than the one that waits here
+    end_all(std::make_exception_ptr(CommError(kAbandoned)));
+    return;
+  }
   try {
     group_.check_notices();
     if (const int lost = group_.window_.lost_peer(); lost >= 0) {
@@ -251,18 +259,29 @@ void PostOffice::check_peers_and_deadlines() {
   }
 }
 
+bool PostOffice::nobody_left_for(const Item& item) const {
+  const auto has_left = [&](int peer) {
+    if (peer == group_.rank() || is_remote(peer)) return false;  // or cannot be seen from here
+    const Arena& arena = arena_of(*group_.process_, group_.context_.world_rank(peer));
+    return Process::page_of(arena).leaving.load(std::memory_order_acquire);
+  };
+  if (item.peer >= 0) return has_left(item.peer);
+  for (int peer = 0; peer < group_.size(); ++peer) {
+    if (peer != group_.rank() && !has_left(peer)) return false;
+  }
+  return group_.size() > 1;
+}
+
 void PostOffice::check(Item& item) {
-  if (item.peer >= 0 && item.peer != group_.rank() && !is_remote(item.peer)) {
-    const Arena& arena = arena_of(*group_.process_, group_.context_.world_rank(item.peer));
-    if (!Process::page_of(arena).leaving.load(std::memory_order_acquire)) {
-      item.left_since.reset();
-    } else if (!item.left_since) {
-      item.left_since = Clock::now();
-    } else if (Clock::now() - *item.left_since > kGrace) {
-      throw MismatchError(describe(item) + ": rank " + std::to_string(item.peer) +
-                          " called shutdown() instead.\n  Every send needs its recv, and every "
-                          "recv its send.");
-    }
+  if (!nobody_left_for(item)) {
+    item.left_since.reset();
+  } else if (!item.left_since) {
+    item.left_since = Clock::now();
+  } else if (Clock::now() - *item.left_since > kGrace) {
+    throw MismatchError(
+        describe(item) + ": " +
+        (item.peer < 0 ? "every other rank" : "rank " + std::to_string(item.peer)) +
+        " called shutdown() instead.\n  Every send needs its recv, and every recv its send.");
   }
   if (item.seconds() > item.timeout_s) {
     char waited[32];
@@ -300,9 +319,7 @@ void PostOffice::end_all(const std::exception_ptr& error) {
 void PostOffice::abandon() {
   std::lock_guard lock(mutex_);
   if (failed_) return;
-  end_all(std::make_exception_ptr(CommError(
-      "pycomm was shut down: a send or recv that had not ended by then was abandoned. Wait for "
-      "every Work before shutdown(); call pycomm.init() to start over.")));
+  end_all(std::make_exception_ptr(CommError(kAbandoned)));
 }
 
 }  // namespace pycomm

@@ -71,6 +71,8 @@ class PostOffice : public Progressive {
   void complete_done();
   void check_peers_and_deadlines();
   void check(Item& item);
+  /// Who could be at the other end has called shutdown().
+  bool nobody_left_for(const Item& item) const;
   /// The exception being handled finishes the group.
   void fail();
   void end_all(const std::exception_ptr& error);

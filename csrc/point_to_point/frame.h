@@ -42,7 +42,6 @@ struct Frame {
   std::uint64_t payload_bytes = 0;
   std::array<std::int64_t, Shape::kMaxDims> dims{};
 
-  std::size_t message_bytes() const { return count * size_of(dtype); }
   bool same_elements(const Frame& other) const {
     return dtype == other.dtype && count == other.count && dim_count == other.dim_count &&
            dims == other.dims;

@@ -292,7 +292,9 @@ class Placed {
   }
   std::byte* data() { return memory_.data() + start_; }
   Bytes content() const {
-    return Bytes(memory_.begin() + start_, memory_.begin() + start_ + size_);
+    Bytes content(size_);
+    std::copy_n(memory_.data() + start_, size_, content.data());
+    return content;
   }
   bool surroundings_untouched() const {
     auto untouched = [](std::byte b) { return b == kUntouched; };
