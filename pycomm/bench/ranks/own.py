@@ -18,6 +18,9 @@ from pycomm.runtime import world_group
 from .collectives import main
 from .measure import DTYPE, Array, Bench, Contender, Samples, slots, values
 
+# Up to this size a payload travels in the cache line that announces it.
+LINE_BYTES = 48
+
 # Up to this size all that an all-reduce does fits one announcement.
 EAGER_BYTES = 4096
 
@@ -98,9 +101,9 @@ class CoreBench(Bench):
 class LimitBench:
     """What the loads and stores of an all-reduce take, and a cache line's way there and back.
 
-    Up to 4 KiB: a cache line there and back, the copy of the payload to where the others read it
-    and the fold of all copies. Beyond: every rank folds its part of all buckets and writes it to
-    all of them, waiting for nobody.
+    Up to 48 bytes: a cache line there and back, which carries the payload. Up to 4 KiB: the line,
+    the copy of the payload to where the others read it and the fold of all copies. Beyond: every
+    rank folds its part of all buckets and writes it to all of them, waiting for nobody.
     """
 
     def __init__(self, contender: Contender, nbytes: int) -> None:
@@ -120,6 +123,10 @@ class LimitBench:
         for source in self.sources:
             numpy.copyto(source, self.template)
         self.contender.barrier()
+        if self.nbytes <= LINE_BYTES:
+            seconds = self.limits[0].round_trip(ROUND_TRIPS)
+            self.contender.barrier()
+            return seconds
         if self.nbytes > EAGER_BYTES:
             seconds = sum(each.fold_part(self.count, DType.FLOAT32) for each in self.limits)
             self.contender.barrier()
