@@ -105,6 +105,10 @@ class Group:
     def ranks(self) -> list[int]: ...
     @property
     def hosts(self) -> list[list[int]]: ...
+    @property
+    def memory_bytes(self) -> int:
+        """What this rank reserves for the group beside its buckets."""
+
     def all_reduce(
         self,
         input: int,
@@ -382,6 +386,25 @@ class Reducer:
     def wait(self) -> None: ...
     def used(self, parameter: int) -> bool: ...
 
+class MachineLimit:
+    """What one host's cores need for the loads and stores of an all-reduce, in seconds."""
+
+    def __init__(self, group: Group, buffer: Buffer) -> None:
+        """Collective: every rank shows its buffer to the others."""
+
+    def fold_part(self, count: int, dtype: DType) -> float:
+        """Fold my part of everybody's buffer and store it in all of them, waiting for nobody."""
+
+    def show(self, count: int, dtype: DType) -> float:
+        """Copy my first elements to where the others read them."""
+
+    def fold_shown(self, count: int, dtype: DType) -> float:
+        """Fold what all ranks have shown."""
+
+    def round_trip(self, trips: int) -> float:
+        """A cache line from rank 0 to rank 1 and back; 0 on other ranks."""
+
+def time_all_reduces(group: Group, addresses: Sequence[int], count: int, dtype: DType) -> float: ...
 def simd_level() -> str: ...
 def tensor_all_reduce(
     tensor_type: type, is_neg: Callable[..., bool], increment_version: Callable[..., None]

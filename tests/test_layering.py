@@ -14,6 +14,7 @@ CSRC_LAYERS = [
     "collectives",
     "point_to_point",
     "group",
+    "limits",
     "reducer",
     "bindings",
 ]
@@ -31,6 +32,7 @@ PYTHON_LAYERS = [
     {"owned_parameters", "join"},
     {"optimizer"},
     {"__init__"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]

@@ -188,6 +188,8 @@ void bind_group(py::module_& module) {
       .def_property_readonly(
           "hosts", [](const Group& group) { return group.placement().hosts; },
           "Group ranks of each host: the order in which reductions fold.")
+      .def_property_readonly("memory_bytes", &Group::memory_bytes,
+                             "What this rank reserves for the group beside its buckets.")
       .def("all_reduce", &all_reduce, input, output, count, dtype, op, py::kw_only(), divisor,
            prescale, postscale, py::arg("algorithm") = Algorithm::kAuto, no_shape, no_name, timeout,
            async_op)

@@ -53,8 +53,8 @@ std::string problem_of_counts(const Operation& operation, int rank, int size) {
   for (const auto& [name, counts] : {std::pair{"input_counts", &operation.input_counts},
                                      std::pair{"output_counts", &operation.output_counts}}) {
     if (!counts->empty() && counts->size() != static_cast<std::size_t>(size)) {
-      return std::string(name) + " has " + std::to_string(counts->size()) +
-             " entries, the group " + std::to_string(size) + " ranks. Pass one for each rank.";
+      return std::string(name) + " has " + std::to_string(counts->size()) + " entries, the group " +
+             std::to_string(size) + " ranks. Pass one for each rank.";
     }
   }
   if (!gathers || operation.output_counts.empty()) return "";
@@ -379,6 +379,12 @@ void Group::quarantine(std::shared_ptr<ArenaBlock> memory) {
 }
 
 std::shared_ptr<ArenaBlock> Group::allocate(std::size_t bytes) { return process_->allocate(bytes); }
+
+std::byte* Group::mapped(int rank, std::uint64_t offset) const {
+  const int world_rank = ranks_[static_cast<std::size_t>(rank)];
+  const int local = process_->placement.local_rank_of[static_cast<std::size_t>(world_rank)];
+  return process_->local_arenas[static_cast<std::size_t>(local)]->base() + offset;
+}
 
 void Group::abort(const std::string& reason) {
   if (in_forked_child()) return;

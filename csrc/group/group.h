@@ -73,6 +73,12 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   /// It returns to the arena when the last reference dies.
   std::shared_ptr<ArenaBlock> allocate(std::size_t bytes);
 
+  /// What this rank reserves for the group beside its buckets: its page, staging and message slots.
+  std::size_t memory_bytes() const { return memory_->bytes(); }
+
+  /// Where the arena of `rank`, which is on this host, has been mapped here, at `offset`.
+  std::byte* mapped(int rank, std::uint64_t offset) const;
+
   /// A group of the same ranks with a queue and memory of its own. Collective; a process makes one
   /// group at a time.
   std::shared_ptr<Group> duplicate(const InterruptCheck& check_interrupt);

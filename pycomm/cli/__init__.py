@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from pycomm.cli import info, plan
+from pycomm.cli import bench, info, plan
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -18,5 +18,8 @@ def main(arguments: Sequence[str]) -> int:
     planner = commands.add_parser("plan", help="which all-reduce runs, and what each would cost")
     plan.add_arguments(planner)
     planner.set_defaults(run=plan.run)
+    measurer = commands.add_parser("bench", help="pycomm, its peers and the machine, side by side")
+    bench.add_arguments(measurer)
+    measurer.set_defaults(run=bench.run)
     chosen = parser.parse_args(arguments)
     return int(chosen.run(chosen))

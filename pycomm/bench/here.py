@@ -1,0 +1,69 @@
+"""Contenders in the ranks that a launcher started: ours, this MPI and gloo, one after the other."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+import pycomm
+from pycomm import mpi_library
+from pycomm.bench.ranks.collectives import Make, Sampler
+from pycomm.bench.ranks.gloo import GlooContender
+from pycomm.bench.ranks.measure import Bench, Contender
+from pycomm.bench.ranks.own import OwnContender, make_bench
+from pycomm.errors import CommError, InvalidArgumentError
+
+
+class HereTurns:
+    """A contender in this process. All ranks go through the same turns."""
+
+    def __init__(self, label: str, contender: Contender, make: Make = Bench) -> None:
+        self.label = label
+        self.contender = contender
+        self._sampler = Sampler(contender, make)
+
+    def turn(self, *, variant: str, collective: str, nbytes: int, repeat: int) -> list[list[float]]:
+        samples, problem = [], None
+        try:
+            samples = self._sampler.samples(variant, collective, nbytes, repeat)
+        except (CommError, RuntimeError, ValueError) as error:
+            problem = f"{self.label}: {type(error).__name__}: {error}"
+        answers = pycomm.all_gather_object((samples, problem))
+        problems = [theirs for _, theirs in answers if theirs]
+        if problems:
+            raise CommError(problems[0])
+        return [theirs for theirs, _ in answers]
+
+
+def contenders(peers: Sequence[str]) -> list[HereTurns]:
+    """Ours and the peers that these ranks can run: ``mpi``, the MPI they run on, and ``gloo``."""
+    turns = [HereTurns("pycomm", OwnContender(), make_bench)]
+    for peer in peers:
+        if peer == "gloo":
+            turns.append(HereTurns(peer, _gloo()))
+        elif peer == "mpi":
+            mpi_library.load()
+            from pycomm.bench.ranks.mpi import MpiContender
+
+            turns.append(HereTurns(peer, MpiContender()))
+        else:
+            raise InvalidArgumentError(
+                f"bench: under a launcher the peers are mpi (its own) and gloo, not {peer}."
+            )
+    return turns
+
+
+def _gloo() -> GlooContender:
+    """gloo among these ranks, which meet at a port of rank 0's host."""
+    address = None
+    if pycomm.rank() == 0:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            address = (socket.gethostbyname(socket.gethostname()), probe.getsockname()[1])
+    host, port = pycomm.broadcast_object(address)
+    store = TCPStore(host, port, pycomm.size(), is_master=pycomm.rank() == 0)
+    dist.init_process_group("gloo", store=store, rank=pycomm.rank(), world_size=pycomm.size())
+    return GlooContender()

@@ -1,0 +1,75 @@
+"""A training step of a 10.6 M-parameter transformer: what synchronisation adds to it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import pycomm
+
+from .turns import Request, pin, serve
+
+VARIANTS = ("alone", "pycomm", "gloo")
+BATCH, TOKENS, WIDTH, LAYERS = 6, 64, 384, 6
+
+
+class Replica:
+    """One copy of the model and how its gradients are synchronised."""
+
+    def __init__(self, variant: str) -> None:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(WIDTH, 6, 4 * WIDTH, dropout=0.0, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
+        self.parameters = list(encoder.parameters())
+        self.model: nn.Module = encoder
+        self.optimizer: Any = torch.optim.SGD(encoder.parameters(), lr=1e-4)
+        if variant == "pycomm":
+            self.optimizer = pycomm.DistributedOptimizer(self.optimizer, encoder.named_parameters())
+        elif variant == "gloo":
+            self.model = nn.parallel.DistributedDataParallel(encoder)
+
+    def step(self, batch: torch.Tensor) -> float:
+        """Seconds."""
+        pycomm.barrier()
+        began = time.perf_counter()
+        self.optimizer.zero_grad()
+        self.model(batch).square().mean().backward()
+        self.optimizer.step()
+        return time.perf_counter() - began
+
+    def checksum(self) -> float:
+        """Equal on ranks whose parameters are."""
+        total = sum(each.detach().double().abs().sum() for each in self.parameters)
+        return float(total)
+
+
+def main() -> None:
+    """Serve at the address in the last argument."""
+    torch.set_num_threads(1)
+    pycomm.init()
+    dist.init_process_group("gloo")
+    rank, size = pycomm.rank(), pycomm.size()
+    pin(rank, size)
+    replicas = {variant: Replica(variant) for variant in VARIANTS}
+    torch.manual_seed(1 + rank)
+    batch = torch.randn(BATCH, TOKENS, WIDTH)
+
+    def answer(request: Request) -> Any:
+        if request["do"] == "step":
+            return replicas[request["variant"]].step(batch)
+        return {variant: replica.checksum() for variant, replica in replicas.items()}
+
+    parameters = sum(each.numel() for each in replicas["alone"].parameters)
+    hello = {"rank": rank, "parameters": parameters, "version": f"torch {torch.__version__}"}
+    serve(sys.argv[-1], hello, answer)
+    dist.destroy_process_group()
+    pycomm.shutdown()
+
+
+if __name__ == "__main__":
+    main()

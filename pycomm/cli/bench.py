@@ -1,0 +1,254 @@
+"""``python -m pycomm bench``: pycomm, its peers and the machine, side by side in one run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import pycomm
+from pycomm import cost, launch
+from pycomm.bench import peers as known_peers
+from pycomm.bench import report, sizes
+from pycomm.bench.ranks.measure import COLLECTIVES
+from pycomm.bench.rounds import Entry, Measured, Turns, measure
+from pycomm.bench.step import measure_step
+from pycomm.bench.team import Team
+from pycomm.errors import CommError, InvalidArgumentError
+
+DEFAULT_SIZES = "4:67108864"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    what = parser.add_subparsers(dest="what", required=True, metavar="what")
+    for collective in COLLECTIVES:
+        one = what.add_parser(
+            collective, help=f"{collective} against peers and the machine's limit"
+        )
+        _add_common(one)
+        one.add_argument("--sizes", default=DEFAULT_SIZES, help="FIRST:LAST by fours, or a list")
+        one.add_argument(
+            "--peers",
+            default="",
+            help=f"of {', '.join(known_peers.PEERS)}; under a launcher of mpi, gloo",
+        )
+        one.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+        one.add_argument("--plot", type=Path, metavar="FILE", help="write a plot (png, svg, pdf)")
+        one.add_argument("--markdown", type=Path, metavar="FILE", help="write the table")
+        one.add_argument(
+            "--bound-mbit",
+            type=float,
+            metavar="RATE",
+            help="between hosts: a link's goodput in Mbit/s, which gives the limit",
+        )
+        one.add_argument(
+            "--environments",
+            type=Path,
+            default=Path(".bench"),
+            metavar="FOLDER",
+            help="where the peers are installed (.bench)",
+        )
+    _add_common(what.add_parser("step", help="what synchronisation adds to a training step"))
+    _add_common(what.add_parser("calibrate", help="measure and store what the cost model needs"))
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=int, default=2, help="processes to start (2)")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each contender (9)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print. 0: all was measured; 1: a contender failed; 2: a wrong argument."""
+    try:
+        if arguments.ranks < 1 or arguments.rounds < 2:
+            raise InvalidArgumentError("bench: pass at least 1 rank and 2 rounds.")
+        if arguments.what == "step":
+            return _step(arguments)
+        if arguments.what == "calibrate":
+            return _calibrate(arguments)
+        return _collective(arguments)
+    except InvalidArgumentError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except CommError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("bench: interrupted; its ranks have been ended.", file=sys.stderr)
+        return 130
+
+
+def _collective(arguments: argparse.Namespace) -> int:
+    chosen_sizes = sizes.parse(arguments.sizes)
+    peers = [peer for peer in arguments.peers.split(",") if peer]
+    launched = launch.detect(os.environ).launcher is not launch.Launcher.NONE
+    _check_files(arguments)
+    with _launched(peers) if launched else _started(arguments, peers) as (turns, ranks, speaks):
+        entries = [Entry(each, variant) for each in turns for variant in _variants(each)]
+        console = Console(soft_wrap=True, quiet=not speaks, stderr=True)
+        with console.status("") as status:
+            measured = measure(
+                entries,
+                arguments.what,
+                chosen_sizes,
+                arguments.rounds,
+                announce=lambda nbytes: status.update(f"{arguments.what}, {report.size(nbytes)}"),
+            )
+        versions = [f"{each.label}: {_version(each)}" for each in turns]
+    if speaks:
+        _report(arguments, measured, peers, ranks, versions)
+    return 1 if measured.failures else 0
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    for path in (arguments.json, arguments.plot, arguments.markdown):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InvalidArgumentError(f"bench: there is no folder {path.absolute().parent}.")
+    if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg", ".pdf"):
+        raise InvalidArgumentError(f"bench: --plot {arguments.plot}: end it in .png, .svg or .pdf.")
+    if arguments.bound_mbit is not None and arguments.bound_mbit <= 0:
+        raise InvalidArgumentError("bench: --bound-mbit must be positive.")
+
+
+def _report(
+    arguments: argparse.Namespace,
+    measured: Measured,
+    peers: Sequence[str],
+    ranks: int,
+    versions: Sequence[str],
+) -> None:
+    bound_s = None
+    if arguments.bound_mbit is not None:
+        per_byte = 8 / (arguments.bound_mbit * 1e6)
+        factor = report.bus_factor(arguments.what, ranks)
+        bound_s = {nbytes: factor * nbytes * per_byte for nbytes in measured.samples}
+    figures = report.rows(measured, peers, bound_s)
+    about = report.machine(ranks, versions)
+    table = report.table(arguments.what, ranks, figures, peers)
+    report.show(Console(soft_wrap=True), table, about)
+    if arguments.json is not None:
+        arguments.json.write_text(report.as_json(arguments.what, ranks, figures, about))
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(
+            report.markdown(arguments.what, ranks, figures, peers)
+            + "\n"
+            + "".join(f"- {line}\n" for line in about)
+        )
+    if arguments.plot is not None:
+        report.plot(arguments.plot, arguments.what, ranks, figures)
+    for label, failure in measured.failures.items():
+        print(f"bench: {label} was left out. {failure}", file=sys.stderr)
+
+
+class _TeamTurns:
+    """A started contender."""
+
+    def __init__(self, label: str, team: Team) -> None:
+        self.label = label
+        self.team = team
+
+    def turn(self, *, variant: str, collective: str, nbytes: int, repeat: int) -> list[list[float]]:
+        return self.team.turn(variant=variant, collective=collective, nbytes=nbytes, repeat=repeat)
+
+
+@contextlib.contextmanager
+def _started(
+    arguments: argparse.Namespace, peers: Sequence[str]
+) -> Iterator[tuple[list[Turns], int, bool]]:
+    """Processes of each contender, all there at once and asleep between their turns."""
+    unknown = [peer for peer in peers if peer not in known_peers.PEERS]
+    if unknown:
+        raise InvalidArgumentError(
+            f"bench: unknown peer {unknown[0]}. Pass some of {', '.join(known_peers.PEERS)}."
+        )
+    ranks = arguments.ranks
+    commands = {report.OWN: _torch_commands("own", ranks)}
+    for peer in peers:
+        commands[peer] = (
+            _torch_commands("gloo", ranks)
+            if peer == "gloo"
+            else [known_peers.mpi_command(peer, ranks, arguments.environments.absolute())]
+        )
+    with contextlib.ExitStack() as teams:
+        turns: list[Turns] = [
+            _TeamTurns(label, teams.enter_context(Team(label, command, ranks)))
+            for label, command in commands.items()
+        ]
+        yield turns, ranks, True
+
+
+@contextlib.contextmanager
+def _launched(peers: Sequence[str]) -> Iterator[tuple[list[Turns], int, bool]]:
+    from pycomm.bench import here
+
+    pycomm.init()
+    yield list(here.contenders(peers)), pycomm.size(), pycomm.rank() == 0
+
+
+def _variants(turns: Turns) -> Sequence[str]:
+    if isinstance(turns, _TeamTurns):
+        return list(turns.team.hello["variants"])
+    return list(turns.contender.variants())  # type: ignore[attr-defined]
+
+
+def _version(turns: Turns) -> str:
+    if isinstance(turns, _TeamTurns):
+        return str(turns.team.hello["version"])
+    return str(turns.contender.version())  # type: ignore[attr-defined]
+
+
+def _step(arguments: argparse.Namespace) -> int:
+    with (
+        Team("step", _torch_commands("step", arguments.ranks), arguments.ranks) as team,
+        Console(stderr=True).status("") as status,
+    ):
+        costs = measure_step(
+            team, arguments.rounds, announce=lambda number: status.update(f"step, round {number}")
+        )
+        parameters = team.hello["parameters"]
+    table = Table(
+        "", "step ms", "synchronisation ms", title=f"{arguments.ranks} ranks, medians", box=None
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for variant, cost_ in costs.items():
+        difference = f"{1e3 * cost_.cost_s:.1f} +- {1e3 * cost_.spread_s:.1f}"
+        table.add_row(
+            variant, f"{1e3 * cost_.step_s:.1f}", "" if variant == "alone" else difference
+        )
+    about = [
+        f"{parameters / 1e6:.1f} M parameters; pycomm costs "
+        f"{costs['pycomm'].cost_s / costs['gloo'].cost_s:.2f} of DistributedDataParallel on gloo"
+    ]
+    report.show(Console(soft_wrap=True), table, about + report.machine(arguments.ranks, []))
+    return 0
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    launched = launch.detect(os.environ).launcher is not launch.Launcher.NONE
+    if not launched:
+        raise InvalidArgumentError(
+            "bench calibrate measures between hosts: start it on them, with "
+            "`mpirun -np RANKS --host A,B python -m pycomm bench calibrate`."
+        )
+    pycomm.init()
+    model = cost.calibrate(pycomm.runtime.world_group())
+    if pycomm.rank() == 0:
+        path = model.save()
+        print(f"{path}: {model}")
+    return 0
+
+
+def _torch_commands(module: str, ranks: int) -> list[tuple[list[str], dict[str, str]]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return known_peers.torch_commands(f"pycomm.bench.ranks.{module}", ranks, port)
