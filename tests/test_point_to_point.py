@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from collective_cases import layout_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launchers import mpirun
@@ -27,10 +28,6 @@ from pycomm.runtime import world_group
 
 LAYOUTS = [[0], [0, 0], [0, 1], [0, 0, 1], [0, 1, 0, 1], [0, 0, 0, 0]]
 laws = settings(max_examples=50)
-
-
-def layout_id(hosts):
-    return "".join(map(str, hosts))
 
 
 def tensor_of(rank, shape, dtype=torch.float32, seed=0):
