@@ -1,5 +1,5 @@
 # `make train` and `make test` are all that a new machine needs; `make help` lists the rest.
-.PHONY: help build train test lint format typecheck test-cpp test-python test-mpi test-sanitizers clean
+.PHONY: help build train bench test lint format typecheck test-cpp test-python test-mpi test-sanitizers clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -40,6 +40,7 @@ help:
 	@echo '  make test-cpp         C++ tests'
 	@echo '  make test-python      pytest in one process; ARGS="-k name" selects'
 	@echo '  make test-mpi         pytest under mpirun with 2 and with 4 ranks'
+	@echo 'make bench            all_reduce against Open MPI, MPICH, Intel MPI, gloo and the machine'
 	@echo 'make format           rewrite the sources as lint wants them'
 	@echo 'make test-sanitizers  C++ tests with address, undefined behaviour and thread sanitizers'
 	@echo 'make clean            remove what was built; .venv and runs/ stay'
@@ -111,6 +112,10 @@ test-python: $(built)
 test-mpi: $(built)
 	$(foreach ranks,2 4,$(time_limit) 600 $(MPIRUN) -np $(ranks) $(mpirun_flags) \
 	  $(if $(is_open_mpi),--tag-output) $(pytest) -p no:cacheprovider $(ARGS) &&) true
+
+# Minutes; the peers are installed in .bench/ on first use.
+bench: $(built)
+	python -m pycomm bench all_reduce --ranks $(or $(RANKS),2) --peers openmpi,mpich,impi,gloo $(ARGS)
 
 test-sanitizers: test-sanitizer-address test-sanitizer-thread
 test-sanitizer-address: sanitizers := address;undefined

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -64,6 +65,13 @@ def mpi_command(peer: str, ranks: int, folder: Path) -> tuple[list[str], dict[st
         environ |= {"I_MPI_ROOT": str(home), "I_MPI_FABRICS": "shm"}
     command = [str(home / "bin" / "mpirun"), "-np", str(ranks), *found.flags(crowded)]
     return [*command, str(home / "bin" / "python"), "-m", "ranks.mpi"], environ
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def torch_commands(module: str, ranks: int, port: int) -> list[tuple[list[str], dict[str, str]]]:

@@ -86,7 +86,7 @@ def table(collective: str, ranks: int, figures: Sequence[Row], peers: Sequence[s
     header, lines = cells(collective, ranks, figures, peers)
     made = Table(*header, title=f"{collective}, {ranks} ranks, medians in us", box=None)
     for column in made.columns:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for line in lines:
         made.add_row(*line)
     return made
@@ -180,8 +180,10 @@ def plot(path: Path, collective: str, ranks: int, figures: Sequence[Row]) -> Non
     pyplot.close(figure)
 
 
-def show(console: Console, made: Table, about: Sequence[str]) -> None:
-    """Print table and surroundings."""
+def show(made: Table, about: Sequence[str]) -> None:
+    """Print table and surroundings, however narrow the terminal is: a cut figure is none."""
+    console = Console(soft_wrap=True)
+    console.width = max(console.width, Console(width=10_000).measure(made).maximum)
     console.print(made)
     for line in about:
         console.print(line, style="dim", highlight=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import os
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -112,8 +112,15 @@ def _check_files(arguments: argparse.Namespace) -> None:
     for path in (arguments.json, arguments.plot, arguments.markdown):
         if path is not None and not path.absolute().parent.is_dir():
             raise InvalidArgumentError(f"bench: there is no folder {path.absolute().parent}.")
-    if arguments.plot is not None and arguments.plot.suffix not in (".png", ".svg", ".pdf"):
-        raise InvalidArgumentError(f"bench: --plot {arguments.plot}: end it in .png, .svg or .pdf.")
+    if arguments.plot is not None:
+        if arguments.plot.suffix not in (".png", ".svg", ".pdf"):
+            raise InvalidArgumentError(
+                f"bench: --plot {arguments.plot}: end it in .png, .svg or .pdf."
+            )
+        if importlib.util.find_spec("matplotlib") is None:
+            raise InvalidArgumentError(
+                "bench: --plot needs matplotlib. Run `pip install matplotlib`."
+            )
     if arguments.bound_mbit is not None and arguments.bound_mbit <= 0:
         raise InvalidArgumentError("bench: --bound-mbit must be positive.")
 
@@ -133,7 +140,7 @@ def _report(
     figures = report.rows(measured, peers, bound_s)
     about = report.machine(ranks, versions)
     table = report.table(arguments.what, ranks, figures, peers)
-    report.show(Console(soft_wrap=True), table, about)
+    report.show(table, about)
     if arguments.json is not None:
         arguments.json.write_text(report.as_json(arguments.what, ranks, figures, about))
     if arguments.markdown is not None:
@@ -228,7 +235,7 @@ def _step(arguments: argparse.Namespace) -> int:
         f"{parameters / 1e6:.1f} M parameters; pycomm costs "
         f"{costs['pycomm'].cost_s / costs['gloo'].cost_s:.2f} of DistributedDataParallel on gloo"
     ]
-    report.show(Console(soft_wrap=True), table, about + report.machine(arguments.ranks, []))
+    report.show(table, about + report.machine(arguments.ranks, []))
     return 0
 
 
@@ -248,7 +255,6 @@ def _calibrate(arguments: argparse.Namespace) -> int:
 
 
 def _torch_commands(module: str, ranks: int) -> list[tuple[list[str], dict[str, str]]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return known_peers.torch_commands(f"pycomm.bench.ranks.{module}", ranks, port)
+    return known_peers.torch_commands(
+        f"pycomm.bench.ranks.{module}", ranks, known_peers.free_port()
+    )

@@ -25,7 +25,8 @@ class MpiContender:
         return ["in-place", TWO_BUFFERS]
 
     def version(self) -> str:
-        return " ".join(MPI.Get_library_version().replace(",", " ").split()[:5])
+        vendor, numbers = MPI.get_vendor()
+        return f"{vendor} {'.'.join(map(str, numbers))}"
 
     def arrays(self, variant: str, counts: Sequence[int]) -> list[Array]:
         return [numpy.zeros(count, DTYPE) for count in counts]
