@@ -222,6 +222,7 @@ def test_a_tag_keeps_its_order_whatever_is_received_first(hosts, messages, order
         (lambda g: batch_isend_irecv([P2POp(send, torch.ones(1), 0, g)]), "not a P2POp"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_bad_calls_send_nothing_and_leave_the_group_usable(call, problem):
     def body(group):
         with pytest.raises(InvalidArgumentError, match=f"(?s){problem}"):
