@@ -75,6 +75,11 @@ def plan_all_reduce(
     that a host's first rank sends to other hosts. One host: a single row, AUTO.
     """
 
+def add_in_place(destination: int, source: int, count: int) -> None:
+    """destination += source, ``count`` float32 at these addresses, by the fold that reductions use:
+    what calibration times.
+    """
+
 class Buffer:
     """Zeroed memory in this rank's arena, with the (writable) buffer protocol."""
 
