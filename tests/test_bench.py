@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy
 import pytest
+from launchers import mpirun
 
 from pycomm import cli
 from pycomm.bench import report, sizes
@@ -121,6 +122,41 @@ def test_all_reduce_against_gloo(tmp_path: Path) -> None:
     lines = (tmp_path / "out.md").read_text().splitlines()
     assert len({line.count("|") for line in lines[:4]}) == 1
     assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def test_a_peer_that_cannot_be_installed_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = bench(
+        *("all_reduce", "--sizes", "4", "--peers", "mpich", "--rounds", "2"),
+        *("--environments", str(tmp_path / "file"), "--json", str(tmp_path / "out.json")),
+    )
+    assert done.returncode == 1
+    assert "bench: mpich was left out." in done.stderr
+    assert "Not a directory" in done.stderr
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["bucket_s"] > 0
+    assert row["peers"] == {"mpich": None}
+
+
+def test_under_mpirun_on_several_hosts(tmp_path: Path) -> None:
+    """The MPI below is a peer; what the cores of one host could do is no limit there."""
+    done = mpirun(
+        2,
+        """
+        import sys
+        from pycomm import cli
+        sys.exit(cli.main(["bench", "all_reduce", *sys.argv[1:]]))
+        """,
+        *("--sizes", "4K", "--peers", "mpi,gloo", "--rounds", "2", "--bound-mbit", "1000"),
+        *("--json", str(tmp_path / "out.json")),
+        PYCOMM_HOSTS="a,b",
+    )
+    assert done.returncode == 0, done.err
+    (row,) = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert row["limit_s"] == pytest.approx(4096 * 8 / 1e9)
+    assert row["round_trip_s"] is None
+    for seconds in (row["bucket_s"], row["tensor_s"], *row["peers"].values()):
+        assert seconds > 0
 
 
 def test_every_collective_has_right_results() -> None:

@@ -10,6 +10,7 @@ from torch._C._distributed_c10d import TCPStore
 
 import pycomm
 from pycomm import mpi_library
+from pycomm.bench.peers import MPI_PEERS
 from pycomm.bench.ranks.collectives import Make, Sampler
 from pycomm.bench.ranks.gloo import GlooContender
 from pycomm.bench.ranks.measure import Bench, Contender
@@ -39,21 +40,33 @@ class HereTurns:
 
 
 def contenders(peers: Sequence[str]) -> list[HereTurns]:
-    """Ours and the peers that these ranks can run: ``mpi``, the MPI they run on, and ``gloo``."""
+    """Ours and the peers that these ranks can run: gloo, and their MPI, by name or as ``mpi``."""
     turns = [HereTurns("pycomm", OwnContender(), make_bench)]
     for peer in peers:
         if peer == "gloo":
             turns.append(HereTurns(peer, _gloo()))
-        elif peer == "mpi":
-            mpi_library.load()
-            from pycomm.bench.ranks.mpi import MpiContender
-
-            turns.append(HereTurns(peer, MpiContender()))
+        elif peer == "mpi" or peer in MPI_PEERS:
+            turns.append(HereTurns(peer, _mpi(peer)))
         else:
             raise InvalidArgumentError(
                 f"bench: under a launcher the peers are mpi (its own) and gloo, not {peer}."
             )
     return turns
+
+
+def _mpi(peer: str) -> Contender:
+    mpi_library.load()
+    from mpi4py import MPI
+
+    from pycomm.bench.ranks.mpi import MpiContender
+
+    vendor, _ = MPI.get_vendor()
+    if peer != "mpi" and MPI_PEERS[peer].label != vendor:
+        raise InvalidArgumentError(
+            f"bench: these ranks run on {vendor} and cannot run {peer}. Pass mpi, or start the "
+            "bench without a launcher."
+        )
+    return MpiContender()
 
 
 def _gloo() -> GlooContender:

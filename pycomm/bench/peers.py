@@ -129,7 +129,7 @@ def environment(peer: MpiPeer, home: Path) -> Path:
         (home / "complete").touch()
     except OSError as error:
         raise CommError(
-            f"bench: cannot make {home}: {error}.\n  Pass --environments with a folder to write to."
+            f"cannot make {home}: {error}.\n  Pass --environments with a folder to write to."
         ) from error
     return home
 
@@ -137,5 +137,6 @@ def environment(peer: MpiPeer, home: Path) -> Path:
 def _run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        last = (done.stderr or done.stdout).strip().splitlines()[-3:]
-        raise CommError(f"bench: `{' '.join(command)}` failed: " + " ".join(last))
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        last = [line for line in lines if not line.startswith("WARNING")][-3:]
+        raise CommError(f"`{' '.join(command)}` failed: " + " ".join(last))

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -88,12 +89,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _collective(arguments: argparse.Namespace) -> int:
     chosen_sizes = sizes.parse(arguments.sizes)
-    peers = [peer for peer in arguments.peers.split(",") if peer]
+    peers = list(dict.fromkeys(peer for peer in arguments.peers.split(",") if peer))
     launched = launch.detect(os.environ).launcher is not launch.Launcher.NONE
     _check_files(arguments)
-    with _launched(peers) if launched else _started(arguments, peers) as (turns, ranks, speaks):
-        entries = [Entry(each, variant) for each in turns for variant in _variants(each)]
-        console = Console(soft_wrap=True, quiet=not speaks, stderr=True)
+    with _launched(peers) if launched else _started(arguments, peers) as job:
+        entries = [Entry(each, variant) for each in job.turns for variant in _variants(each)]
+        console = Console(soft_wrap=True, quiet=not job.speaks, stderr=True)
         with console.status("") as status:
             measured = measure(
                 entries,
@@ -102,9 +103,10 @@ def _collective(arguments: argparse.Namespace) -> int:
                 arguments.rounds,
                 announce=lambda nbytes: status.update(f"{arguments.what}, {report.size(nbytes)}"),
             )
-        versions = [f"{each.label}: {_version(each)}" for each in turns]
-    if speaks:
-        _report(arguments, measured, peers, ranks, versions)
+        measured.failures |= job.failures
+        versions = [f"{each.label}: {_version(each)}" for each in job.turns]
+    if job.speaks:
+        _report(arguments, measured, peers, job.ranks, versions)
     return 1 if measured.failures else 0
 
 
@@ -155,6 +157,22 @@ def _report(
         print(f"bench: {label} was left out. {failure}", file=sys.stderr)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What is measured together.
+
+    Attributes:
+        turns: the contenders that are there.
+        failures: by name, why another is not.
+        speaks: whether this process prints; of a launcher's ranks one does.
+    """
+
+    turns: Sequence[Turns]
+    ranks: int
+    speaks: bool = True
+    failures: dict[str, str] = field(default_factory=dict)
+
+
 class _TeamTurns:
     """A started contender."""
 
@@ -167,37 +185,42 @@ class _TeamTurns:
 
 
 @contextlib.contextmanager
-def _started(
-    arguments: argparse.Namespace, peers: Sequence[str]
-) -> Iterator[tuple[list[Turns], int, bool]]:
-    """Processes of each contender, all there at once and asleep between their turns."""
+def _started(arguments: argparse.Namespace, peers: Sequence[str]) -> Iterator[_Job]:
+    """Processes of each contender, all there at once and asleep between their turns.
+
+    One that cannot be installed or started is left out, like one that fails later.
+    """
     unknown = [peer for peer in peers if peer not in known_peers.PEERS]
     if unknown:
         raise InvalidArgumentError(
             f"bench: unknown peer {unknown[0]}. Pass some of {', '.join(known_peers.PEERS)}."
         )
-    ranks = arguments.ranks
-    commands = {report.OWN: _torch_commands("own", ranks)}
-    for peer in peers:
-        commands[peer] = (
-            _torch_commands("gloo", ranks)
-            if peer == "gloo"
-            else [known_peers.mpi_command(peer, ranks, arguments.environments.absolute())]
-        )
+    turns: list[Turns] = []
+    failures: dict[str, str] = {}
     with contextlib.ExitStack() as teams:
-        turns: list[Turns] = [
-            _TeamTurns(label, teams.enter_context(Team(label, command, ranks)))
-            for label, command in commands.items()
-        ]
-        yield turns, ranks, True
+        for label in (report.OWN, *peers):
+            try:
+                team = Team(label, _commands(label, arguments), arguments.ranks)
+            except CommError as error:
+                failures[label] = str(error)
+            else:
+                turns.append(_TeamTurns(label, teams.enter_context(team)))
+        yield _Job(turns, arguments.ranks, failures=failures)
+
+
+def _commands(label: str, arguments: argparse.Namespace) -> list[tuple[list[str], dict[str, str]]]:
+    if label in known_peers.MPI_PEERS:
+        folder = arguments.environments.absolute()
+        return [known_peers.mpi_command(label, arguments.ranks, folder)]
+    return _torch_commands("own" if label == report.OWN else label, arguments.ranks)
 
 
 @contextlib.contextmanager
-def _launched(peers: Sequence[str]) -> Iterator[tuple[list[Turns], int, bool]]:
+def _launched(peers: Sequence[str]) -> Iterator[_Job]:
     from pycomm.bench import here
 
     pycomm.init()
-    yield list(here.contenders(peers)), pycomm.size(), pycomm.rank() == 0
+    yield _Job(here.contenders(peers), pycomm.size(), speaks=pycomm.rank() == 0)
 
 
 def _variants(turns: Turns) -> Sequence[str]:
