@@ -75,6 +75,11 @@ def plan_all_reduce(
     that a host's first rank sends to other hosts. One host: a single row, AUTO.
     """
 
+def add_in_place(destination: int, source: int, count: int) -> None:
+    """destination += source, ``count`` float32 at these addresses, by the fold that reductions use:
+    what calibration times.
+    """
+
 class Buffer:
     """Zeroed memory in this rank's arena, with the (writable) buffer protocol."""
 
@@ -406,7 +411,15 @@ class MachineLimit:
 
 def time_all_reduces(group: Group, addresses: Sequence[int], count: int, dtype: DType) -> float: ...
 def simd_level() -> str: ...
-def tensor_all_reduce(
+def tensor_calls(
     tensor_type: type, is_neg: Callable[..., bool], increment_version: Callable[..., None]
-) -> Callable[[Group, object, object, object], bool]:
-    """A function (group, input, output, op): False, and nothing done, on unusual tensors."""
+) -> tuple[
+    Callable[[Group, object, object, object], bool],
+    Callable[[Callable[..., object]], Callable[..., object]],
+    Callable[[Group | None], None],
+]:
+    """``all_reduce(group, input, output, op)``, ``in_place(function)`` and ``set_world(group)``.
+
+    The first returns False, having done nothing, on unusual tensors. The second puts it before a
+    function (t, op) that has no group, which means the one given to the third.
+    """

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pycomm import _core, cost, failure, mpi_library
+from pycomm import _core, cost, failure, mpi_library, tensor_calls
 from pycomm.errors import CommError, InvalidArgumentError, MismatchError, NotInitializedError
 from pycomm.launch import detect
 from pycomm.rendezvous import Rendezvous, meet, through_comm
@@ -96,6 +96,7 @@ def init(*, comm: MPI.Intracomm | None = None, timeout_s: float | None = None) -
             member = dataclasses.replace(member, leave=rendezvous.comm.Abort)
         failure.watch(member)
     _session = _Session(world, world.group, comm, default_timeout_s)
+    tensor_calls.set_world(_session.group)
 
 
 def shutdown() -> None:
@@ -114,6 +115,7 @@ def shutdown() -> None:
         session.world.close()
     finally:
         _session = None
+        tensor_calls.set_world(None)
     failure.unwatch()
 
 
@@ -323,6 +325,7 @@ def _disown() -> None:
     """In a forked child: the session, kept alive, is the parent's."""
     global _session, _forked_from
     _session, _forked_from = None, _session or _forked_from
+    tensor_calls.set_world(None)
 
 
 def _leave_at_exit() -> None:

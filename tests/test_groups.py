@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from collective_cases import layout_id
 from hypothesis import given
 from hypothesis import strategies as st
 from run_ranks import run_ranks
@@ -16,10 +17,6 @@ from pycomm.mesh import Mesh, MeshLayout
 from pycomm.runtime import world_group
 
 LAYOUTS = [[0, 0], [0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1], [0, 1, 2]]
-
-
-def layout_id(hosts):
-    return "".join(map(str, hosts))
 
 
 def total(group, value):

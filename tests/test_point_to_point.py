@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from collective_cases import layout_id
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launchers import mpirun
@@ -27,10 +28,6 @@ from pycomm.runtime import world_group
 
 LAYOUTS = [[0], [0, 0], [0, 1], [0, 0, 1], [0, 1, 0, 1], [0, 0, 0, 0]]
 laws = settings(max_examples=50)
-
-
-def layout_id(hosts):
-    return "".join(map(str, hosts))
 
 
 def tensor_of(rank, shape, dtype=torch.float32, seed=0):
@@ -225,6 +222,7 @@ def test_a_tag_keeps_its_order_whatever_is_received_first(hosts, messages, order
         (lambda g: batch_isend_irecv([P2POp(send, torch.ones(1), 0, g)]), "not a P2POp"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_bad_calls_send_nothing_and_leave_the_group_usable(call, problem):
     def body(group):
         with pytest.raises(InvalidArgumentError, match=f"(?s){problem}"):

@@ -1,10 +1,22 @@
 """The short way into the core: it takes ordinary tensors, and agrees with the long one."""
 
+import copy
+import inspect
+import pickle
+import sys
+
 import pytest
 import torch
 from run_ranks import RankError, run_ranks
 
-from pycomm import MismatchError, ReduceOp, tensor_calls
+import pycomm
+from pycomm import (
+    InvalidArgumentError,
+    MismatchError,
+    NotInitializedError,
+    ReduceOp,
+    tensor_calls,
+)
 from pycomm.arguments import REDUCIBLE
 from pycomm.collectives import all_reduce_
 
@@ -39,6 +51,16 @@ UNUSUAL = {
     "sparse": lambda: torch.ones(3).to_sparse(),
     "no tensor": lambda: [1.0],
 }
+
+
+ORDINARY = [dtype for dtype in REDUCIBLE if dtype != torch.bool and not dtype.is_complex]
+
+
+@pytest.fixture
+def world():
+    pycomm.init()  # nobody launched this: a world of one
+    yield
+    pycomm.shutdown()
 
 
 @pytest.fixture(autouse=True)
@@ -131,3 +153,49 @@ def test_errors_come_through():
         run_ranks(2, body)
     assert isinstance(caught.value.__cause__, MismatchError)
     assert "all_reduce of 3 float32, shape (3,), SUM" in str(caught.value)
+
+
+def test_the_function_before_the_function_looks_like_it():
+    signature = inspect.signature(all_reduce_)
+    assert list(signature.parameters)[:3] == ["t", "op", "prescale"]
+    assert inspect.isroutine(all_reduce_)
+    assert "Replace ``t``" in inspect.getdoc(all_reduce_)
+    assert repr(all_reduce_).startswith("<function all_reduce_ at")
+    assert pickle.loads(pickle.dumps(all_reduce_)) is all_reduce_
+    assert copy.deepcopy(all_reduce_) is all_reduce_
+
+
+def test_calls_without_a_group_mean_the_world(world):
+    t = torch.full((3,), 2.0)
+    all_reduce_(t)
+    all_reduce_(t, ReduceOp.AVG)
+    all_reduce_(t, op=ReduceOp.MAX, prescale=2.0)
+    assert t.tolist() == [4.0] * 3
+    with pytest.raises(InvalidArgumentError, match="all_reduce_ on rank 0: op is 1"):
+        all_reduce_(t, 1)
+    with pytest.raises(TypeError, match=r"all_reduce_\(\) missing 1 required"):
+        all_reduce_()
+    with pytest.raises(TypeError, match="takes from 1 to 2 positional"):
+        all_reduce_(t, ReduceOp.SUM, None)
+
+
+def test_there_is_no_world_after_shutdown(world):
+    t = torch.ones(3)
+    all_reduce_(t)
+    pycomm.shutdown()
+    with pytest.raises(NotInitializedError, match="all_reduce_: called after shutdown"):
+        all_reduce_(t)
+    pycomm.init()
+    before = t._version
+    all_reduce_(t)
+    assert t._version == before + 1
+
+
+def test_calls_keep_no_references(world):
+    t = torch.ones(3)
+    counted = (t, all_reduce_, ReduceOp.SUM, None)
+    before = [sys.getrefcount(each) for each in counted]
+    for _ in range(10_000):
+        all_reduce_(t)
+    after = [sys.getrefcount(each) for each in counted]
+    assert all(abs(a - b) < 100 for a, b in zip(after, before, strict=True))

@@ -3,11 +3,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <cstddef>
+#include <cstdint>
 #include <string>
 
 #include "bindings/bindings.h"
 #include "collectives/context.h"
 #include "core/error.h"
+#include "kernels/fold.h"
 
 namespace pycomm {
 namespace {
@@ -45,9 +49,20 @@ py::list plan_all_reduce(const CostModel& cost, std::size_t count, DType dtype, 
   return rows;
 }
 
+void add_in_place(std::uintptr_t destination, std::uintptr_t source, std::size_t count) {
+  auto* const sum = reinterpret_cast<std::byte*>(destination);
+  const auto* const other = reinterpret_cast<const std::byte*>(source);
+  const std::array<const std::byte*, 2> sources = {sum, other};
+  fold({DType::kFloat32, DType::kFloat32}, sum, sources, count);
+}
+
 }  // namespace
 
 void bind_cost(py::module_& module) {
+  module.def("add_in_place", &add_in_place, py::arg("destination"), py::arg("source"),
+             py::arg("count"), py::call_guard<py::gil_scoped_release>(),
+             "destination += source, `count` float32 at these addresses, by the fold that "
+             "reductions use: what calibration times.");
   py::class_<CostModel>(module, "CostModel", "What the machine costs, in seconds.")
       .def(py::init([](double alpha_s, double beta_s_per_byte, double gamma_s_per_byte,
                        double meeting_s) {

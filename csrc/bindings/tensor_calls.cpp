@@ -1,8 +1,13 @@
+#include "bindings/bindings.h"
+// After Python.h, which bindings.h includes.
+#include <structmember.h>
+
 #include <array>
+#include <cstddef>
+#include <memory>
 #include <optional>
 #include <utility>
 
-#include "bindings/bindings.h"
 #include "bindings/dlpack.h"
 #include "group/group.h"
 
@@ -105,6 +110,13 @@ class TensorCalls {
     return true;
   }
 
+  /// The group that a call without one means; null: this process is no rank.
+  const std::shared_ptr<Group>& world() const { return world_; }
+  void set_world(std::shared_ptr<Group> world) { world_ = std::move(world); }
+
+  /// ReduceOp.SUM.
+  py::handle sum() const { return ops_[static_cast<std::size_t>(ReduceOp::kSum)]; }
+
  private:
   bool find_op(py::handle op, ReduceOp& found) const {
     for (std::size_t i = 0; i < ops_.size(); ++i) {
@@ -162,6 +174,7 @@ class TensorCalls {
   const py::object requires_grad_;
   std::array<py::object, 8> ops_;  // by ReduceOp
   int (*read_)(void*, dlpack::Tensor*) = nullptr;
+  std::shared_ptr<Group> world_;  // under Python's lock
 };
 
 constexpr const char* kCapsule = "pycomm.TensorCalls";
@@ -190,22 +203,149 @@ PyMethodDef all_reduce_method = {
     "all_reduce(group, input, output, op) -> bool: all-reduce input into output, which may be the "
     "same tensor; False, having done nothing, if one of them is not of the ordinary kind."};
 
+/// A Python function (t, op=SUM, *, ...) that all-reduces in place, behind a short way for calls
+/// that pass no keyword: a Python frame with its default arguments takes as long as the rest of a
+/// small call. It has a __dict__, for functools.update_wrapper.
+struct InPlaceFunction {
+  PyObject_HEAD vectorcallfunc vectorcall;
+  PyObject* function;
+  PyObject* calls;  // the capsule
+  PyObject* dict;
+};
+
+PyObject* call_in_place(PyObject* self, PyObject* const* args, std::size_t flagged_count,
+                        PyObject* keywords) {
+  const auto* in_place = reinterpret_cast<InPlaceFunction*>(self);
+  const Py_ssize_t count = PyVectorcall_NARGS(flagged_count);
+  if (keywords == nullptr && (count == 1 || count == 2)) {
+    try {
+      const auto* calls =
+          static_cast<const TensorCalls*>(PyCapsule_GetPointer(in_place->calls, kCapsule));
+      if (calls == nullptr) return nullptr;
+      const py::handle op = count == 2 ? py::handle(args[1]) : calls->sum();
+      // A copy: while this call waits, another thread may shut down.
+      const std::shared_ptr<Group> world = calls->world();
+      if (world && calls->all_reduce(*world, args[0], args[0], op)) Py_RETURN_NONE;
+    } catch (...) {
+      set_python_error();
+      return nullptr;
+    }
+  }
+  return PyObject_Vectorcall(in_place->function, args, flagged_count, keywords);
+}
+
+int traverse_in_place(PyObject* self, visitproc visit, void* arg) {
+  const auto* in_place = reinterpret_cast<InPlaceFunction*>(self);
+  Py_VISIT(Py_TYPE(self));
+  Py_VISIT(in_place->function);
+  Py_VISIT(in_place->calls);
+  Py_VISIT(in_place->dict);
+  return 0;
+}
+
+int clear_in_place(PyObject* self) {
+  // `function` and `calls` stay until the end, for calls that finalizers make; the dictionary,
+  // whose __wrapped__ is the function, breaks every cycle through a module.
+  Py_CLEAR(reinterpret_cast<InPlaceFunction*>(self)->dict);
+  return 0;
+}
+
+void free_in_place(PyObject* self) {
+  PyTypeObject* const type = Py_TYPE(self);
+  PyObject_GC_UnTrack(self);
+  auto* in_place = reinterpret_cast<InPlaceFunction*>(self);
+  Py_CLEAR(in_place->dict);
+  Py_CLEAR(in_place->function);
+  Py_CLEAR(in_place->calls);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyObject* repr_in_place(PyObject* self) {
+  return PyObject_Repr(reinterpret_cast<InPlaceFunction*>(self)->function);
+}
+
+/// As an attribute of a class it becomes a method, as every function does.
+PyObject* bind_in_place(PyObject* self, PyObject* object, PyObject*) {
+  if (object != nullptr && object != Py_None) return PyMethod_New(self, object);
+  Py_INCREF(self);
+  return self;
+}
+
+/// Pickled, and copied, by name.
+PyObject* reduce_in_place(PyObject* self, PyObject*) {
+  return PyObject_GetAttrString(self, "__qualname__");
+}
+
+PyMethodDef in_place_methods[] = {{"__reduce__", &reduce_in_place, METH_NOARGS, nullptr},
+                                  {nullptr, nullptr, 0, nullptr}};
+
+PyMemberDef in_place_members[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(InPlaceFunction, vectorcall), READONLY, nullptr},
+    {"__dictoffset__", T_PYSSIZET, offsetof(InPlaceFunction, dict), READONLY, nullptr},
+    {nullptr, 0, 0, 0, nullptr}};
+
+PyGetSetDef in_place_properties[] = {
+    {"__dict__", PyObject_GenericGetDict, PyObject_GenericSetDict, nullptr, nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr}};
+
+PyType_Slot in_place_slots[] = {{Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
+                                {Py_tp_traverse, reinterpret_cast<void*>(&traverse_in_place)},
+                                {Py_tp_clear, reinterpret_cast<void*>(&clear_in_place)},
+                                {Py_tp_dealloc, reinterpret_cast<void*>(&free_in_place)},
+                                {Py_tp_repr, reinterpret_cast<void*>(&repr_in_place)},
+                                {Py_tp_descr_get, reinterpret_cast<void*>(&bind_in_place)},
+                                {Py_tp_methods, in_place_methods},
+                                {Py_tp_members, in_place_members},
+                                {Py_tp_getset, in_place_properties},
+                                {0, nullptr}};
+
+PyType_Spec in_place_spec = {"pycomm._core.InPlaceFunction", sizeof(InPlaceFunction), 0,
+                             Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL |
+                                 Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                             in_place_slots};
+
+py::object make_in_place(const py::object& type, const py::capsule& calls, py::object function) {
+  auto* const made = PyObject_GC_New(InPlaceFunction, reinterpret_cast<PyTypeObject*>(type.ptr()));
+  if (made == nullptr) throw py::error_already_set();
+  made->vectorcall = &call_in_place;
+  made->function = function.release().ptr();
+  made->calls = calls.inc_ref().ptr();
+  made->dict = nullptr;
+  auto* const object = reinterpret_cast<PyObject*>(made);
+  PyObject_GC_Track(object);
+  return py::reinterpret_steal<py::object>(object);
+}
+
 }  // namespace
 
 void bind_tensor_calls(py::module_& module) {
   module.def(
-      "tensor_all_reduce",
+      "tensor_calls",
       [](const py::type& tensor_type, py::object is_neg, py::object increment_version) {
         const py::capsule calls(
             new TensorCalls(tensor_type, std::move(is_neg), std::move(increment_version)), kCapsule,
             [](PyObject* capsule) {
               delete static_cast<TensorCalls*>(PyCapsule_GetPointer(capsule, kCapsule));
             });
-        return py::reinterpret_steal<py::object>(PyCFunction_New(&all_reduce_method, calls.ptr()));
+        const auto type = py::reinterpret_steal<py::object>(PyType_FromSpec(&in_place_spec));
+        if (!type) throw py::error_already_set();
+        auto all_reduce =
+            py::reinterpret_steal<py::object>(PyCFunction_New(&all_reduce_method, calls.ptr()));
+        if (!all_reduce) throw py::error_already_set();
+        return py::make_tuple(std::move(all_reduce),
+                              py::cpp_function([calls, type](py::object function) {
+                                return make_in_place(type, calls, std::move(function));
+                              }),
+                              py::cpp_function([calls](std::shared_ptr<Group> world) {
+                                calls.get_pointer<TensorCalls>()->set_world(std::move(world));
+                              }));
       },
       py::arg("tensor_type"), py::arg("is_neg"), py::arg("increment_version"),
-      "A function all_reduce(group, input, output, op) that does in one call what ordinary tensors "
-      "need; False, having done nothing, for all others.");
+      "Three functions: all_reduce(group, input, output, op) does in one call what ordinary "
+      "tensors "
+      "need, and returns False, having done nothing, for all others; in_place(function) puts that "
+      "before a function (t, op) without a group; set_world(group) says which group that means.");
 }
 
 }  // namespace pycomm

@@ -48,7 +48,7 @@ struct Staging {
   std::size_t piece_bytes = 512 << 10;
 
   constexpr std::size_t bytes(int host_count) const {
-    return (host_count == 1 ? 3 : 16) * piece_bytes;
+    return (host_count == 1 ? 3 : 10) * piece_bytes;
   }
 };
 

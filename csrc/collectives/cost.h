@@ -10,10 +10,10 @@ namespace pycomm {
 
 /// What the machine costs, in seconds. `python -m pycomm bench calibrate` measures it.
 ///
-/// The defaults stand for hosts of the last years on 10 Gbit/s Ethernet: TCP carries 94 % of its
-/// bits, a message through MPI and the progress threads of both ends takes some 50 us (measured
-/// between network namespaces), and a core folds 10 GB/s from memory. Only where gather-and-fold
-/// gives way to direct exchange depends on them, never a result.
+/// The defaults are estimates, not measurements, for hosts of the last years on 10 Gbit/s Ethernet:
+/// TCP carries 94 % of its bits, a message through MPI and the progress threads of both ends takes
+/// some 50 us, and a core folds 10 GB/s from memory. Only where gather-and-fold gives way to direct
+/// exchange depends on them, never a result.
 struct CostModel {
   /// alpha: a message between two hosts, however short.
   double alpha_s = 50e-6;

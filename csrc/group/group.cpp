@@ -53,8 +53,8 @@ std::string problem_of_counts(const Operation& operation, int rank, int size) {
   for (const auto& [name, counts] : {std::pair{"input_counts", &operation.input_counts},
                                      std::pair{"output_counts", &operation.output_counts}}) {
     if (!counts->empty() && counts->size() != static_cast<std::size_t>(size)) {
-      return std::string(name) + " has " + std::to_string(counts->size()) +
-             " entries, the group " + std::to_string(size) + " ranks. Pass one for each rank.";
+      return std::string(name) + " has " + std::to_string(counts->size()) + " entries, the group " +
+             std::to_string(size) + " ranks. Pass one for each rank.";
     }
   }
   if (!gathers || operation.output_counts.empty()) return "";

@@ -13,6 +13,9 @@
 namespace pycomm {
 namespace {
 
+/// How often a small receive looks for its message before it waits like any other.
+constexpr int kLooksAtOnce = 128;
+
 /// What a leaving rank had sent before may still be on its way.
 constexpr auto kGrace = std::chrono::seconds(1);
 
@@ -80,27 +83,32 @@ std::string PostOffice::describe(const Transfer& transfer) const {
   return transfer.describe() + ", on rank " + std::to_string(group_.rank());
 }
 
-std::shared_ptr<PostOffice::Item> PostOffice::accept(const Transfer& transfer,
-                                                     double timeout_s) const {
+void PostOffice::check_arguments(const Transfer& transfer) const {
   const bool sends = transfer.direction == Transfer::Direction::kSend;
-  const std::string where =
-      std::string(sends ? "send" : "recv") + " on rank " + std::to_string(group_.rank()) + ": ";
+  const auto where = [&] {
+    return std::string(sends ? "send" : "recv") + " on rank " + std::to_string(group_.rank()) +
+           ": ";
+  };
   if (in_forked_child()) {
-    throw CommError(where +
+    throw CommError(where() +
                     "this process was forked from a rank and is not one itself. "
                     "Communicate in the parent, or start workers with the 'spawn' method and call "
                     "pycomm.init().");
   }
   const int lowest = sends ? 0 : Transfer::kAnySource;
   if (transfer.peer < lowest || transfer.peer >= group_.size()) {
-    throw InvalidArgumentError(where + (sends ? "dst" : "src") + " is " +
+    throw InvalidArgumentError(where() + (sends ? "dst" : "src") + " is " +
                                std::to_string(transfer.peer) + ", the group has ranks 0 to " +
                                std::to_string(group_.size() - 1) + ".");
   }
   if (transfer.tag < 0) {
-    throw InvalidArgumentError(where + "tag is " + std::to_string(transfer.tag) +
+    throw InvalidArgumentError(where() + "tag is " + std::to_string(transfer.tag) +
                                ", and tags are not negative.");
   }
+}
+
+std::shared_ptr<PostOffice::Item> PostOffice::accept(const Transfer& transfer,
+                                                     double timeout_s) const {
   auto item = std::make_shared<Item>();
   static_cast<Transfer&>(*item) = transfer;
   item->timeout_s = timeout_s > 0 ? timeout_s : group_.process_->options.timeout_s;
@@ -108,7 +116,7 @@ std::shared_ptr<PostOffice::Item> PostOffice::accept(const Transfer& transfer,
   return item;
 }
 
-void PostOffice::post(const std::shared_ptr<Item>& item) {
+void PostOffice::check_usable() const {
   {
     std::lock_guard lock(group_.mutex_);
     if (group_.failure_) std::rethrow_exception(group_.failure_);
@@ -116,6 +124,28 @@ void PostOffice::post(const std::shared_ptr<Item>& item) {
   if (group_.process_->stopped()) {
     throw CommError("pycomm was shut down; call pycomm.init() again.");
   }
+}
+
+bool PostOffice::run_at_once(const Transfer& transfer) {
+  if (transfer.bytes() > Frame::kEagerBytes) return false;
+  std::lock_guard lock(mutex_);
+  check_usable();
+  try {
+    group_.check_notices();
+    const bool over =
+        transfer.direction == Transfer::Direction::kSend
+            ? exchange_->send_at_once(transfer)
+            : exchange_->receive_at_once(transfer, group_.process_->may_spin ? kLooksAtOnce : 1);
+    if (over && exchange_->has_unsent()) submit();
+    return over;
+  } catch (...) {
+    fail();
+    throw;
+  }
+}
+
+void PostOffice::post(const std::shared_ptr<Item>& item) {
+  check_usable();
   try {
     group_.check_notices();  // who comes late to a finished group must not get a result
     exchange_->advance();    // what has come already came before what is posted now
@@ -148,6 +178,7 @@ void PostOffice::complete_done() {
 }
 
 std::shared_ptr<TransferWork> PostOffice::start(const Transfer& transfer, double timeout_s) {
+  check_arguments(transfer);
   auto item = accept(transfer, timeout_s);
   std::lock_guard lock(mutex_);
   post(item);
@@ -156,12 +187,16 @@ std::shared_ptr<TransferWork> PostOffice::start(const Transfer& transfer, double
 }
 
 int PostOffice::run(const Transfer& transfer, double timeout_s,
-                    const InterruptCheck& check_interrupt) {
+                    const InterruptCheck& check_interrupt,
+                    const std::function<void()>& before_waiting) {
+  check_arguments(transfer);
+  // The channel is the progress thread's.
+  const bool any_source = transfer.peer == Transfer::kAnySource;
+  const bool drives_itself = !courier_ || (!any_source && !is_remote(transfer.peer));
+  if (drives_itself && !any_source && run_at_once(transfer)) return transfer.peer;
+  if (before_waiting) before_waiting();
   const auto item = accept(transfer, timeout_s);
   TransferWork& work = *item->work;
-  // The channel is the progress thread's.
-  const bool drives_itself =
-      !courier_ || (transfer.peer != Transfer::kAnySource && !is_remote(transfer.peer));
   {
     std::lock_guard lock(mutex_);
     post(item);

@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -45,7 +46,9 @@ class PostOffice : public Progressive {
   std::shared_ptr<TransferWork> start(const Transfer& transfer, double timeout_s);
 
   /// Returns who sent or received.
-  int run(const Transfer& transfer, double timeout_s, const InterruptCheck& check_interrupt);
+  /// @param before_waiting  as for Group::run.
+  int run(const Transfer& transfer, double timeout_s, const InterruptCheck& check_interrupt,
+          const std::function<void()>& before_waiting = {});
 
   // For the progress thread.
   State advance() override;
@@ -64,8 +67,13 @@ class PostOffice : public Progressive {
     double seconds() const { return std::chrono::duration<double>(Clock::now() - began).count(); }
   };
 
+  void check_arguments(const Transfer& transfer) const;
   std::shared_ptr<Item> accept(const Transfer& transfer, double timeout_s) const;
+  /// Run a small transfer between ranks of one host if the peer keeps pace: nothing is allocated
+  /// and no clock is read, which takes longer than the message. False: it did not happen.
+  bool run_at_once(const Transfer& transfer);
   /// Everything below holds mutex_.
+  void check_usable() const;
   void post(const std::shared_ptr<Item>& item);
   bool drive();
   void complete_done();

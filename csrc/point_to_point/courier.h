@@ -24,10 +24,10 @@ class Courier {
 
   static constexpr std::size_t kPieceBytes = 64 << 10;
   /// Parcels under way: to one peer, so that a slow one leaves room for others; to all; from all.
-  /// Together at most 4 MiB.
+  /// Together at most 1.25 MiB.
   static constexpr int kMostToOnePeer = 4;
-  static constexpr std::size_t kMostSent = 32;
-  static constexpr std::size_t kMostArriving = 16;
+  static constexpr std::size_t kMostSent = 12;
+  static constexpr std::size_t kMostArriving = 8;
 
   /// @param tag         of the channel, for this group's frames alone.
   /// @param quarantine  keeps memory that the channel may still touch.

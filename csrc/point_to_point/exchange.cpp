@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/error.h"
+#include "core/pause.h"
 
 namespace pycomm {
 namespace {
@@ -18,7 +19,7 @@ void copy(std::byte* target, const std::byte* source, std::size_t bytes) {
 }  // namespace
 
 Exchange::Exchange(int rank, std::vector<Link*> links) : rank_(rank) {
-  for (Link* link : links) peers_.push_back({link, {}, {}, {}, {}, 0, 0});
+  for (Link* link : links) peers_.push_back({link, {}, {}, {}, {}, {}, 0, 0});
 }
 
 void Exchange::post(TransferPtr transfer) {
@@ -39,6 +40,46 @@ void Exchange::post(TransferPtr transfer) {
   fulfil(transfer, arrived.peer, arrived.frame, arrived.payload.data());
 }
 
+bool Exchange::send_at_once(const Transfer& transfer) {
+  Peer& peer = at(transfer.peer);
+  if (transfer.bytes() > Frame::kEagerBytes || peer.eager_messages == Frame::kEagerMessages ||
+      !peer.outbox.empty()) {
+    return false;
+  }
+  Frame frame = transfer.frame(Frame::Kind::kMessage);
+  frame.id = next_id_;
+  frame.eager = true;
+  frame.payload_bytes = transfer.bytes();
+  if (!peer.link->push(frame, {transfer.memory, transfer.bytes()})) return false;
+  ++next_id_;
+  ++peer.eager_messages;
+  return true;
+}
+
+bool Exchange::receive_at_once(const Transfer& transfer, int looks) {
+  // Whatever came or was posted before has its turn first.
+  if (!posted_.empty() || !unexpected_.empty()) return false;
+  Peer& peer = at(transfer.peer);
+  for (int look = 0; look < looks; ++look) {
+    const Frame* const frame = peer.link->front();
+    if (frame == nullptr) {
+      pause();
+    } else if (frame->kind == Frame::Kind::kCredit) {
+      take_in(transfer.peer, *frame, nullptr);
+      peer.link->pop();
+    } else if (frame->kind == Frame::Kind::kMessage && frame->eager && frame->tag == transfer.tag &&
+               transfer.frame(Frame::Kind::kMessage).same_elements(*frame)) {
+      take_eager(peer, transfer.memory, peer.link->payload(), frame->payload_bytes);
+      peer.link->pop();
+      push_outbox(peer);
+      return true;
+    } else {
+      return false;
+    }
+  }
+  return false;
+}
+
 bool Exchange::advance() {
   bool moved = false;
   for (std::size_t i = 0; i < peers_.size(); ++i) {
@@ -48,6 +89,7 @@ bool Exchange::advance() {
       peer.link->pop();
       moved = true;
     }
+    moved |= read_on(peer);
     moved |= push_outbox(peer);
     moved |= push_streams(peer);
   }
@@ -105,23 +147,43 @@ void Exchange::fulfil(const TransferPtr& receive, int from, const Frame& frame,
   receive->peer = from;
   receive->id = frame.id;
   if (frame.eager) {
-    copy(receive->memory, payload, frame.payload_bytes);
-    // Told now and then: each time would double the number of frames.
-    if (++peer.eager_consumed == Frame::kEagerMessages / 4) {
-      Frame credit;
-      credit.kind = Frame::Kind::kCredit;
-      credit.count = std::exchange(peer.eager_consumed, 0);
-      peer.outbox.push_back({credit, nullptr});
-    }
+    take_eager(peer, receive->memory, payload, frame.payload_bytes);
     finish(receive);
   } else if (frame.address != Frame::kNowhere) {
-    copy(receive->memory, peer.link->memory_of_peer(frame.address), receive->bytes());
-    peer.outbox.push_back({receive->frame(Frame::Kind::kReceived), nullptr});
-    finish(receive);
+    peer.readings.push_back({receive, peer.link->memory_of_peer(frame.address)});
   } else {
     peer.receives[frame.id] = receive;
     peer.outbox.push_back({receive->frame(Frame::Kind::kRequest), nullptr});
   }
+}
+
+void Exchange::take_eager(Peer& peer, std::byte* target, const std::byte* payload,
+                          std::size_t bytes) {
+  copy(target, payload, bytes);
+  // Told now and then: each time would double the number of frames.
+  if (++peer.eager_consumed < Frame::kEagerMessages / 4) return;
+  Frame credit;
+  credit.kind = Frame::Kind::kCredit;
+  credit.count = std::exchange(peer.eager_consumed, 0);
+  peer.outbox.push_back({credit, nullptr});
+}
+
+bool Exchange::read_on(Peer& peer) {
+  if (peer.readings.empty()) return false;
+  std::size_t budget = kReadBytes;
+  while (!peer.readings.empty()) {
+    const Reading& reading = peer.readings.front();
+    Transfer& receive = *reading.receive;
+    const std::size_t bytes = std::min(budget, receive.bytes() - receive.moved_bytes);
+    copy(receive.memory + receive.moved_bytes, reading.source + receive.moved_bytes, bytes);
+    receive.moved_bytes += bytes;
+    budget -= bytes;
+    if (receive.moved_bytes < receive.bytes()) break;
+    peer.outbox.push_back({receive.frame(Frame::Kind::kReceived), nullptr});
+    finish(reading.receive);
+    peer.readings.pop_front();
+  }
+  return true;
 }
 
 void Exchange::refuse(const Transfer& receive, int from, const Frame& frame) {
@@ -172,11 +234,13 @@ bool Exchange::push_streams(Peer& peer) {
   bool moved = false;
   while (!peer.streams.empty()) {
     const TransferPtr send = peer.streams.front();
+    const std::size_t piece =
+        std::min(peer.link->piece_bytes(), std::max(kLeastPieceBytes, send->bytes() / kPieces));
     do {
       Frame data;
       data.kind = Frame::Kind::kData;
       data.id = send->id;
-      data.payload_bytes = std::min(peer.link->piece_bytes(), send->bytes() - send->moved_bytes);
+      data.payload_bytes = std::min(piece, send->bytes() - send->moved_bytes);
       if (!peer.link->push(data, {send->memory + send->moved_bytes, data.payload_bytes})) {
         return moved;
       }
@@ -203,6 +267,7 @@ std::vector<std::shared_ptr<Transfer>> Exchange::unfinished() const {
     all.insert(all.end(), peer.streams.begin(), peer.streams.end());
     for (const auto& [id, send] : peer.sends) all.push_back(send);
     for (const auto& [id, receive] : peer.receives) all.push_back(receive);
+    for (const Reading& reading : peer.readings) all.push_back(reading.receive);
   }
   return all;
 }
@@ -210,7 +275,7 @@ std::vector<std::shared_ptr<Transfer>> Exchange::unfinished() const {
 bool Exchange::idle() const {
   return posted_.empty() && std::all_of(peers_.begin(), peers_.end(), [](const Peer& peer) {
            return peer.outbox.empty() && peer.streams.empty() && peer.sends.empty() &&
-                  peer.receives.empty();
+                  peer.receives.empty() && peer.readings.empty();
          });
 }
 
@@ -224,7 +289,7 @@ void Exchange::clear() {
   posted_.clear();
   unexpected_.clear();
   done_.clear();
-  for (Peer& peer : peers_) peer = {peer.link, {}, {}, {}, {}, 0, 0};
+  for (Peer& peer : peers_) peer = {peer.link, {}, {}, {}, {}, {}, 0, 0};
 }
 
 }  // namespace pycomm

@@ -30,7 +30,14 @@ class Exchange {
   /// Never waits. @throws MismatchError  as advance().
   void post(std::shared_ptr<Transfer> transfer);
 
-  /// Move what can move. True if something did.
+  /// A small message that can leave at once, without a Transfer to keep. False: nothing was done.
+  bool send_at_once(const Transfer& transfer);
+
+  /// Take a small message from one given rank if it is the next one there, as post() would. Looks
+  /// `looks` times. False: nothing was received.
+  bool receive_at_once(const Transfer& transfer, int looks);
+
+  /// Move what can move, at most kReadBytes of each peer's arena. True if something did.
   /// @throws MismatchError  a message and the receive for it differ; the exchange must not be used
   ///         any more.
   bool advance();
@@ -49,9 +56,20 @@ class Exchange {
  private:
   using TransferPtr = std::shared_ptr<Transfer>;
 
+  /// Who drives an exchange holds a lock: so long a copy keeps others from it, 50 to 100 us.
+  static constexpr std::size_t kReadBytes = 1 << 20;
+  /// A large message goes in so many pieces or more, unless they became smaller than kLeastPiece:
+  /// the receiver copies one while the sender copies the next.
+  static constexpr std::size_t kPieces = 4;
+  static constexpr std::size_t kLeastPieceBytes = 16 << 10;
+
   struct Outgoing {
     Frame frame;
     TransferPtr send;  // of a kMessage
+  };
+  struct Reading {
+    TransferPtr receive;
+    const std::byte* source;
   };
   struct Peer {
     Link* link;
@@ -59,6 +77,7 @@ class Exchange {
     std::deque<TransferPtr> streams;                // sends that were asked for, in that order
     std::map<std::uint64_t, TransferPtr> sends;     // announced, not asked for; by id
     std::map<std::uint64_t, TransferPtr> receives;  // asked for; by the sender's id
+    std::deque<Reading> readings;                   // receives from the peer's arena
     std::uint64_t eager_messages = 0;               // sent to the peer and not consumed there
     std::uint64_t eager_consumed = 0;               // from the peer, and it was not told
   };
@@ -71,6 +90,8 @@ class Exchange {
   void take_in(int peer, const Frame& frame, const std::byte* payload);
   /// Give a message to the receive it matches.
   void fulfil(const TransferPtr& receive, int peer, const Frame& frame, const std::byte* payload);
+  void take_eager(Peer& peer, std::byte* target, const std::byte* payload, std::size_t bytes);
+  bool read_on(Peer& peer);
   [[noreturn]] void refuse(const Transfer& receive, int peer, const Frame& frame);
   bool push_outbox(Peer& peer);
   bool push_streams(Peer& peer);

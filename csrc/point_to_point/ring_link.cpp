@@ -9,7 +9,7 @@ namespace {
 
 constexpr std::size_t kSlotBudget = 512 << 10;
 constexpr std::size_t kLeastSlotBytes = 4 << 10;
-constexpr std::size_t kMostSlotBytes = 64 << 10;
+constexpr std::size_t kMostSlotBytes = 128 << 10;
 
 }  // namespace
 
@@ -23,7 +23,10 @@ RingLayout::RingLayout(int local_size) {
 }
 
 bool RingLink::push(const Frame& frame, std::span<const std::byte> payload) {
-  if (pushed_ - mine_->popped.load(std::memory_order_acquire) == FrameRing::kEntries) return false;
+  if (pushed_ - known_popped_ == FrameRing::kEntries) {
+    known_popped_ = mine_->popped.load(std::memory_order_acquire);
+    if (pushed_ - known_popped_ == FrameRing::kEntries) return false;
+  }
   FrameRing::Entry& entry = mine_->entries[pushed_ % FrameRing::kEntries];
   std::byte* target = entry.payload.data();
   if (in_slot(frame)) {

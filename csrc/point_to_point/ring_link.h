@@ -31,8 +31,9 @@ struct FrameRing {
 };
 
 /// How a rank divides its share of a group's memory among the ranks of its host it sends to. The
-/// slots take 512 KiB in all, or 4 KiB a slot where ranks are many; a ring takes 18 KiB. Pages cost
-/// memory once touched, so a pair that never talks costs nothing.
+/// slots take 512 KiB in all (128 KiB each between two ranks), or 4 KiB a slot where ranks are
+/// many; a ring takes 18 KiB. Pages cost memory once touched, so a pair that never talks costs
+/// nothing.
 struct RingLayout {
   explicit RingLayout(int local_size);
   std::size_t slot_bytes;
@@ -85,6 +86,9 @@ class RingLink : public Link {
   const std::byte* const peer_arena_;
   Doorbell& peer_doorbell_;
   std::uint64_t pushed_ = 0;
+  /// What the receiver had popped when last looked at: its cache line is fetched only when the ring
+  /// seems full.
+  std::uint64_t known_popped_ = 0;
   std::uint64_t slots_pushed_ = 0;
   std::uint64_t popped_ = 0;
   std::uint64_t slots_popped_ = 0;

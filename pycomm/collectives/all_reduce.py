@@ -154,6 +154,7 @@ def all_reduce_(
     timeout_s: float | None = ...,
     async_op: Literal[True],
 ) -> Work[None]: ...
+@tensor_calls.all_reduces_in_place
 def all_reduce_(
     t: Tensor,
     op: ReduceOp = ReduceOp.SUM,

@@ -1,3 +1,4 @@
+#include <functional>
 #include <numeric>
 #include <string>
 #include <thread>
@@ -21,8 +22,10 @@ AllReduceJob job_of(std::size_t count, int hosts, int ranks_per_host, std::size_
   return {count, dtype, hosts, ranks_per_host, ranks_per_host, piece_bytes};
 }
 
-/// What each rank's channel counted during one all-reduce.
-std::vector<Traffic> count_traffic(const AllReduceJob& job, Algorithm algorithm) {
+/// What each rank's channel counted during one operation of `count` elements, given as all-reduce.
+/// Blocks of another collective have `count` elements too.
+std::vector<Traffic> count_traffic(const AllReduceJob& job, Algorithm algorithm,
+                                   Kind kind = Kind::kAllReduce) {
   std::vector<int> hosts;
   for (int host = 0; host < job.hosts; ++host) {
     hosts.insert(hosts.end(), static_cast<std::size_t>(job.ranks_per_host), host);
@@ -41,14 +44,22 @@ std::vector<Traffic> count_traffic(const AllReduceJob& job, Algorithm algorithm)
   std::vector<std::thread> threads;
   for (std::size_t rank = 0; rank < hosts.size(); ++rank) {
     threads.emplace_back([&, rank] {
-      std::vector<float> values(job.count * size_of(job.dtype) / sizeof(float) + 1, 0);
+      const std::size_t bytes = job.count * size_of(job.dtype);
+      std::vector<float> values(bytes / sizeof(float) + 1, 0);
+      // One block for each rank.
+      std::vector<float> inputs(hosts.size() * bytes / sizeof(float) + 1, 0);
+      std::vector<float> outputs(inputs.size(), 0);
       Operation operation;
-      operation.kind = Kind::kAllReduce;
+      operation.kind = kind;
       operation.algorithm = algorithm;
       operation.dtype = job.dtype;
       operation.count = job.count;
       operation.output = reinterpret_cast<std::byte*>(values.data());
       operation.input = operation.output;
+      if (kind != Kind::kAllReduce) {
+        operation.input = reinterpret_cast<const std::byte*>(inputs.data());
+        operation.output = reinterpret_cast<std::byte*>(outputs.data());
+      }
       try {
         groups[rank]->run(std::move(operation), [] {});
       } catch (const std::exception& error) {
@@ -95,6 +106,34 @@ void check_all_sizes(Algorithm algorithm) {
   }
 }
 
+/// docs/cost-model.md says what a collective of one piece sends: here each rank's messages and
+/// bytes, without the messages that open the operation.
+void check_one_piece(Kind kind, int hosts, int ranks_per_host,
+                     const std::function<Traffic(int rank, std::uint64_t bytes)>& expected) {
+  const AllReduceJob job = job_of(1000, hosts, ranks_per_host, Staging().piece_bytes);
+  const Traffic opening = traffic_of(Algorithm::kDirect, job_of(0, hosts, 1, 1024), 0, 0);
+  const auto counted = count_traffic(job, Algorithm::kAuto, kind);
+  for (int rank = 0; rank < static_cast<int>(counted.size()); ++rank) {
+    Traffic wanted = expected(rank, job.bytes());
+    if (rank % ranks_per_host == 0) wanted += opening;
+    const Traffic& sent = counted[static_cast<std::size_t>(rank)];
+    CHECK_EQUAL(sent.messages, wanted.messages);
+    CHECK_EQUAL(sent.bytes, wanted.bytes);
+  }
+}
+
+void check_on_hosts(
+    Kind kind, const std::function<Traffic(int rank, int hosts, int q, std::uint64_t n)>& model) {
+  for (const int hosts : {2, 3, 4, 5}) {
+    for (const int q : {1, 2, 3}) {
+      check_one_piece(kind, hosts, q,
+                      [&](int rank, std::uint64_t n) { return model(rank, hosts, q, n); });
+    }
+  }
+}
+
+std::uint64_t whole(int number) { return static_cast<std::uint64_t>(number); }
+
 }  // namespace
 
 TEST(direct_sends_what_cost_says) { check_all_sizes(Algorithm::kDirect); }
@@ -139,4 +178,45 @@ TEST(direct_exchange_approaches_the_least_a_wire_can_carry) {
   const double bound = 2 * 3.0 / 4 * static_cast<double>(job.bytes()) * cost.beta_s_per_byte;
   CHECK(predict_seconds(cost, Algorithm::kDirect, job) < 1.0001 * bound);
   CHECK(predict_seconds(cost, Algorithm::kDirect, job) > 0.9999 * bound);
+}
+
+TEST(all_gather_and_reduce_scatter_send_a_block_to_each_other_host) {
+  for (const Kind kind : {Kind::kAllGather, Kind::kReduceScatter}) {
+    check_on_hosts(kind, [](int, int hosts, int, std::uint64_t n) {
+      return whole(hosts - 1) * Traffic{1, n};
+    });
+  }
+}
+
+TEST(all_to_all_sends_a_block_to_each_rank_of_other_hosts) {
+  check_on_hosts(Kind::kAllToAll, [](int, int hosts, int q, std::uint64_t n) {
+    return whole((hosts - 1) * q) * Traffic{1, n};
+  });
+}
+
+TEST(gather_takes_one_message_from_each_rank_of_other_hosts) {
+  check_on_hosts(Kind::kGather, [](int rank, int, int q, std::uint64_t n) {
+    return rank < q ? Traffic{} : Traffic{1, n};
+  });
+}
+
+TEST(scatter_sends_all_from_the_root) {
+  check_on_hosts(Kind::kScatter, [](int rank, int hosts, int q, std::uint64_t n) {
+    return rank == 0 ? whole((hosts - 1) * q) * Traffic{1, n} : Traffic{};
+  });
+}
+
+TEST(reduce_sends_2_n_less_a_host_s_part_to_the_root_s_host) {
+  for (const int hosts : {2, 4, 5}) {
+    const AllReduceJob job = job_of(1000, hosts, 2, Staging().piece_bytes);
+    const Traffic opening = traffic_of(Algorithm::kDirect, job_of(0, hosts, 1, 1024), 0, 0);
+    const auto counted = count_traffic(job, Algorithm::kAuto, Kind::kReduce);
+    for (int host = 0; host < hosts; ++host) {
+      const auto first = static_cast<std::size_t>(2 * host);
+      const std::uint64_t bytes = counted[first].bytes + counted[first + 1].bytes - opening.bytes;
+      // The root's host sends no finished part; any other sends all of its n.
+      const std::uint64_t n = job.bytes();
+      CHECK_EQUAL(bytes, host == 0 ? n - n / whole(hosts) : n);
+    }
+  }
 }
