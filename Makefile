@@ -90,7 +90,7 @@ lint: $(installed)
 	ruff check
 	ruff format --check
 	clang-format --dry-run -Werror $(cpp_files)
-	codespell csrc pycomm examples tests docs *.md
+	codespell csrc pycomm examples benchmarks tests docs *.md
 
 format: $(installed)
 	ruff check --fix
