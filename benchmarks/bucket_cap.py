@@ -14,9 +14,9 @@ import time
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 
 import pycomm
+from pycomm.bench.ranks.step import TOKENS, WIDTH, transformer
 
 MIB = 1 << 20
 CAPS = [MIB // 4, MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB, 64 * MIB]
@@ -26,9 +26,7 @@ class Contender:
     """One replica of the model whose gradients travel in buckets of one size."""
 
     def __init__(self, cap_bytes: int) -> None:
-        torch.manual_seed(0)
-        layer = nn.TransformerEncoderLayer(384, 6, 1536, dropout=0.0, batch_first=True)
-        self.model = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+        self.model = transformer()
         self.optimizer = pycomm.DistributedOptimizer(
             torch.optim.SGD(self.model.parameters(), lr=1e-4),
             self.model.named_parameters(),
@@ -56,7 +54,7 @@ def main() -> None:
     pycomm.init()
     torch.set_num_threads(1)
     contenders = {cap: Contender(cap) for cap in CAPS}
-    batch = torch.randn(args.batch, 64, 384)
+    batch = torch.randn(args.batch, TOKENS, WIDTH)
     for contender in contenders.values():
         for _ in range(2):  # the first step only learns the order of the gradients
             contender.step(batch)

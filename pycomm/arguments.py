@@ -142,14 +142,18 @@ def algorithm_named(call: str, algorithm: Algorithm | str, group: Group) -> Algo
 
 
 def root_rank(call: str, root: int, group: Group) -> int:
-    if not isinstance(root, int) or not 0 <= root < group.size:
+    return rank_of(call, "root", root, group)
+
+
+def rank_of(call: str, argument: str, rank: object, group: Group) -> int:
+    if not isinstance(rank, int) or not 0 <= rank < group.size:
         refuse(
             call,
             group,
-            f"root is {root!r}, and the group has {group.size} ranks.\n"
+            f"{argument} is {rank!r}, and the group has {group.size} ranks.\n"
             f"  Pass a rank from 0 to {group.size - 1}.",
         )
-    return root
+    return rank
 
 
 def seconds(call: str, timeout_s: float | None, group: Group) -> float:

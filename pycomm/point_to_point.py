@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from pycomm._core import DType, Group
-from pycomm.arguments import movable, refuse, seconds
+from pycomm.arguments import movable, rank_of, refuse, seconds
 from pycomm.errors import InvalidArgumentError
 from pycomm.memory import dense, writable
 from pycomm.runtime import world_group
-from pycomm.work import Work
+from pycomm.work import Work, nothing
 
 
 def send(
@@ -57,7 +57,7 @@ def send(
         memory.data_ptr(),
         tensor.numel(),
         dtype,
-        _rank("send", "dst", dst, group),
+        rank_of("send", "dst", dst, group),
         _tag("send", tag, group),
         shape=tensor.shape,
         timeout_s=seconds("send", timeout_s, group),
@@ -120,12 +120,12 @@ def isend(
         memory.data_ptr(),
         tensor.numel(),
         dtype,
-        _rank("isend", "dst", dst, group),
+        rank_of("isend", "dst", dst, group),
         _tag("isend", tag, group),
         shape=tensor.shape,
         timeout_s=seconds("isend", timeout_s, group),
     )
-    return Work(work, memory, _nothing)
+    return Work(work, memory, nothing)
 
 
 def irecv(
@@ -255,10 +255,6 @@ def recv_object(
         ) from mistake
 
 
-def _nothing() -> None:
-    pass
-
-
 def _incoming(call: str, tensor: Tensor, group: Group) -> DType:
     dtype = movable(call, "tensor", tensor, group)
     writable(call, "tensor", tensor, group)
@@ -272,19 +268,8 @@ def _incoming(call: str, tensor: Tensor, group: Group) -> DType:
     return dtype
 
 
-def _rank(call: str, argument: str, rank: object, group: Group) -> int:
-    if not isinstance(rank, int) or not 0 <= rank < group.size:
-        refuse(
-            call,
-            group,
-            f"{argument} is {rank!r}, and the group has {group.size} ranks.\n"
-            f"  Pass a rank from 0 to {group.size - 1}.",
-        )
-    return rank
-
-
 def _source(call: str, src: int | None, group: Group) -> int | None:
-    return None if src is None else _rank(call, "src", src, group)
+    return None if src is None else rank_of(call, "src", src, group)
 
 
 def _tag(call: str, tag: object, group: Group) -> int:

@@ -77,6 +77,8 @@ class ScriptedTurns:
 
     def __init__(self, label: str, log: list[str], fails: bool = False) -> None:
         self.label = label
+        self.variants = ["bucket"]
+        self.version = "0"
         self.log = log
         self.fails = fails
 
@@ -222,6 +224,16 @@ def test_wrong_arguments_are_one_line(
     printed = capsys.readouterr().err
     assert text in printed
     assert len(printed.strip().splitlines()) == 1
+
+
+def test_step_under_a_launcher_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert cli.main(["bench", "step"]) == 2
+    assert "run it without a launcher" in capsys.readouterr().err
 
 
 def python(code: str) -> list[tuple[list[str], dict[str, str]]]:

@@ -13,7 +13,8 @@ namespace pycomm {
 /// the root itself on its host, the first rank on the others, which are reached over a binomial
 /// tree of hosts.
 ///
-/// Cost for n bytes, H hosts: ceil(log2 H) (alpha + n beta) and one or two copies inside the host.
+/// Cost for n bytes, H hosts, alpha s per message, beta s per byte sent: ceil(log2 H) (alpha + n
+/// beta) and one or two copies inside the host.
 ///
 /// Source of the tree: Thakur, Rabenseifner & Gropp, Int. J. High Perform. Comput. Appl. 19 (2005).
 Task<> broadcast(Context& context, const Operation& operation);

@@ -23,7 +23,8 @@ class HereTurns:
 
     def __init__(self, label: str, contender: Contender, make: Make = Bench) -> None:
         self.label = label
-        self.contender = contender
+        self.variants = contender.variants()
+        self.version = contender.version()
         self._sampler = Sampler(contender, make)
 
     def turn(self, *, variant: str, collective: str, nbytes: int, repeat: int) -> list[list[float]]:

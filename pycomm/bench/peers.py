@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,30 +21,30 @@ class MpiPeer:
     Attributes:
         label: what reports call it.
         wheel: the package that brings it.
-        flags: what its mpirun needs, given whether ranks outnumber cores.
+        flags: what its mpirun needs.
         environ: variables that make waiting ranks yield their core; set when ranks outnumber cores.
     """
 
     label: str
     wheel: str
-    flags: Callable[[bool], list[str]]
+    flags: tuple[str, ...]
     environ: dict[str, str]
 
 
-def _open_mpi_flags(crowded: bool) -> list[str]:
-    flags = ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"]
-    return (["--allow-run-as-root"] if os.geteuid() == 0 else []) + flags
-
+_AS_ROOT = ("--allow-run-as-root",) if os.geteuid() == 0 else ()
 
 MPI_PEERS = {
     "openmpi": MpiPeer(
-        "Open MPI", "openmpi", _open_mpi_flags, {"OMPI_MCA_mpi_yield_when_idle": "1"}
+        "Open MPI",
+        "openmpi",
+        (*_AS_ROOT, "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none"),
+        {"OMPI_MCA_mpi_yield_when_idle": "1"},
     ),
-    "mpich": MpiPeer("MPICH", "mpich", lambda crowded: [], {"MPIR_CVAR_POLLS_BEFORE_YIELD": "1"}),
+    "mpich": MpiPeer("MPICH", "mpich", (), {"MPIR_CVAR_POLLS_BEFORE_YIELD": "1"}),
     "impi": MpiPeer(
         "Intel MPI",
         "impi-rt",
-        lambda crowded: [],
+        (),
         {"I_MPI_THREAD_YIELD": "2", "I_MPI_SPIN_COUNT": "1"},
     ),
 }
@@ -63,7 +63,7 @@ def mpi_command(peer: str, ranks: int, folder: Path) -> tuple[list[str], dict[st
     environ["PYTHONPATH"] = str(RANKS)
     if peer == "impi":
         environ |= {"I_MPI_ROOT": str(home), "I_MPI_FABRICS": "shm"}
-    command = [str(home / "bin" / "mpirun"), "-np", str(ranks), *found.flags(crowded)]
+    command = [str(home / "bin" / "mpirun"), "-np", str(ranks), *found.flags]
     return [*command, str(home / "bin" / "python"), "-m", "ranks.mpi"], environ
 
 

@@ -16,13 +16,14 @@ _CORE_MOST_BYTES = 64 << 10
 
 
 class Turns(Protocol):
-    """The ranks of one contender; ``turn`` returns each rank's samples."""
+    """The ranks of one contender."""
 
     label: str
+    variants: Sequence[str]
+    version: str
 
-    def turn(
-        self, *, variant: str, collective: str, nbytes: int, repeat: int
-    ) -> list[list[float]]: ...
+    def turn(self, *, variant: str, collective: str, nbytes: int, repeat: int) -> list[list[float]]:
+        """Each rank's samples."""
 
 
 @dataclass(frozen=True)

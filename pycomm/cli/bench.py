@@ -90,10 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _collective(arguments: argparse.Namespace) -> int:
     chosen_sizes = sizes.parse(arguments.sizes)
     peers = list(dict.fromkeys(peer for peer in arguments.peers.split(",") if peer))
-    launched = launch.detect(os.environ).launcher is not launch.Launcher.NONE
     _check_files(arguments)
-    with _launched(peers) if launched else _started(arguments, peers) as job:
-        entries = [Entry(each, variant) for each in job.turns for variant in _variants(each)]
+    with _launched(peers) if _under_launcher() else _started(arguments, peers) as job:
+        entries = [Entry(each, variant) for each in job.turns for variant in each.variants]
         console = Console(soft_wrap=True, quiet=not job.speaks, stderr=True)
         with console.status("") as status:
             measured = measure(
@@ -104,7 +103,7 @@ def _collective(arguments: argparse.Namespace) -> int:
                 announce=lambda nbytes: status.update(f"{arguments.what}, {report.size(nbytes)}"),
             )
         measured.failures |= job.failures
-        versions = [f"{each.label}: {_version(each)}" for each in job.turns]
+        versions = [f"{each.label}: {each.version}" for each in job.turns]
     if job.speaks:
         _report(arguments, measured, peers, job.ranks, versions)
     return 1 if measured.failures else 0
@@ -178,10 +177,12 @@ class _TeamTurns:
 
     def __init__(self, label: str, team: Team) -> None:
         self.label = label
-        self.team = team
+        self.variants: Sequence[str] = team.hello["variants"]
+        self.version: str = team.hello["version"]
+        self._team = team
 
     def turn(self, *, variant: str, collective: str, nbytes: int, repeat: int) -> list[list[float]]:
-        return self.team.turn(variant=variant, collective=collective, nbytes=nbytes, repeat=repeat)
+        return self._team.turn(variant=variant, collective=collective, nbytes=nbytes, repeat=repeat)
 
 
 @contextlib.contextmanager
@@ -223,19 +224,15 @@ def _launched(peers: Sequence[str]) -> Iterator[_Job]:
     yield _Job(here.contenders(peers), pycomm.size(), speaks=pycomm.rank() == 0)
 
 
-def _variants(turns: Turns) -> Sequence[str]:
-    if isinstance(turns, _TeamTurns):
-        return list(turns.team.hello["variants"])
-    return list(turns.contender.variants())  # type: ignore[attr-defined]
-
-
-def _version(turns: Turns) -> str:
-    if isinstance(turns, _TeamTurns):
-        return str(turns.team.hello["version"])
-    return str(turns.contender.version())  # type: ignore[attr-defined]
+def _under_launcher() -> bool:
+    return launch.detect(os.environ).launcher is not launch.Launcher.NONE
 
 
 def _step(arguments: argparse.Namespace) -> int:
+    if _under_launcher():
+        raise InvalidArgumentError(
+            "bench step starts its ranks itself: run it without a launcher, with --ranks."
+        )
     with (
         Team("step", _torch_commands("step", arguments.ranks), arguments.ranks) as team,
         Console(stderr=True).status("") as status,
@@ -263,8 +260,7 @@ def _step(arguments: argparse.Namespace) -> int:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
-    launched = launch.detect(os.environ).launcher is not launch.Launcher.NONE
-    if not launched:
+    if not _under_launcher():
         raise InvalidArgumentError(
             "bench calibrate measures between hosts: start it on them, with "
             "`mpirun -np RANKS --host A,B python -m pycomm bench calibrate`."

@@ -18,15 +18,20 @@ VARIANTS = ("alone", "pycomm", "gloo")
 BATCH, TOKENS, WIDTH, LAYERS = 6, 64, 384, 6
 
 
+def transformer() -> nn.Module:
+    """The model, equal on every rank."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, 6, 4 * WIDTH, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
+
+
 class Replica:
     """One copy of the model and how its gradients are synchronised."""
 
     def __init__(self, variant: str) -> None:
-        torch.manual_seed(0)
-        layer = nn.TransformerEncoderLayer(WIDTH, 6, 4 * WIDTH, dropout=0.0, batch_first=True)
-        encoder = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
+        encoder = transformer()
         self.parameters = list(encoder.parameters())
-        self.model: nn.Module = encoder
+        self.model = encoder
         self.optimizer: Any = torch.optim.SGD(encoder.parameters(), lr=1e-4)
         if variant == "pycomm":
             self.optimizer = pycomm.DistributedOptimizer(self.optimizer, encoder.named_parameters())

@@ -17,10 +17,9 @@ def pin(rank: int, size: int) -> None:
 
     Threads that the library started before stay free.
     """
-    cores = sorted(os.sched_getaffinity(0))
-    everywhere = sorted(set(range(os.cpu_count() or 1)) & set(cores)) if len(cores) > 1 else cores
-    if size <= len(everywhere):
-        os.sched_setaffinity(0, {everywhere[rank % len(everywhere)]})
+    cores = sorted(os.sched_getaffinity(0))  # a launcher may have left this rank fewer
+    if size <= len(cores):
+        os.sched_setaffinity(0, {cores[rank]})
 
 
 def serve(address: str, hello: Request, answer: Callable[[Request], Any]) -> None:
