@@ -42,17 +42,19 @@ class HereTurns:
 
 def contenders(peers: Sequence[str]) -> list[HereTurns]:
     """Ours and the peers that these ranks can run: gloo, and their MPI, by name or as ``mpi``."""
-    turns = [HereTurns("pycomm", OwnContender(), make_bench)]
-    for peer in peers:
-        if peer == "gloo":
-            turns.append(HereTurns(peer, _gloo()))
-        elif peer == "mpi" or peer in MPI_PEERS:
-            turns.append(HereTurns(peer, _mpi(peer)))
-        else:
-            raise InvalidArgumentError(
-                f"bench: under a launcher the peers are mpi (its own) and gloo, not {peer}."
-            )
-    return turns
+    own = HereTurns("pycomm", OwnContender(), make_bench)
+    return [own, *(HereTurns(peer, contender(peer)) for peer in peers)]
+
+
+def contender(peer: str) -> Contender:
+    """The peer among these ranks. All of them make this call."""
+    if peer == "gloo":
+        return _gloo()
+    if peer == "mpi" or peer in MPI_PEERS:
+        return _mpi(peer)
+    raise InvalidArgumentError(
+        f"bench: under a launcher the peers are mpi (its own) and gloo, not {peer}."
+    )
 
 
 def _mpi(peer: str) -> Contender:
