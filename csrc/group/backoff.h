@@ -50,7 +50,7 @@ class Backoff {
       return false;
     }
     doorbell_.sleep(listener.ticket, rings_doorbell() ? kLongestSleep : nap_);
-    nap_ = std::min(2 * nap_, kLongestNap);
+    nap_ = std::min(nap_ + nap_ / 4, kLongestNap);  // a wait ends about a quarter late
     return true;
   }
 
