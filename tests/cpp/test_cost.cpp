@@ -108,9 +108,9 @@ void check_all_sizes(Algorithm algorithm) {
 
 /// docs/cost-model.md says what a collective of one piece sends: here each rank's messages and
 /// bytes, without the messages that open the operation.
-void check_one_piece(Kind kind, int hosts, int ranks_per_host,
+void check_one_piece(Kind kind, DType dtype, int hosts, int ranks_per_host,
                      const std::function<Traffic(int rank, std::uint64_t bytes)>& expected) {
-  const AllReduceJob job = job_of(1000, hosts, ranks_per_host, Staging().piece_bytes);
+  const AllReduceJob job = job_of(1000, hosts, ranks_per_host, Staging().piece_bytes, dtype);
   const Traffic opening = traffic_of(Algorithm::kDirect, job_of(0, hosts, 1, 1024), 0, 0);
   const auto counted = count_traffic(job, Algorithm::kAuto, kind);
   for (int rank = 0; rank < static_cast<int>(counted.size()); ++rank) {
@@ -123,10 +123,11 @@ void check_one_piece(Kind kind, int hosts, int ranks_per_host,
 }
 
 void check_on_hosts(
-    Kind kind, const std::function<Traffic(int rank, int hosts, int q, std::uint64_t n)>& model) {
+    Kind kind, const std::function<Traffic(int rank, int hosts, int q, std::uint64_t n)>& model,
+    DType dtype = DType::kFloat32) {
   for (const int hosts : {2, 3, 4, 5}) {
     for (const int q : {1, 2, 3}) {
-      check_one_piece(kind, hosts, q,
+      check_one_piece(kind, dtype, hosts, q,
                       [&](int rank, std::uint64_t n) { return model(rank, hosts, q, n); });
     }
   }
@@ -186,6 +187,24 @@ TEST(all_gather_and_reduce_scatter_send_a_block_to_each_other_host) {
       return whole(hosts - 1) * Traffic{1, n};
     });
   }
+}
+
+TEST(reduce_scatter_sends_sums_of_16_bit_floats_as_float32) {
+  check_on_hosts(
+      Kind::kReduceScatter,
+      [](int, int hosts, int q, std::uint64_t n) {
+        return whole(hosts - 1) * Traffic{1, q > 1 ? 2 * n : n};
+      },
+      DType::kBFloat16);
+}
+
+TEST(broadcast_goes_down_a_binomial_tree_of_hosts) {
+  check_on_hosts(Kind::kBroadcast, [](int rank, int hosts, int q, std::uint64_t n) {
+    const int host = rank / q;
+    std::uint64_t children = 0;
+    for (int bit = 1; host + bit < hosts && (host & bit) == 0; bit *= 2) ++children;
+    return rank % q == 0 ? children * Traffic{1, n} : Traffic{};
+  });
 }
 
 TEST(all_to_all_sends_a_block_to_each_rank_of_other_hosts) {
