@@ -1,6 +1,7 @@
 """What collectives ask of their arguments, checked before anything is sent."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -146,21 +147,33 @@ def root_rank(call: str, root: int, group: Group) -> int:
 
 
 def rank_of(call: str, argument: str, rank: object, group: Group) -> int:
-    if not isinstance(rank, int) or not 0 <= rank < group.size:
+    number = integer(rank)
+    if number is None or not 0 <= number < group.size:
+        of_type = f" of type {type(rank).__name__}" if number is None else ""
         refuse(
             call,
             group,
-            f"{argument} is {rank!r}, and the group has {group.size} ranks.\n"
-            f"  Pass a rank from 0 to {group.size - 1}.",
+            f"{argument} is {rank!r}{of_type}, and the group has {group.size} ranks.\n"
+            f"  Pass a rank from 0 to {group.size - 1}, a whole number.",
         )
-    return rank
+    return number
+
+
+def integer(value: object) -> int | None:
+    """What Python takes for a whole number (NumPy's are), but True and False."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def seconds(call: str, timeout_s: float | None, group: Group) -> float:
     """The core's timeout; its 0 is the group's default."""
     if timeout_s is None:
         return 0.0
-    if not (timeout_s > 0 and math.isfinite(timeout_s)):
+    if not isinstance(timeout_s, (float, int)) or not 0 < timeout_s < math.inf:
         refuse(
             call,
             group,

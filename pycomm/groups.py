@@ -7,8 +7,8 @@ the world rank of each. Every ``root``, ``src`` and ``dst`` of a call counts in 
 from collections.abc import Iterable
 
 from pycomm._core import Group
-from pycomm.arguments import refuse
-from pycomm.runtime import world_group
+from pycomm.arguments import rank_of
+from pycomm.runtime import group_of
 
 
 def new_group(ranks: Iterable[int], *, group: Group | None = None) -> Group | None:
@@ -33,14 +33,5 @@ def new_group(ranks: Iterable[int], *, group: Group | None = None) -> Group | No
 
     Memory: at most 8 MiB of staging on each member, given back when the group is dropped.
     """
-    if group is None:
-        group = world_group()
-    chosen = list(ranks)
-    for rank in chosen:
-        if not isinstance(rank, int):
-            refuse(
-                "new_group",
-                group,
-                f"ranks holds {rank!r}. Pass ranks of the group, from 0 to {group.size - 1}.",
-            )
-    return group.new_group(chosen)
+    group = group_of(group)
+    return group.new_group([rank_of("new_group", "one of ranks", rank, group) for rank in ranks])

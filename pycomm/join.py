@@ -13,7 +13,7 @@ import torch
 from pycomm import _core
 from pycomm.errors import CommError, InvalidArgumentError, MismatchError
 from pycomm.objects import all_gather_object, broadcast_object
-from pycomm.runtime import world_group
+from pycomm.runtime import group_of
 from pycomm.state import broadcast_parameters
 
 
@@ -182,8 +182,7 @@ def join(
 
     Cost: one small all-gather for each synchronised backward pass, before its first bucket.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     if divide_by not in ("active", "world"):
         raise InvalidArgumentError(
             f"join on rank {group.rank}: divide_by is {divide_by!r}.\n"

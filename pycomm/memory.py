@@ -1,5 +1,8 @@
 """Where tensors lie: what collectives ask of the memory that they read and write."""
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -117,6 +120,25 @@ def refuse_any_overlap(call: str, output: Tensor, input: Tensor, group: Group) -
             "output and input have memory in common, and every block of the input goes to "
             "another place.\n  Pass an output of its own: torch.empty_like(input).",
         )
+
+
+def refuse_shared_memory(call: str, tensors: Sequence[Tensor], group: Group) -> None:
+    """Refuse tensors that would overwrite each other.
+
+    Of strided views that mesh, such as even and odd columns, only equal ones are refused.
+    """
+    by_place = sorted((_extent(t), index) for index, t in enumerate(tensors) if t.numel() > 0)
+    for ((begin, end), index), ((next_begin, _), next_index) in itertools.pairwise(by_place):
+        first, second = tensors[index], tensors[next_index]
+        whole = first.is_contiguous() and second.is_contiguous()
+        same = begin == next_begin and first.stride() == second.stride()
+        if next_begin < end and (whole or same):
+            refuse(
+                call,
+                group,
+                f"tensors[{index}] and tensors[{next_index}] have memory in common, and both are "
+                "overwritten.\n  Pass each once, or one of them as a copy (.clone()).",
+            )
 
 
 def _extent(t: Tensor) -> tuple[int, int]:

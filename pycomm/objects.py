@@ -15,7 +15,7 @@ from pycomm._core import Group
 from pycomm.arguments import MOVABLE, root_rank
 from pycomm.collectives import all_to_all, gather_list
 from pycomm.errors import CommError, InvalidArgumentError
-from pycomm.runtime import world_group
+from pycomm.runtime import group_of
 
 T = TypeVar("T")
 
@@ -36,8 +36,7 @@ def broadcast_object(obj: Any, root: int = 0, *, group: Group | None = None) -> 
 
     Cost: three small messages and one of the pickle's size; no rank holds more than one copy.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     root = root_rank("broadcast_object", root, group)
     payload, mistake = b"", None
     if group.rank == root:
@@ -66,8 +65,7 @@ def all_gather_object(obj: Any, *, group: Group | None = None) -> list[Any]:
 
     Memory: ``p`` times the largest pickle.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     payload, mistake = _attempt(lambda: pickle.dumps(obj, pickle.HIGHEST_PROTOCOL), b"")
     raise_together("all_gather_object", mistake, group)
     payloads = all_gather_bytes("all_gather_object", payload, group)
@@ -92,8 +90,7 @@ def gather_object(obj: Any, root: int = 0, *, group: Group | None = None) -> lis
 
     Memory: on the root the sum of all pickles, elsewhere its own.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     root = root_rank("gather_object", root, group)
     payload, mistake = _attempt(lambda: pickle.dumps(obj, pickle.HIGHEST_PROTOCOL), b"")
     raise_together("gather_object", mistake, group)
@@ -125,8 +122,7 @@ def scatter_object(
 
     Memory: on the root the sum of all pickles, elsewhere its own.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     root = root_rank("scatter_object", root, group)
     payloads: list[bytes] = [b""] * group.size
     mistake: Exception | None = None

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from pycomm._core import DType, Group
-from pycomm.arguments import movable, rank_of, refuse, seconds
+from pycomm.arguments import integer, movable, rank_of, refuse, seconds
 from pycomm.errors import InvalidArgumentError
 from pycomm.memory import dense, writable
-from pycomm.runtime import world_group
+from pycomm.runtime import group_of
 from pycomm.tensor_calls import shortened
 from pycomm.work import Work, nothing
 
@@ -51,8 +51,7 @@ def send(
     Cost: on one host one copy, by the receiver, of what lies in the arena (a bucket), and two of
     any other tensor, which overlap.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     dtype = movable("send", "tensor", tensor, group)
     memory = dense(tensor)
     group.send(
@@ -86,8 +85,7 @@ def recv(
         InvalidArgumentError: also if ``tensor`` is not contiguous or part of an autograd graph.
         MismatchError, CommTimeoutError, PeerLostError: as for ``send``.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     dtype = _incoming("recv", tensor, group)
     source = group.recv(
         tensor.data_ptr(),
@@ -115,8 +113,7 @@ def isend(
     Any number may be under way, in any order on the two sides: what nobody receives yet is a
     descriptor there.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     dtype = movable("isend", "tensor", tensor, group)
     memory = dense(tensor)
     work = group.isend(
@@ -142,8 +139,7 @@ def irecv(
     """``recv`` that returns at once; ``tensor`` is valid after ``Work.wait()``, which returns whose
     message it was.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     dtype = _incoming("irecv", tensor, group)
     work = group.irecv(
         tensor.data_ptr(),
@@ -204,8 +200,7 @@ def send_object(
     Raises:
         InvalidArgumentError: it cannot be pickled; nothing was sent. Otherwise as for ``send``.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     try:
         payload = bytearray(pickle.dumps(obj, pickle.HIGHEST_PROTOCOL))
     except Exception as mistake:  # user code inside pickle may raise anything
@@ -243,8 +238,7 @@ def recv_object(
     Raises:
         InvalidArgumentError: it cannot be unpickled here. Otherwise as for ``recv``.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     length = torch.empty(1, dtype=torch.int64)
     source = recv(length, src, tag=tag, group=group, timeout_s=timeout_s)
     payload = torch.empty(int(length), dtype=torch.uint8)
@@ -276,6 +270,7 @@ def _source(call: str, src: int | None, group: Group) -> int | None:
 
 
 def _tag(call: str, tag: object, group: Group) -> int:
-    if not isinstance(tag, int) or not 0 <= tag < 1 << 31:
-        refuse(call, group, f"tag is {tag!r}. Pass an integer from 0 to 2147483647.")
-    return tag
+    number = integer(tag)
+    if number is None or not 0 <= number < 1 << 31:
+        refuse(call, group, f"tag is {tag!r}. Pass a whole number from 0 to 2147483647.")
+    return number

@@ -183,6 +183,25 @@ def world_group(call: str | None = None) -> _core.Group:
     )
 
 
+def group_of(group: _core.Group | None) -> _core.Group:
+    """The group that a call means: the world if it names none.
+
+    Raises:
+        InvalidArgumentError: it is something else; names the calling function.
+        NotInitializedError: as ``world_group``.
+    """
+    if isinstance(group, _core.Group):
+        return group
+    call = sys._getframe(1).f_code.co_name
+    if group is None:
+        return world_group(call)
+    where = f" on rank {_session.group.rank}" if _session is not None else ""
+    raise InvalidArgumentError(
+        f"{call}{where}: group is {group!r}.\n"
+        "  Pass what new_group(), split() or a Mesh returned, or None for the world."
+    )
+
+
 def host_key(environ: Mapping[str, str]) -> str:
     """What is equal exactly for processes that can share memory.
 

@@ -21,7 +21,7 @@ from pycomm.objects import (
     broadcast_object,
     raise_together,
 )
-from pycomm.runtime import world_group
+from pycomm.runtime import group_of
 
 
 def broadcast_parameters(
@@ -47,8 +47,7 @@ def broadcast_parameters(
         CommTimeoutError, PeerLostError: as for ``all_reduce``.
     """
     call = "broadcast_parameters"
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     root = root_rank(call, root, group)
     tensors: dict[str, Tensor] = {}
     mistake = None
@@ -84,8 +83,7 @@ def broadcast_optimizer_state(
         CommTimeoutError, PeerLostError: as for ``all_reduce``.
     """
     call = "broadcast_optimizer_state"
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     root = root_rank(call, root, group)
     _require_same(call, _describe_optimizer(optimizer), group)
 

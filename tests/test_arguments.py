@@ -1,7 +1,9 @@
 """Bad calls are refused before anything is sent; calls that differ raise on all ranks."""
 
+import re
 import time
 
+import numpy
 import pytest
 import torch
 from collective_cases import layout_id
@@ -174,6 +176,38 @@ BAD_CALLS = {
         lambda g: scatter_into(torch.ones(4, 2).t(), torch.ones(2, 4, 2), 0, group=g),
         "output is not row-major",
     ),
+    "timeout in words": (
+        lambda g: all_reduce(torch.ones(2), timeout_s="soon", group=g),
+        "timeout_s is 'soon'",
+    ),
+    "type of a root": (
+        lambda g: broadcast_(torch.ones(2), 0.0, group=g),
+        "root is 0.0 of type float, and the group has 2 ranks",
+    ),
+    "a root that is true": (
+        lambda g: broadcast_(torch.ones(2), True, group=g),
+        "root is True of type bool",
+    ),
+    "color": (
+        lambda g: g.split("red"),
+        "split on rank [01]: color is 'red'",
+    ),
+    "key": (
+        lambda g: g.split(0, 0.5),
+        "split on rank [01]: key is 0.5",
+    ),
+    "opaque layout": (
+        lambda g: all_reduce(torch.ones(4).to_mkldnn(), group=g),
+        "t has layout torch._mkldnn",
+    ),
+    "grouped twice": (
+        lambda g: broadcast_grouped_([a := torch.ones(2), torch.ones(3), a], group=g),
+        r"tensors\[0\] and tensors\[2\] have memory in common",
+    ),
+    "grouped overlap": (
+        lambda g: all_reduce_grouped_([(a := torch.ones(3))[1:], a[:2]], group=g),
+        r"tensors\[1\] and tensors\[0\] have memory in common",
+    ),
     "grouped dtype": (
         lambda g: all_reduce_grouped([torch.ones(2), torch.ones(2, device="meta")], group=g),
         r"all_reduce_grouped on rank 0: tensors\[1\] is on meta",
@@ -206,6 +240,22 @@ def test_bad_arguments_lose_nothing(case):
     run_ranks(2, body)
 
 
+@pytest.mark.parametrize("call", [barrier, lambda group: all_reduce(torch.ones(2), group=group)])
+def test_a_group_is_a_group(call):
+    with pytest.raises(InvalidArgumentError, match=r": group is \[0, 1\].\n  Pass what new_group"):
+        call(group=[0, 1])
+
+
+def test_numbers_may_be_numpys():
+    def body(group):
+        t = torch.tensor(float(group.rank))
+        broadcast_(t, numpy.int64(1), group=group)
+        assert t == 1
+        assert group.split(numpy.int32(0), numpy.int64(-group.rank)).rank == 1 - group.rank
+
+    run_ranks(2, body)
+
+
 BAD_SCATTERS = {
     "nothing": (None, "t is None on the root"),
     "rows": (torch.ones(3, 2), r"t has shape \(3, 2\), and 2 ranks need a row each"),
@@ -215,13 +265,13 @@ BAD_SCATTERS = {
 
 
 @pytest.mark.parametrize("case", list(BAD_SCATTERS))
-def test_the_root_alone_refuses_what_it_scatters(case):
+def test_what_the_root_cannot_scatter_raises_everywhere(case):
     t, message = BAD_SCATTERS[case]
 
     def body(group):
-        if group.rank == 0:
-            with pytest.raises(InvalidArgumentError, match=f"scatter on rank 0: {message}"):
-                scatter(t, group=group)
+        ours = "scatter on rank 0: " if group.rank == 0 else "on rank 1: refused by the root: .*"
+        with pytest.raises(InvalidArgumentError, match=f"(?s){ours}{message}"):
+            scatter(t, group=group)
         assert all_reduce(torch.tensor(1), group=group) == 2
 
     run_ranks(2, body)
@@ -267,7 +317,7 @@ MISMATCHES = {
     "memory order": (
         lambda g: all_reduce_(torch.ones(2, 3), group=g),
         lambda g: all_reduce_(torch.ones(3, 2).t(), group=g),
-        ["all_reduce of 6", "memory order (1, 0)"],
+        ["all_reduce of 6", "memory order (1, 0)", "Pass t.contiguous() on every rank"],
     ),
     "complex and bytes": (
         lambda g: broadcast_(torch.ones(2, dtype=torch.complex64), group=g),
@@ -287,7 +337,17 @@ MISMATCHES = {
     "shapes of a group of tensors": (
         lambda g: all_reduce_grouped_([torch.ones(2), torch.ones(3)], group=g),
         lambda g: all_reduce_grouped_([torch.ones(3), torch.ones(2)], group=g),
-        ["2 tensors: (2,) (3,)", "2 tensors: (3,) (2,)"],
+        ["2 of 2 tensors: (2,) (3,)", "2 of 2 tensors: (3,) (2,)"],
+    ),
+    "an empty list": (
+        lambda g: all_reduce_grouped_([], group=g),
+        lambda g: all_reduce_grouped_([torch.ones(2)], group=g),
+        ["barrier", "1 of 1 tensors: (2,)"],
+    ),
+    "a longer list of two dtypes": (
+        lambda g: all_reduce_grouped_([torch.ones(2)], group=g),
+        lambda g: all_reduce_grouped_([torch.ones(2), torch.ones(2).int()], group=g),
+        ["1 of 1 tensors: (2,)", "1 of 2 tensors: (2,)"],
     ),
     "splits given or not": (
         lambda g: all_to_all(torch.ones(g.size), [1] * g.size, [1] * g.size, group=g),
@@ -312,7 +372,8 @@ def test_a_mismatch_is_raised_on_all_ranks(case, hosts):
     for text in run_ranks(len(hosts), body, hosts=hosts, timeout_s=20):
         for side in sides:
             assert side in text
-        assert "Every rank must issue the same collectives" in text
+        remedy = text.splitlines()[-1]
+        assert re.search(r"Every rank must|Pass t.contiguous\(\) on every rank", remedy)
 
 
 def test_a_missing_peer_is_a_timeout_that_names_it():

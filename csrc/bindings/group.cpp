@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "bindings/bindings.h"
+#include "core/error.h"
 
 namespace pycomm {
 namespace {
@@ -15,6 +16,19 @@ namespace {
 namespace py = pybind11;
 
 std::byte* pointer(std::uintptr_t address) { return reinterpret_cast<std::byte*>(address); }
+
+/// What Python takes for a whole number; NumPy's are.
+std::int64_t whole_number(const Group& group, const char* call, const char* argument,
+                          const py::object& value) {
+  const auto number = py::reinterpret_steal<py::object>(PyNumber_Index(value.ptr()));
+  int overflow = 0;
+  const long long found = number ? PyLong_AsLongLongAndOverflow(number.ptr(), &overflow) : 0;
+  if (number && overflow == 0) return found;
+  PyErr_Clear();
+  throw InvalidArgumentError(std::string(call) + " on rank " + std::to_string(group.rank()) + ": " +
+                             argument + " is " + std::string(py::repr(value)) +
+                             ". Pass a whole number of at most 64 bits.");
+}
 
 /// What all collectives have in common.
 struct Call {
@@ -227,11 +241,14 @@ void bind_group(py::module_& module) {
           "The group of these of my ranks, in this order; None on the others. All of mine call.")
       .def(
           "split",
-          [](Group& group, std::optional<std::int64_t> color, std::int64_t key) {
+          [](Group& group, const py::object& color, const py::object& key) {
+            std::optional<std::int64_t> its_color;
+            if (!color.is_none()) its_color = whole_number(group, "split", "color", color);
+            const std::int64_t its_key = whole_number(group, "split", "key", key);
             const py::gil_scoped_release no_gil;
-            return group.split(color, key, interrupt_check());
+            return group.split(its_color, its_key, interrupt_check());
           },
-          py::arg("color"), py::arg("key") = 0,
+          py::arg("color"), py::arg("key") = py::int_(0),
           "One group for each color, ordered by key, then rank; None for color None.")
       .def("abort", &Group::abort, py::arg("reason"), py::call_guard<py::gil_scoped_release>());
 }

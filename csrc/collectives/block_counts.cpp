@@ -54,8 +54,10 @@ Task<> BlockCounts::agree() {
         std::to_string(difference_.sender) + " sends " + std::to_string(difference_.sent) +
         " elements to rank " + std::to_string(difference_.receiver) + ", which expects " +
         std::to_string(difference_.expected) +
-        ".\n  Entry s of rank r's output counts must be entry r of rank s's input counts; exchange "
-        "the counts first, with an all_to_all of one number for each rank.");
+        ".\n  Entry s of rank r's output splits must be entry r of rank s's input splits (above "
+        "they "
+        "are counted in elements). Exchange the splits first, with an all_to_all of one number for "
+        "each rank, or leave output_splits out of all_to_all(), which then does it.");
   }
   if (context_.host_count() > 1) co_await meet(context_);  // the first rank has no objection
 }

@@ -9,6 +9,9 @@
 namespace pycomm {
 namespace {
 
+/// How pycomm/memory.py begins the name of a call in place on memory that is not row-major.
+constexpr std::string_view kMemoryOrder = "memory order";
+
 /// Both halves of a 128-bit product: every input bit reaches every output bit (as in wyhash).
 std::uint64_t product(std::uint64_t a, std::uint64_t b) {
   const auto wide = static_cast<unsigned __int128>(a) * b;
@@ -132,6 +135,31 @@ std::string Signature::describe() const {
   return text;
 }
 
+namespace {
+
+std::string remedy(const Signature& mine, const Signature& other) {
+  const auto has_left = [](const Signature& signature) {
+    return signature.kind == Kind::kShutdown;
+  };
+  if (has_left(mine) != has_left(other)) {
+    return "One has finished while the other goes on: every rank must make the same number of "
+           "calls. Give each as many batches, or let pycomm.join() take part for those that end "
+           "early.";
+  }
+  const auto is_ordered = [](const Signature& signature) {
+    return name_of_call(signature).starts_with(kMemoryOrder);
+  };
+  if (mine.kind == other.kind && mine.count == other.count &&
+      (is_ordered(mine) || is_ordered(other))) {
+    return "The elements lie in different orders in the ranks' memory, and a call in place pairs "
+           "them as they lie (no order named: row-major). Pass t.contiguous() on every rank.";
+  }
+  return "Every rank must issue the same collectives in the same order, with the same shape, "
+         "dtype, op and root.";
+}
+
+}  // namespace
+
 std::string describe_mismatch(int rank, const Signature& mine, int other_rank,
                               const Signature& other) {
   std::string ours = mine.describe();
@@ -142,9 +170,8 @@ std::string describe_mismatch(int rank, const Signature& mine, int other_rank,
     theirs += same_position ? " after other calls" : " as call #" + std::to_string(other.sequence);
   }
   return "call #" + std::to_string(mine.sequence) + " differs: rank " + std::to_string(rank) +
-         " made " + ours + ", rank " + std::to_string(other_rank) + " made " + theirs +
-         ".\n  Every rank must issue the same collectives in the same order, with the same shape, "
-         "dtype, op and root.";
+         " made " + ours + ", rank " + std::to_string(other_rank) + " made " + theirs + ".\n  " +
+         remedy(mine, other);
 }
 
 }  // namespace pycomm

@@ -12,7 +12,7 @@ from pycomm._core import Algorithm, Group, ReduceOp
 from pycomm.arguments import algorithm_named, check_scales, reducible, seconds
 from pycomm.collectives.autograd import blocking_only, followed, linear, linear_only
 from pycomm.memory import dense, laid_out_like, memory_order, writable
-from pycomm.runtime import world_group
+from pycomm.runtime import group_of
 from pycomm.work import Work, nothing, outcome
 
 _AUTO = Algorithm.AUTO
@@ -83,8 +83,7 @@ def all_reduce(
         MismatchError: a peer made a different call at this position. The group is finished.
         CommTimeoutError, PeerLostError: name the peer and step. The group is finished.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     ordinary = (
         timeout_s is None
         and algorithm is None
@@ -92,7 +91,7 @@ def all_reduce(
         and postscale == 1
         and not async_op
     )
-    if ordinary and type(t) is Tensor and not t.requires_grad:
+    if ordinary and type(t) is Tensor and t.layout is torch.strided and not t.requires_grad:
         like_t = torch.empty_like(t)
         if tensor_calls.all_reduce(group, t, like_t, op):
             return like_t
@@ -182,8 +181,7 @@ def all_reduce_(
         MismatchError, CommTimeoutError, PeerLostError: as for ``all_reduce``; ``t`` is then
             unspecified.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     dtype = reducible("all_reduce_", "t", t, op, group)
     if prescale != 1 or postscale != 1:
         check_scales("all_reduce_", t, prescale, postscale, group)

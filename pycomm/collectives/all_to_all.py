@@ -12,7 +12,7 @@ from pycomm._core import DType, Group
 from pycomm.arguments import divided, movable, refuse, same_dtype, seconds, splits_of
 from pycomm.collectives.autograd import blocking_only, followed, linear
 from pycomm.memory import dense, refuse_any_overlap, writable
-from pycomm.runtime import world_group
+from pycomm.runtime import group_of
 from pycomm.tensor_calls import shortened
 from pycomm.work import CoreWork, Work, nothing, outcome
 
@@ -68,8 +68,7 @@ def all_to_all(
     Raises:
         InvalidArgumentError: shape, dtype, device or splits; otherwise as for ``all_reduce``.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     call = "all_to_all"
     dtype = movable(call, "t", t, group)
     limit_s = seconds(call, timeout_s, group)
@@ -142,8 +141,7 @@ def all_to_all_into(
         InvalidArgumentError: shape, dtype, device, splits, strides or overlap; otherwise as for
             ``all_reduce_``.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     call = "all_to_all_into"
     dtype = movable(call, "input", input, group)
     movable(call, "output", output, group)

@@ -4,7 +4,7 @@ from typing import Literal, overload
 
 from pycomm._core import Group
 from pycomm.arguments import seconds
-from pycomm.runtime import world_group
+from pycomm.runtime import group_of
 from pycomm.work import Work, nothing, outcome
 
 
@@ -28,8 +28,7 @@ def barrier(
     Raises:
         MismatchError, CommTimeoutError, PeerLostError: as for ``all_reduce``.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     if timeout_s is None and not async_op:
         group.barrier()
         return None

@@ -16,7 +16,7 @@ from pycomm.collectives.autograd import (
     linear_only,
 )
 from pycomm.memory import dense, laid_out_like, memory_order, writable
-from pycomm.runtime import world_group
+from pycomm.runtime import group_of
 from pycomm.tensor_calls import shortened
 from pycomm.work import Work, nothing, outcome
 
@@ -64,8 +64,7 @@ def broadcast(
     Raises:
         InvalidArgumentError: dtype, device or root; otherwise as for ``all_reduce``.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     dtype = movable("broadcast", "t", t, group)
     root = root_rank("broadcast", root, group)
     if followed(t):
@@ -132,8 +131,7 @@ def broadcast_(
     Raises:
         InvalidArgumentError: dtype, device, root or strides; otherwise as for ``all_reduce_``.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     dtype = movable("broadcast_", "t", t, group)
     writable("broadcast_", "t", t, group)
     work = group.broadcast(
@@ -203,8 +201,7 @@ def reduce(
     Raises:
         InvalidArgumentError: dtype, device, op or root; otherwise as for ``all_reduce``.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     dtype = reducible("reduce", "t", t, op, group)
     root = root_rank("reduce", root, group)
     if prescale != 1 or postscale != 1:
@@ -301,8 +298,7 @@ def reduce_(
     Raises:
         InvalidArgumentError: dtype, device, op, root or strides; otherwise as for ``all_reduce_``.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     dtype = reducible("reduce_", "t", t, op, group)
     root = root_rank("reduce_", root, group)
     if prescale != 1 or postscale != 1:

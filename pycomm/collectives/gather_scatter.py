@@ -1,6 +1,6 @@
 """Blocks from all ranks to one, and from one to all: each other's transposes."""
 
-from typing import Literal, overload
+from typing import Literal, NoReturn, overload
 
 import torch
 from torch import Tensor
@@ -9,8 +9,9 @@ from torch.autograd.graph import increment_version
 from pycomm._core import DType, Group
 from pycomm.arguments import MOVABLE, movable, refuse, root_rank, same_dtype, seconds
 from pycomm.collectives.autograd import blocking_only, followed, linear
+from pycomm.errors import InvalidArgumentError
 from pycomm.memory import dense, memory_order, refuse_overlap, writable
-from pycomm.runtime import world_group
+from pycomm.runtime import group_of
 from pycomm.work import Work, nothing, outcome
 
 MAX_DIMS = 64  # of a tensor whose shape travels
@@ -61,8 +62,7 @@ def gather(
     Raises:
         InvalidArgumentError: dtype, device or root; otherwise as for ``all_reduce``.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     dtype = movable("gather", "t", t, group)
     root = root_rank("gather", root, group)
     if followed(t):
@@ -135,32 +135,23 @@ def scatter(
 
     Raises:
         InvalidArgumentError: dtype, device, shape or root; otherwise as for ``all_reduce``. What is
-            wrong with ``t`` raises on the root alone, before it has sent anything.
+            wrong with the root's ``t`` raises on every rank; the group stays usable.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     root = root_rank("scatter", root, group)
     limit_s = seconds("scatter", timeout_s, group)
     card = torch.zeros(3 + MAX_DIMS, dtype=torch.int64)
+    mistake: InvalidArgumentError | None = None
     if group.rank == root:
-        if t is None:
-            refuse("scatter", group, "t is None on the root. Pass the tensor to cut up.")
-        dtype = movable("scatter", "t", t, group)
-        _check_rows(t, group)
-        if followed(t):
-            blocking_only("scatter", group, async_op)
-        card[:3] = torch.tensor([dtype.value, followed(t), t.dim() - 1])
-        card[3 : 2 + t.dim()] = torch.tensor(t.shape[1:])
-    group.broadcast(
-        card.data_ptr(),
-        card.data_ptr(),
-        len(card),
-        DType.INT64,
-        root,
-        name="scatter's shape",
-        timeout_s=limit_s,
-    )
+        try:
+            _fill_card(card, t, group, async_op)
+        except InvalidArgumentError as raised:
+            mistake = raised
+            card[:2] = torch.tensor([_REFUSED, len(str(mistake).encode())])
+    _broadcast_of_scatter(card, root, group, limit_s)
     code, to_follow, dims, *sizes = card.tolist()
+    if code == _REFUSED:
+        _raise_everywhere(mistake, to_follow, root, group, limit_s)
     dtype, shape = DType(code), tuple(sizes[:dims])
 
     def scattered(t: Tensor | None) -> Tensor | Work[Tensor]:
@@ -240,8 +231,7 @@ def scatter_into(
         InvalidArgumentError: shape, dtype, device, root, strides or overlap; otherwise as for
             ``all_reduce_``.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     call = "scatter_into"
     dtype = movable(call, "output", output, group)
     root = root_rank(call, root, group)
@@ -292,3 +282,46 @@ def _check_rows(t: Tensor, group: Group) -> None:
             f"t has {t.dim()} dimensions, and a shape of at most {MAX_DIMS + 1} can be sent.\n"
             "  Use scatter_into, whose ranks know the shape, or flatten t.",
         )
+
+
+# In place of a dtype: the root has refused its tensor, and its words follow.
+_REFUSED = -1
+
+
+def _fill_card(card: Tensor, t: Tensor | None, group: Group, async_op: bool) -> None:
+    """Write what the other ranks must know of the root's ``t``; raise if it cannot be cut up."""
+    if t is None:
+        refuse("scatter", group, "t is None on the root. Pass the tensor to cut up.")
+    dtype = movable("scatter", "t", t, group)
+    _check_rows(t, group)
+    if followed(t):
+        blocking_only("scatter", group, async_op)
+    card[:3] = torch.tensor([dtype.value, followed(t), t.dim() - 1])
+    card[3 : 2 + t.dim()] = torch.tensor(t.shape[1:])
+
+
+def _raise_everywhere(
+    mistake: InvalidArgumentError | None, length: int, root: int, group: Group, timeout_s: float
+) -> NoReturn:
+    """Raise the root's mistake, on the other ranks in its words."""
+    text = torch.zeros(length, dtype=torch.uint8)
+    if mistake is not None:
+        text.copy_(torch.frombuffer(bytearray(str(mistake).encode()), dtype=torch.uint8))
+    _broadcast_of_scatter(text, root, group, timeout_s)
+    if mistake is not None:
+        raise mistake
+    raise InvalidArgumentError(
+        f"scatter on rank {group.rank}: refused by the root: {text.numpy().tobytes().decode()}"
+    )
+
+
+def _broadcast_of_scatter(t: Tensor, root: int, group: Group, timeout_s: float) -> None:
+    group.broadcast(
+        t.data_ptr(),
+        t.data_ptr(),
+        t.numel(),
+        MOVABLE[t.dtype],
+        root,
+        name="scatter's shape",
+        timeout_s=timeout_s,
+    )

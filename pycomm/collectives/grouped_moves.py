@@ -17,7 +17,7 @@ from pycomm.collectives.packs import (
     packs_of,
 )
 from pycomm.collectives.shards import reduce_scatter
-from pycomm.runtime import world_group
+from pycomm.runtime import group_of
 from pycomm.work import CoreWork, Work
 
 
@@ -61,8 +61,7 @@ def broadcast_grouped_(
         As ``broadcast_`` does. Nothing is sent unless all tensors are in order; they
         keep what they held if the operation fails.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     call = "broadcast_grouped_"
     packs = packs_of(call, tensors, group, lambda argument, t: movable(call, argument, t, group))
     check_writable(call, tensors, group)
@@ -126,8 +125,7 @@ def all_gather_grouped(
     Raises:
         As ``all_gather`` does. Nothing is sent unless all tensors are in order.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     call = "all_gather_grouped"
     packs = packs_of(call, tensors, group, lambda argument, t: movable(call, argument, t, group))
     check_blocking(call, tensors, group, async_op)

@@ -20,7 +20,7 @@ from pycomm.collectives.packs import (
     packs_of,
 )
 from pycomm.collectives.shards import all_gather
-from pycomm.runtime import world_group
+from pycomm.runtime import group_of
 from pycomm.work import CoreWork, Work
 
 
@@ -71,8 +71,7 @@ def all_reduce_grouped(
     Raises:
         As ``all_reduce`` does. Nothing is sent unless all tensors are in order.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     call = "all_reduce_grouped"
     packs = _reducible_packs(call, tensors, op, prescale, postscale, group, async_op)
     limit_s = seconds(call, timeout_s, group)
@@ -138,8 +137,7 @@ def all_reduce_grouped_(
         As ``all_reduce_`` does. Nothing is sent unless all tensors are in order; they
         keep what they held if the operation fails.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     call = "all_reduce_grouped_"
     packs = packs_of(
         call, tensors, group, lambda argument, t: reducible(call, argument, t, op, group)
@@ -200,8 +198,7 @@ def reduce_scatter_grouped(
     Raises:
         As ``reduce_scatter`` does. Nothing is sent unless all tensors are in order.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     call = "reduce_scatter_grouped"
     packs = _reducible_packs(call, tensors, op, prescale, postscale, group, async_op)
     for index, t in enumerate(tensors):

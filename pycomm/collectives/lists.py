@@ -12,7 +12,7 @@ from pycomm.collectives.all_to_all import all_to_all
 from pycomm.collectives.autograd import blocking_only, followed, linear
 from pycomm.collectives.gather_scatter import MAX_DIMS
 from pycomm.memory import dense
-from pycomm.runtime import world_group
+from pycomm.runtime import group_of
 from pycomm.work import CoreWork, Work, outcome
 
 
@@ -56,8 +56,7 @@ def all_gather_list(
         InvalidArgumentError: dtype, device or more than 64 dimensions; otherwise as for
             ``all_reduce``.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     call = "all_gather_list"
     dtype = movable(call, "t", t, group)
     if followed(t):
@@ -137,8 +136,7 @@ def gather_list(
         InvalidArgumentError: as for ``all_gather_list``; a wrong root; a tensor that requires a
             gradient.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     call = "gather_list"
     dtype = movable(call, "t", t, group)
     root = root_rank(call, root, group)

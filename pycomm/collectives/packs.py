@@ -15,22 +15,22 @@ from torch import Tensor
 from pycomm._core import DType, Group
 from pycomm.arguments import refuse
 from pycomm.collectives.autograd import blocking_only, followed, linear
-from pycomm.memory import writable
+from pycomm.memory import refuse_shared_memory, writable
 from pycomm.work import CoreWork, Together, Work, outcome
 
 
 class Pack(NamedTuple):
-    """The tensors of one dtype."""
+    """The tensors of one dtype in a list of ``of``."""
 
+    of: int
     dtype: DType
     places: list[int]  # in the caller's list
     tensors: list[Tensor]
 
     @property
     def name(self) -> str:
-        return f"{len(self.tensors)} tensors: " + " ".join(
-            str(tuple(t.shape)) for t in self.tensors
-        )
+        shapes = " ".join(str(tuple(t.shape)) for t in self.tensors)
+        return f"{len(self.tensors)} of {self.of} tensors: {shapes}"
 
     def flat(self) -> Tensor:
         """All elements, row-major, end to end."""
@@ -55,7 +55,10 @@ def packs_of(
     group: Group,
     dtype_of: Callable[[str, Tensor], DType],
 ) -> list[Pack]:
-    """One for each dtype, in the order of their first tensors."""
+    """One for each dtype, in the order of their first tensors.
+
+    No tensors are a barrier, so that ranks whose lists are not empty learn of it.
+    """
     if isinstance(tensors, Tensor):
         refuse(
             call, group, "tensors is a Tensor. Pass a list of tensors, or call the form for one."
@@ -63,9 +66,11 @@ def packs_of(
     packs: dict[DType, Pack] = {}
     for index, t in enumerate(tensors):
         dtype = dtype_of(f"tensors[{index}]", t)
-        pack = packs.setdefault(dtype, Pack(dtype, [], []))
+        pack = packs.setdefault(dtype, Pack(len(tensors), dtype, [], []))
         pack.places.append(index)
         pack.tensors.append(t)
+    if not packs:
+        group.barrier()
     return list(packs.values())
 
 
@@ -77,6 +82,7 @@ def check_blocking(call: str, tensors: Sequence[Tensor], group: Group, async_op:
 def check_writable(call: str, tensors: Sequence[Tensor], group: Group) -> None:
     for index, t in enumerate(tensors):
         writable(call, f"tensors[{index}]", t, group)
+    refuse_shared_memory(call, tensors, group)
 
 
 def new_tensors(

@@ -16,7 +16,7 @@ from pycomm.collectives.autograd import (
     linear_only,
 )
 from pycomm.memory import dense, given_output, refuse_overlap, writable
-from pycomm.runtime import world_group
+from pycomm.runtime import group_of
 from pycomm.tensor_calls import shortened
 from pycomm.work import Work, nothing, outcome
 
@@ -60,8 +60,7 @@ def all_gather(
     Raises:
         InvalidArgumentError: dtype or device; otherwise as for ``all_reduce``.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     dtype = movable("all_gather", "t", t, group)
     if followed(t):
         blocking_only("all_gather", group, async_op)
@@ -130,8 +129,7 @@ def all_gather_into(
         InvalidArgumentError: shape, dtype, device, strides or overlap; otherwise as for
             ``all_reduce_``.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     call = "all_gather_into"
     dtype = movable(call, "input", input, group)
     movable(call, "output", output, group)
@@ -204,8 +202,7 @@ def reduce_scatter(
     Raises:
         InvalidArgumentError: shape, dtype, device or op; otherwise as for ``all_reduce``.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     dtype = reducible("reduce_scatter", "t", t, op, group)
     rows = divided("reduce_scatter", "t", t, group)
     if prescale != 1 or postscale != 1:
@@ -298,8 +295,7 @@ def reduce_scatter_into(
 
     Cost for ``n`` input bytes: (p-1)/p n sent and folded by each rank; see docs/cost-model.md.
     """
-    if group is None:
-        group = world_group()
+    group = group_of(group)
     call = "reduce_scatter_into"
     dtype = reducible(call, "input", input, op, group)
     movable(call, "output", output, group)
