@@ -18,8 +18,10 @@ namespace pycomm {
 ///   all-gather       round s   send finished chunk h      receive finished chunk h-s
 ///
 /// A chunk travels as k segments of at most kSegmentBytes; a round begins when all but the last two
-/// of the one before have arrived. Once the last round's first segment is
-/// there, the finished first segment can leave, so the wire does not rest between the phases.
+/// of the one before have arrived. That keeps hosts in step: a receiver that invited each sender by
+/// a message of its own was a sixth slower (benchmarks/README.md). Once the last round's first
+/// segment is there, the finished first segment can leave, so the wire does not rest between the
+/// phases.
 ///
 /// Cost, for n bytes, alpha s per message, beta s per byte sent, gamma s per byte folded:
 ///
