@@ -92,8 +92,7 @@ void Engine::run() {
 
 void Engine::drive() {
   using State = Progressive::State;
-  // Never spin: the thread that computes needs the core more.
-  Backoff backoff(page_.doorbell, /*may_spin=*/false);
+  Backoff backoff(page_.doorbell);  // the thread that computes needs the core more
   auto last_check = Clock::now();
   while (!stopping_.load(std::memory_order_acquire)) {
     State state = advance_all();
