@@ -418,8 +418,9 @@ def tensor_calls(
     Callable[[Callable[..., object]], Callable[..., object]],
     Callable[[Group | None], None],
 ]:
-    """``all_reduce(group, input, output, op)``, ``in_place(function)`` and ``set_world(group)``.
+    """``all_reduce(group, input, output, op)``, ``shortened(function)`` and ``set_world(group)``.
 
-    The first returns False, having done nothing, on unusual tensors. The second puts it before a
-    function (t, op) that has no group, which means the one given to the third.
+    The first returns False, having done nothing, on unusual tensors. The second puts such a short
+    way before the public function of that name; a call without a group means the one given to the
+    third.
     """

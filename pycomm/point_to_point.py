@@ -14,9 +14,11 @@ from pycomm.arguments import movable, rank_of, refuse, seconds
 from pycomm.errors import InvalidArgumentError
 from pycomm.memory import dense, writable
 from pycomm.runtime import world_group
+from pycomm.tensor_calls import shortened
 from pycomm.work import Work, nothing
 
 
+@shortened
 def send(
     tensor: Tensor,
     dst: int,
@@ -64,6 +66,7 @@ def send(
     )
 
 
+@shortened
 def recv(
     tensor: Tensor,
     src: int | None = None,

@@ -40,8 +40,9 @@ PYTHON_LAYERS = [
 # Within pycomm/collectives, likewise.
 COLLECTIVES_LAYERS = [
     {"autograd"},
+    {"packs"},
     {"all_reduce", "all_to_all", "barrier", "broadcast_reduce", "gather_scatter", "shards"},
-    {"grouped", "lists"},
+    {"grouped_moves", "grouped_reductions", "lists"},
     {"__init__"},
 ]
 

@@ -25,6 +25,68 @@ class Subclass(torch.Tensor):
     pass
 
 
+def goes_the_long_way(call):
+    """Whether ``call()`` enters a Python function of pycomm's."""
+    entered = []
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_globals["__name__"].startswith("pycomm."):
+            entered.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return bool(entered)
+
+
+# By name: the call on inputs and outputs that every rank makes alike.
+FORMS = {
+    "all_reduce_": lambda i, o, **more: pycomm.all_reduce_(o, ReduceOp.MAX, **more),
+    "broadcast_": lambda i, o, **more: pycomm.broadcast_(o, 1, **more),
+    "reduce_": lambda i, o, **more: pycomm.reduce_(o, 1, ReduceOp.AVG, **more),
+    "reduce_ by keyword": lambda i, o, **more: pycomm.reduce_(o, op=ReduceOp.SUM, root=1, **more),
+    "all_gather_into rows": lambda i, o, **more: pycomm.all_gather_into(o, i, **more),
+    "all_gather_into stacked": lambda i, o, **more: pycomm.all_gather_into(
+        o.view(2, 2, 3), i, **more
+    ),
+    "all_gather_into in place": lambda i, o, **more: pycomm.all_gather_into(
+        o, o[2 * more["group"].rank :][:2], **more
+    ),
+    "reduce_scatter_into": lambda i, o, **more: pycomm.reduce_scatter_into(
+        i, o, ReduceOp.MIN, **more
+    ),
+    "reduce_scatter_into in place": lambda i, o, **more: pycomm.reduce_scatter_into(
+        o[2 * more["group"].rank :][:2], o, **more
+    ),
+    "all_to_all_into": lambda i, o, **more: pycomm.all_to_all_into(o, o + 1, **more),
+    "send and recv": lambda i, o, **more: (
+        pycomm.recv(o, 1, tag=7, **more)
+        if more["group"].rank == 0
+        else pycomm.send(o, 0, tag=7, **more)
+    ),
+}
+
+# By name: a call that the long way must see, and refuse, on rank 0 of 1.
+REFUSED = {
+    "root out of range": lambda t: pycomm.broadcast_(t, 1),
+    "a root that is no number": lambda t: pycomm.broadcast_(t, "0"),
+    "a negative root": lambda t: pycomm.reduce_(t, -1),
+    "no op": lambda t: pycomm.reduce_(t, 0, "sum"),
+    "AVG of integers": lambda t: pycomm.reduce_(t.int(), 0, ReduceOp.AVG),
+    "an output too long": lambda t: pycomm.all_gather_into(torch.empty(2, *t.shape), t),
+    "an output of another dtype": lambda t: pycomm.all_gather_into(torch.empty_like(t).int(), t),
+    "overlap": lambda t: pycomm.all_gather_into(t[:2], t[1:3]),
+    "a scattered output too long": lambda t: pycomm.reduce_scatter_into(torch.empty(5), t),
+    "overlap of a scatter": lambda t: pycomm.reduce_scatter_into(t[:2], t[1:3]),
+    "in place all to all": lambda t: pycomm.all_to_all_into(t, t),
+    "nobody to send to": lambda t: pycomm.send(t, 1),
+    "nobody to receive from": lambda t: pycomm.recv(t, 1),
+    "a negative tag": lambda t: pycomm.send(t, 0, tag=-1),
+}
+
+
 def in_place(group, t, op):
     return tensor_calls.all_reduce(group, t, t, op)
 
@@ -51,9 +113,6 @@ UNUSUAL = {
     "sparse": lambda: torch.ones(3).to_sparse(),
     "no tensor": lambda: [1.0],
 }
-
-
-ORDINARY = [dtype for dtype in REDUCIBLE if dtype != torch.bool and not dtype.is_complex]
 
 
 @pytest.fixture
@@ -99,6 +158,32 @@ def test_both_ways_make_the_same_call(dtype, shape):
         assert torch.equal(t, torch.full(shape, 3).to(dtype))
 
     run_ranks(3, body)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_short_calls_and_long_ones_meet(form):
+    def body(group):
+        def buffers():
+            scale = group.rank + 1.0
+            return torch.arange(6.0).view(2, 3) * scale, torch.arange(12.0).view(4, 3) * scale
+
+        short, long, mixed = buffers(), buffers(), buffers()
+        seen = goes_the_long_way(lambda: form(*short, group=group))
+        assert not seen
+        assert goes_the_long_way(lambda: form(*long, group=group, timeout_s=60))
+        form(*mixed, group=group, **({"timeout_s": 60} if group.rank == 1 else {}))
+        for a, b, c in zip(short, long, mixed, strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
+            assert a._version == b._version
+
+    run_ranks(2, body)
+
+
+@pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED)
+def test_what_is_wrong_is_refused_in_words(world, call):
+    with pytest.raises(InvalidArgumentError, match="on rank 0: "):
+        call(torch.ones(4))
 
 
 def test_autograd_learns_of_the_change():
@@ -177,6 +262,12 @@ def test_calls_without_a_group_mean_the_world(world):
         all_reduce_()
     with pytest.raises(TypeError, match="takes from 1 to 2 positional"):
         all_reduce_(t, ReduceOp.SUM, None)
+    with pytest.raises(TypeError, match="multiple values for argument 'op'"):
+        all_reduce_(t, ReduceOp.SUM, op=ReduceOp.MAX)
+    all_reduce_(t, group=None)
+    sent = pycomm.isend(t, 0, tag=3)
+    assert pycomm.recv(torch.empty(3), 0, tag=3) == 0
+    sent.wait()
 
 
 def test_there_is_no_world_after_shutdown(world):

@@ -1,14 +1,15 @@
-#include "bindings/bindings.h"
-// After Python.h, which bindings.h includes.
-#include <structmember.h>
-
+#include <algorithm>
 #include <array>
-#include <cstddef>
 #include <memory>
 #include <optional>
+#include <string>
+#include <string_view>
 #include <utility>
 
-#include "bindings/dlpack.h"
+#include "bindings/bindings.h"
+#include "bindings/short_call.h"
+#include "bindings/tensor_reader.h"
+#include "core/error.h"
 #include "group/group.h"
 
 namespace pycomm {
@@ -16,108 +17,133 @@ namespace {
 
 namespace py = pybind11;
 
-/// DType::kBool stands for all that an in-place reduction does not take this way.
-DType reducible_dtype(const dlpack::Tensor& tensor) {
-  const auto [code, bits, lanes] = tensor.dtype;
-  if (lanes != 1) return DType::kBool;
-  switch (code << 8 | bits) {
-    case dlpack::kUint << 8 | 8:
-      return DType::kUint8;
-    case dlpack::kInt << 8 | 8:
-      return DType::kInt8;
-    case dlpack::kInt << 8 | 16:
-      return DType::kInt16;
-    case dlpack::kInt << 8 | 32:
-      return DType::kInt32;
-    case dlpack::kInt << 8 | 64:
-      return DType::kInt64;
-    case dlpack::kFloat << 8 | 16:
-      return DType::kFloat16;
-    case dlpack::kBfloat << 8 | 16:
-      return DType::kBFloat16;
-    case dlpack::kFloat << 8 | 32:
-      return DType::kFloat32;
-    case dlpack::kFloat << 8 | 64:
-      return DType::kFloat64;
-    default:
-      return DType::kBool;
+/// A parameter behind the tensors.
+enum class Parameter { kNone, kOp, kRoot, kDst, kSrc, kTag, kGroup };
+constexpr std::array kParameters = {Parameter::kOp,  Parameter::kRoot, Parameter::kDst,
+                                    Parameter::kSrc, Parameter::kTag,  Parameter::kGroup};
+
+constexpr const char* name_of(Parameter parameter) {
+  switch (parameter) {
+    case Parameter::kNone:
+      return "";
+    case Parameter::kOp:
+      return "op";
+    case Parameter::kRoot:
+      return "root";
+    case Parameter::kDst:
+      return "dst";
+    case Parameter::kSrc:
+      return "src";
+    case Parameter::kTag:
+      return "tag";
+    case Parameter::kGroup:
+      return "group";
   }
+  return "unknown parameter";
 }
 
-/// Sets shape and count of `operation`. False: the elements do not lie in row-major order, or there
-/// are none.
-bool set_shape(Operation& operation, const dlpack::Tensor& tensor) {
-  std::int64_t expected = 1;
-  for (int i = tensor.dim_count; i-- > 0;) {
-    if (tensor.strides != nullptr && tensor.dims[i] != 1 && tensor.strides[i] != expected) {
-      return false;
-    }
-    expected *= tensor.dims[i];
-  }
-  operation.count = static_cast<std::size_t>(expected);
-  operation.shape.count = 0;
-  for (int i = 0; i < tensor.dim_count; ++i) operation.shape.append(tensor.dims[i]);
-  return expected > 0;
-}
+enum class Form {
+  kAllReduce,
+  kBroadcast,
+  kReduce,
+  kAllGatherInto,
+  kReduceScatterInto,
+  kAllToAllInto,
+  kSend,
+  kRecv,
+};
 
-/// Collectives on tensors that need no preparation, in one call from Python to the core: asking a
-/// torch.Tensor from Python for what the core must know of it takes longer than a small collective,
-/// and pybind11's dispatch nearly as long. Knows of torch only what Python hands it.
+/// The public function of this form: its tensors, then what else it takes by position. Other
+/// parameters than these, `tag` and `group` mean the long way.
+struct Description {
+  std::string_view name;
+  int tensors;
+  std::array<Parameter, 2> parameters;
+};
+
+constexpr std::array<Description, 8> kForms = {{
+    {"all_reduce_", 1, {Parameter::kOp}},
+    {"broadcast_", 1, {Parameter::kRoot}},
+    {"reduce_", 1, {Parameter::kRoot, Parameter::kOp}},
+    {"all_gather_into", 2, {}},
+    {"reduce_scatter_into", 2, {Parameter::kOp}},
+    {"all_to_all_into", 2, {}},
+    {"send", 1, {Parameter::kDst}},
+    {"recv", 1, {Parameter::kSrc}},
+}};
+
+/// The public functions on tensors that need no preparation, in one call from Python to the core.
 ///
-/// Each call returns false, having done nothing, unless all is ordinary. The caller then goes the
-/// long way, which knows every case and raises every error.
+/// A call returns no object, having done nothing, unless all about it is ordinary. It then goes the
+/// long way, in Python, which knows every case and raises every error. Both ways announce the same
+/// operation, so it does not matter which one a peer takes.
 class TensorCalls {
  public:
-  TensorCalls(const py::type& tensor_type, py::object is_neg, py::object increment_version)
-      : tensor_type_(tensor_type),
-        is_neg_(std::move(is_neg)),
-        increment_version_(std::move(increment_version)),
-        requires_grad_(
-            py::reinterpret_steal<py::object>(PyUnicode_InternFromString("requires_grad"))) {
+  explicit TensorCalls(TensorReader reader) : reader_(std::move(reader)) {
     constexpr std::array kNames = {"SUM", "AVG", "MIN", "MAX", "PROD", "BAND", "BOR", "BXOR"};
     const py::object ops = py::type::of(py::cast(ReduceOp::kSum));
     for (std::size_t i = 0; i < kNames.size(); ++i) ops_[i] = ops.attr(kNames[i]);
-    // torch has it since 2.10.
-    const py::object capsule = py::getattr(tensor_type, dlpack::kExchangeAttribute, py::none());
-    if (!PyCapsule_IsValid(capsule.ptr(), dlpack::kExchangeCapsule)) return;
-    const auto* api = static_cast<const dlpack::ExchangeApi*>(
-        PyCapsule_GetPointer(capsule.ptr(), dlpack::kExchangeCapsule));
-    while (api != nullptr && api->version.major != dlpack::kMajorVersion) api = api->previous;
-    if (api != nullptr) read_ = api->tensor_from_py_object_no_sync;
+    for (std::size_t i = 0; i < kParameters.size(); ++i) {
+      names_[i] =
+          py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name_of(kParameters[i])));
+    }
+  }
+
+  /// The group that a call without one means; null: this process is no rank.
+  void set_world(std::shared_ptr<Group> world) { world_ = std::move(world); }
+
+  /// A call of the public function of this form.
+  py::object call(Form form, const CallArguments& arguments) const {
+    Call call;
+    // A copy: while this call waits, another thread may shut down.
+    call.group = world_;
+    if (!parse(form, arguments, call) || !call.group) return {};
+    if (form == Form::kSend || form == Form::kRecv) return transfer(form, call);
+    return collective(form, call);
   }
 
   /// All-reduce `input` into `output`, which may be the same tensor.
   bool all_reduce(Group& group, py::handle input, py::handle output, py::handle op) const {
     Operation operation;
     operation.kind = Kind::kAllReduce;
-    if (!find_op(op, operation.op) || !set_memory(operation, input)) return false;
-    if (!output.is(input)) {
-      Operation written;
-      written.op = operation.op;
-      if (!set_memory(written, output) || written.dtype != operation.dtype ||
-          written.shape.count != operation.shape.count ||
-          written.shape.dims != operation.shape.dims) {
-        return false;
-      }
-      operation.output = written.output;
+    const auto source = reader_.read(input);
+    if (!source || !find_op(op, operation.op) || !can_reduce(source->dtype, operation.op)) {
+      return false;
     }
-    // The lock is kept while the operation may end at once: giving it back and taking it again
-    // costs as much as a cache line's way.
-    std::optional<py::gil_scoped_release> no_gil;
-    group.run(std::move(operation), interrupt_check(), [&no_gil] { no_gil.emplace(); });
-    no_gil.reset();
-    note_change(output);
+    const auto target = output.is(input) ? source : reader_.read(output);
+    if (!target || target->dtype != source->dtype || !same(target->dims, source->dims)) {
+      return false;
+    }
+    set_memory(operation, *source, source->data, target->data, source->count);
+    run(group, std::move(operation), output);
     return true;
   }
 
-  /// The group that a call without one means; null: this process is no rank.
-  const std::shared_ptr<Group>& world() const { return world_; }
-  void set_world(std::shared_ptr<Group> world) { world_ = std::move(world); }
-
-  /// ReduceOp.SUM.
-  py::handle sum() const { return ops_[static_cast<std::size_t>(ReduceOp::kSum)]; }
-
  private:
+  struct Call {
+    std::array<py::handle, 2> tensors;
+    ReduceOp op = ReduceOp::kSum;
+    int root = 0;
+    std::optional<int> peer;
+    int tag = 0;
+    std::shared_ptr<Group> group;
+  };
+  using Dims = std::span<const std::int64_t>;
+
+  static bool same(Dims a, Dims b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); }
+
+  /// Whether `whole` has p times the rows of `part`.
+  static bool divides(Dims part, Dims whole, int p) {
+    return !part.empty() && part.size() == whole.size() && whole[0] == p * part[0] &&
+           same(part.subspan(1), whole.subspan(1));
+  }
+
+  /// Whether `part` lies elsewhere than `whole`, or in the place of block `rank` of it.
+  static bool fits(const OrdinaryTensor& part, const OrdinaryTensor& whole, int rank) {
+    return !part.overlaps(whole) ||
+           part.data == whole.data + static_cast<std::size_t>(rank) * part.bytes();
+  }
+
   bool find_op(py::handle op, ReduceOp& found) const {
     for (std::size_t i = 0; i < ops_.size(); ++i) {
       if (!ops_[i].is(op)) continue;
@@ -127,194 +153,185 @@ class TensorCalls {
     return false;
   }
 
-  /// False unless `t` is a torch.Tensor itself (no subclass, which may mean anything) of numbers
-  /// that lie in row-major order in this process's memory, and autograd does not follow it.
-  bool set_memory(Operation& operation, py::handle t) const {
-    if (read_ == nullptr || Py_TYPE(t.ptr()) != reinterpret_cast<PyTypeObject*>(tensor_type_.ptr()))
-      return false;
-    const auto requires_grad =
-        py::reinterpret_steal<py::object>(PyObject_GetAttr(t.ptr(), requires_grad_.ptr()));
-    if (!requires_grad) throw py::error_already_set();
-    if (requires_grad.ptr() != Py_False) return false;
-    dlpack::Tensor tensor;
-    if (read_(t.ptr(), &tensor) != 0) {
-      PyErr_Clear();  // sparse, on a device of which DLPack does not know, ...
-      return false;
+  /// A plain int that is not negative.
+  static std::optional<int> number(PyObject* value) {
+    if (!PyLong_CheckExact(value)) return std::nullopt;
+    int overflow = 0;
+    const long found = PyLong_AsLongAndOverflow(value, &overflow);
+    if (overflow != 0 || found < 0 || found > INT32_MAX) return std::nullopt;
+    return static_cast<int>(found);
+  }
+
+  bool set(Call& call, Parameter parameter, PyObject* value) const {
+    switch (parameter) {
+      case Parameter::kOp:
+        return find_op(value, call.op);
+      case Parameter::kGroup: {
+        if (value == Py_None) return true;
+        py::detail::make_caster<std::shared_ptr<Group>> group;
+        if (!group.load(value, /*convert=*/false)) return false;
+        call.group = py::detail::cast_op<std::shared_ptr<Group>&>(group);
+        return true;
+      }
+      case Parameter::kNone:
+        return false;
+      default: {
+        const auto found = number(value);
+        if (!found) return false;
+        if (parameter == Parameter::kRoot) call.root = *found;
+        if (parameter == Parameter::kTag) call.tag = *found;
+        if (parameter == Parameter::kDst || parameter == Parameter::kSrc) call.peer = *found;
+        return true;
+      }
     }
-    operation.dtype = reducible_dtype(tensor);
-    if (tensor.device_type != dlpack::kCpu || operation.dtype == DType::kBool ||
-        !can_reduce(operation.dtype, operation.op) || tensor.data == nullptr ||
-        !set_shape(operation, tensor)) {
-      return false;
+  }
+
+  bool parse(Form form, const CallArguments& arguments, Call& call) const {
+    const Description& description = kForms[static_cast<std::size_t>(form)];
+    const auto& [name, tensors, parameters] = description;
+    const Py_ssize_t most = tensors + static_cast<Py_ssize_t>(parameters.size());
+    if (arguments.positional < tensors || arguments.positional > most) return false;
+    for (Py_ssize_t i = 0; i < arguments.positional; ++i) {
+      const auto at = static_cast<std::size_t>(i);
+      if (i < tensors) {
+        call.tensors[at] = arguments.values[i];
+      } else if (!set(call, parameters[at - static_cast<std::size_t>(tensors)],
+                      arguments.values[i])) {
+        return false;
+      }
     }
-    // A view of a conjugate's imaginary part stores the opposite of its values.
-    if (is_scalable(operation.dtype)) {
-      const auto is_neg =
-          py::reinterpret_steal<py::object>(PyObject_CallOneArg(is_neg_.ptr(), t.ptr()));
-      if (!is_neg) throw py::error_already_set();
-      if (is_neg.ptr() != Py_False) return false;
+    for (Py_ssize_t i = 0; i < arguments.keyword_count(); ++i) {
+      const Parameter parameter = named(PyTuple_GET_ITEM(arguments.keywords, i));
+      const bool of_all = parameter == Parameter::kGroup;
+      const bool of_messages = parameter == Parameter::kTag && form >= Form::kSend;
+      const auto place = std::find(parameters.begin(), parameters.end(), parameter);
+      // One that was given by position as well is an error, and those are made elsewhere.
+      const bool of_form = place != parameters.end() &&
+                           tensors + (place - parameters.begin()) >= arguments.positional;
+      if (!of_all && !of_messages && !of_form) return false;
+      if (!set(call, parameter, arguments.values[arguments.positional + i])) return false;
     }
-    operation.output = static_cast<std::byte*>(tensor.data) + tensor.byte_offset;
-    operation.input = operation.output;
     return true;
   }
 
-  /// Autograd must know that `t` is no longer what it may have saved.
-  void note_change(py::handle t) const {
-    const auto tensors = py::reinterpret_steal<py::object>(PyTuple_Pack(1, t.ptr()));
-    if (!tensors) throw py::error_already_set();
-    const auto none = py::reinterpret_steal<py::object>(
-        PyObject_CallOneArg(increment_version_.ptr(), tensors.ptr()));
-    if (!none) throw py::error_already_set();
+  /// Keywords in source code are interned: one that is not is not known here.
+  Parameter named(PyObject* name) const {
+    for (std::size_t i = 0; i < names_.size(); ++i) {
+      if (names_[i].ptr() == name) return kParameters[i];
+    }
+    return Parameter::kNone;
   }
 
-  const py::object tensor_type_;
-  const py::object is_neg_;
-  const py::object increment_version_;
-  const py::object requires_grad_;
-  std::array<py::object, 8> ops_;  // by ReduceOp
-  int (*read_)(void*, dlpack::Tensor*) = nullptr;
-  std::shared_ptr<Group> world_;  // under Python's lock
+  static void set_memory(Operation& operation, const OrdinaryTensor& announced,
+                         const std::byte* input, std::byte* output, std::size_t count) {
+    operation.dtype = announced.dtype;
+    operation.shape = announced.shape();
+    operation.input = input;
+    operation.output = output;
+    operation.count = count;
+  }
+
+  py::object collective(Form form, const Call& call) const {
+    Operation operation;
+    const auto first = reader_.read(call.tensors[0]);
+    if (!first) return {};
+    const bool in_place = kForms[static_cast<std::size_t>(form)].tensors == 1;
+    const auto second = in_place ? first : reader_.read(call.tensors[1]);
+    if (!second || first->dtype != second->dtype) return {};
+    const OrdinaryTensor& output = *first;
+    const OrdinaryTensor& input = *second;
+    const Group& group = *call.group;
+    const int p = group.size();
+    operation.op = call.op;
+    switch (form) {
+      case Form::kAllReduce:
+        operation.kind = Kind::kAllReduce;
+        set_memory(operation, input, input.data, output.data, input.count);
+        break;
+      case Form::kBroadcast:
+        operation.kind = Kind::kBroadcast;
+        set_memory(operation, input, input.data, output.data, input.count);
+        break;
+      case Form::kReduce:
+        operation.kind = Kind::kReduce;
+        set_memory(operation, input, input.data, group.rank() == call.root ? output.data : nullptr,
+                   input.count);
+        break;
+      case Form::kAllGatherInto: {
+        operation.kind = Kind::kAllGather;
+        const bool stacks =
+            !output.dims.empty() && output.dims[0] == p && same(output.dims.subspan(1), input.dims);
+        if (!stacks && !divides(input.dims, output.dims, p)) return {};
+        if (!fits(input, output, group.rank())) return {};
+        set_memory(operation, input, input.data, output.data, input.count);
+        break;
+      }
+      case Form::kReduceScatterInto:
+        operation.kind = Kind::kReduceScatter;
+        if (!divides(output.dims, input.dims, p)) return {};
+        if (!fits(output, input, group.rank())) return {};
+        set_memory(operation, input, input.data, output.data, output.count);
+        break;
+      case Form::kAllToAllInto:
+        operation.kind = Kind::kAllToAll;
+        if (input.dims.empty() || input.dims[0] % p != 0) return {};
+        if (!same(input.dims, output.dims) || input.overlaps(output)) return {};
+        set_memory(operation, input, input.data, output.data,
+                   input.count / static_cast<std::size_t>(p));
+        break;
+      case Form::kSend:
+      case Form::kRecv:
+        return {};  // messages: see transfer()
+    }
+    if (call.root >= p || (reduces(operation.kind) && !can_reduce(input.dtype, call.op))) return {};
+    operation.root = call.root;
+    const bool writes = operation.output != nullptr;
+    run(*call.group, std::move(operation), writes ? call.tensors[0] : py::handle());
+    return py::none();
+  }
+
+  py::object transfer(Form form, const Call& call) const {
+    const auto tensor = reader_.read(call.tensors[0]);
+    if (!tensor || !call.peer || *call.peer >= call.group->size()) return {};
+    Transfer transfer;
+    const bool receives = form == Form::kRecv;
+    transfer.direction = receives ? Transfer::Direction::kReceive : Transfer::Direction::kSend;
+    transfer.peer = *call.peer;
+    transfer.tag = call.tag;
+    transfer.dtype = tensor->dtype;
+    transfer.count = tensor->count;
+    transfer.shape = tensor->shape();
+    transfer.memory = tensor->data;
+    std::optional<py::gil_scoped_release> no_gil;
+    const int source = call.group->post_office().run(transfer, /*timeout_s=*/0, interrupt_check(),
+                                                     [&no_gil] { no_gil.emplace(); });
+    no_gil.reset();
+    if (!receives) return py::none();
+    reader_.note_change(call.tensors[0]);
+    return py::int_(source);
+  }
+
+  /// The lock is kept while the operation may end at once: giving it back and taking it again costs
+  /// as much as a cache line's way.
+  void run(Group& group, Operation operation, py::handle written) const {
+    std::optional<py::gil_scoped_release> no_gil;
+    group.run(std::move(operation), interrupt_check(), [&no_gil] { no_gil.emplace(); });
+    no_gil.reset();
+    if (written) reader_.note_change(written);
+  }
+
+  const TensorReader reader_;
+  std::array<py::object, 8> ops_;                     // by ReduceOp
+  std::array<py::object, kParameters.size()> names_;  // interned, as kParameters
+  std::shared_ptr<Group> world_;                      // under Python's lock
 };
 
-constexpr const char* kCapsule = "pycomm.TensorCalls";
-
-/// all_reduce(group, input, output, op) -> bool, as CPython calls it; `self` is the TensorCalls.
-PyObject* call_all_reduce(PyObject* self, PyObject* const* args, Py_ssize_t count) {
-  try {
-    const auto* calls = static_cast<const TensorCalls*>(PyCapsule_GetPointer(self, kCapsule));
-    if (calls == nullptr) return nullptr;
-    if (count != 4) {
-      PyErr_SetString(PyExc_TypeError, "all_reduce(group, input, output, op) takes four arguments");
-      return nullptr;
-    }
-    py::detail::make_caster<Group> group;
-    if (!group.load(args[0], /*convert=*/false)) Py_RETURN_FALSE;
-    return py::bool_(calls->all_reduce(group, args[1], args[2], args[3])).release().ptr();
-  } catch (...) {
-    set_python_error();
-    return nullptr;
+Form form_named(const std::string& name) {
+  for (std::size_t i = 0; i < kForms.size(); ++i) {
+    if (kForms[i].name == name) return static_cast<Form>(i);
   }
-}
-
-PyMethodDef all_reduce_method = {
-    "all_reduce", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call_all_reduce)),
-    METH_FASTCALL,
-    "all_reduce(group, input, output, op) -> bool: all-reduce input into output, which may be the "
-    "same tensor; False, having done nothing, if one of them is not of the ordinary kind."};
-
-/// A Python function (t, op=SUM, *, ...) that all-reduces in place, behind a short way for calls
-/// that pass no keyword: a Python frame with its default arguments takes as long as the rest of a
-/// small call. It has a __dict__, for functools.update_wrapper.
-struct InPlaceFunction {
-  PyObject_HEAD vectorcallfunc vectorcall;
-  PyObject* function;
-  PyObject* calls;  // the capsule
-  PyObject* dict;
-};
-
-PyObject* call_in_place(PyObject* self, PyObject* const* args, std::size_t flagged_count,
-                        PyObject* keywords) {
-  const auto* in_place = reinterpret_cast<InPlaceFunction*>(self);
-  const Py_ssize_t count = PyVectorcall_NARGS(flagged_count);
-  if (keywords == nullptr && (count == 1 || count == 2)) {
-    try {
-      const auto* calls =
-          static_cast<const TensorCalls*>(PyCapsule_GetPointer(in_place->calls, kCapsule));
-      if (calls == nullptr) return nullptr;
-      const py::handle op = count == 2 ? py::handle(args[1]) : calls->sum();
-      // A copy: while this call waits, another thread may shut down.
-      const std::shared_ptr<Group> world = calls->world();
-      if (world && calls->all_reduce(*world, args[0], args[0], op)) Py_RETURN_NONE;
-    } catch (...) {
-      set_python_error();
-      return nullptr;
-    }
-  }
-  return PyObject_Vectorcall(in_place->function, args, flagged_count, keywords);
-}
-
-int traverse_in_place(PyObject* self, visitproc visit, void* arg) {
-  const auto* in_place = reinterpret_cast<InPlaceFunction*>(self);
-  Py_VISIT(Py_TYPE(self));
-  Py_VISIT(in_place->function);
-  Py_VISIT(in_place->calls);
-  Py_VISIT(in_place->dict);
-  return 0;
-}
-
-int clear_in_place(PyObject* self) {
-  // `function` and `calls` stay until the end, for calls that finalizers make; the dictionary,
-  // whose __wrapped__ is the function, breaks every cycle through a module.
-  Py_CLEAR(reinterpret_cast<InPlaceFunction*>(self)->dict);
-  return 0;
-}
-
-void free_in_place(PyObject* self) {
-  PyTypeObject* const type = Py_TYPE(self);
-  PyObject_GC_UnTrack(self);
-  auto* in_place = reinterpret_cast<InPlaceFunction*>(self);
-  Py_CLEAR(in_place->dict);
-  Py_CLEAR(in_place->function);
-  Py_CLEAR(in_place->calls);
-  type->tp_free(self);
-  Py_DECREF(type);
-}
-
-PyObject* repr_in_place(PyObject* self) {
-  return PyObject_Repr(reinterpret_cast<InPlaceFunction*>(self)->function);
-}
-
-/// As an attribute of a class it becomes a method, as every function does.
-PyObject* bind_in_place(PyObject* self, PyObject* object, PyObject*) {
-  if (object != nullptr && object != Py_None) return PyMethod_New(self, object);
-  Py_INCREF(self);
-  return self;
-}
-
-/// Pickled, and copied, by name.
-PyObject* reduce_in_place(PyObject* self, PyObject*) {
-  return PyObject_GetAttrString(self, "__qualname__");
-}
-
-PyMethodDef in_place_methods[] = {{"__reduce__", &reduce_in_place, METH_NOARGS, nullptr},
-                                  {nullptr, nullptr, 0, nullptr}};
-
-PyMemberDef in_place_members[] = {
-    {"__vectorcalloffset__", T_PYSSIZET, offsetof(InPlaceFunction, vectorcall), READONLY, nullptr},
-    {"__dictoffset__", T_PYSSIZET, offsetof(InPlaceFunction, dict), READONLY, nullptr},
-    {nullptr, 0, 0, 0, nullptr}};
-
-PyGetSetDef in_place_properties[] = {
-    {"__dict__", PyObject_GenericGetDict, PyObject_GenericSetDict, nullptr, nullptr},
-    {nullptr, nullptr, nullptr, nullptr, nullptr}};
-
-PyType_Slot in_place_slots[] = {{Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
-                                {Py_tp_traverse, reinterpret_cast<void*>(&traverse_in_place)},
-                                {Py_tp_clear, reinterpret_cast<void*>(&clear_in_place)},
-                                {Py_tp_dealloc, reinterpret_cast<void*>(&free_in_place)},
-                                {Py_tp_repr, reinterpret_cast<void*>(&repr_in_place)},
-                                {Py_tp_descr_get, reinterpret_cast<void*>(&bind_in_place)},
-                                {Py_tp_methods, in_place_methods},
-                                {Py_tp_members, in_place_members},
-                                {Py_tp_getset, in_place_properties},
-                                {0, nullptr}};
-
-PyType_Spec in_place_spec = {"pycomm._core.InPlaceFunction", sizeof(InPlaceFunction), 0,
-                             Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL |
-                                 Py_TPFLAGS_DISALLOW_INSTANTIATION,
-                             in_place_slots};
-
-py::object make_in_place(const py::object& type, const py::capsule& calls, py::object function) {
-  auto* const made = PyObject_GC_New(InPlaceFunction, reinterpret_cast<PyTypeObject*>(type.ptr()));
-  if (made == nullptr) throw py::error_already_set();
-  made->vectorcall = &call_in_place;
-  made->function = function.release().ptr();
-  made->calls = calls.inc_ref().ptr();
-  made->dict = nullptr;
-  auto* const object = reinterpret_cast<PyObject*>(made);
-  PyObject_GC_Track(object);
-  return py::reinterpret_steal<py::object>(object);
+  throw InvalidArgumentError("tensor_calls: no short way is known for a function named " + name +
+                             ".");
 }
 
 }  // namespace
@@ -323,29 +340,30 @@ void bind_tensor_calls(py::module_& module) {
   module.def(
       "tensor_calls",
       [](const py::type& tensor_type, py::object is_neg, py::object increment_version) {
-        const py::capsule calls(
-            new TensorCalls(tensor_type, std::move(is_neg), std::move(increment_version)), kCapsule,
-            [](PyObject* capsule) {
-              delete static_cast<TensorCalls*>(PyCapsule_GetPointer(capsule, kCapsule));
+        const auto calls = std::make_shared<TensorCalls>(
+            TensorReader(tensor_type, std::move(is_neg), std::move(increment_version)));
+        py::cpp_function all_reduce(
+            [calls](py::handle group, py::handle input, py::handle output, py::handle op) {
+              py::detail::make_caster<Group> known;
+              return known.load(group, /*convert=*/false) &&
+                     calls->all_reduce(known, input, output, op);
             });
-        const auto type = py::reinterpret_steal<py::object>(PyType_FromSpec(&in_place_spec));
-        if (!type) throw py::error_already_set();
-        auto all_reduce =
-            py::reinterpret_steal<py::object>(PyCFunction_New(&all_reduce_method, calls.ptr()));
-        if (!all_reduce) throw py::error_already_set();
-        return py::make_tuple(std::move(all_reduce),
-                              py::cpp_function([calls, type](py::object function) {
-                                return make_in_place(type, calls, std::move(function));
-                              }),
-                              py::cpp_function([calls](std::shared_ptr<Group> world) {
-                                calls.get_pointer<TensorCalls>()->set_world(std::move(world));
-                              }));
+        py::cpp_function shortened([calls, types = ShortCalls()](py::object function) {
+          const Form form = form_named(py::str(function.attr("__name__")));
+          const auto short_way = [calls, form](const CallArguments& arguments) {
+            return calls->call(form, arguments);
+          };
+          return types.make(short_way, std::move(function));
+        });
+        py::cpp_function set_world(
+            [calls](std::shared_ptr<Group> world) { calls->set_world(std::move(world)); });
+        return py::make_tuple(std::move(all_reduce), std::move(shortened), std::move(set_world));
       },
       py::arg("tensor_type"), py::arg("is_neg"), py::arg("increment_version"),
       "Three functions: all_reduce(group, input, output, op) does in one call what ordinary "
-      "tensors "
-      "need, and returns False, having done nothing, for all others; in_place(function) puts that "
-      "before a function (t, op) without a group; set_world(group) says which group that means.");
+      "tensors need, and returns False, having done nothing, for all others; shortened(function) "
+      "puts such a short way before the public function of that name; set_world(group) says which "
+      "group a call without one means.");
 }
 
 }  // namespace pycomm

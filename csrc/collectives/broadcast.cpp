@@ -8,6 +8,10 @@
 namespace pycomm {
 namespace {
 
+/// Inside one host the root copies one piece in while the others copy out the one before. With half
+/// the staging at once 256 KiB and 1 MiB take a fifth longer.
+constexpr std::size_t kHostPieceBytes = 128 << 10;
+
 /// One piece through the binomial tree of hosts. Hosts are counted from the root's; host v receives
 /// from v minus its lowest set bit and forwards to v + every smaller power of two.
 class HostTree {
@@ -46,7 +50,8 @@ Task<> broadcast_staged(Context& context, const Operation& operation) {
   const auto root = static_cast<std::size_t>(operation.root);
   const bool on_root_host = context.placement.host_of[root] == context.host();
   const int leader = on_root_host ? context.placement.local_rank_of[root] : 0;
-  const std::size_t slot_bytes = context.window.staging_bytes() / 2;
+  const std::size_t half = context.window.staging_bytes() / 2;
+  const std::size_t slot_bytes = context.host_count() == 1 ? std::min(half, kHostPieceBytes) : half;
   for (std::size_t begin = 0, i = 0; begin < bytes; begin += slot_bytes, ++i) {
     const std::size_t length = std::min(slot_bytes, bytes - begin);
     // A leader fills one slot while slow ranks still read the other.

@@ -5,11 +5,10 @@ from pycomm.collectives.all_to_all import all_to_all, all_to_all_into
 from pycomm.collectives.barrier import barrier
 from pycomm.collectives.broadcast_reduce import broadcast, broadcast_, reduce, reduce_
 from pycomm.collectives.gather_scatter import gather, scatter, scatter_into
-from pycomm.collectives.grouped import (
-    all_gather_grouped,
+from pycomm.collectives.grouped_moves import all_gather_grouped, broadcast_grouped_
+from pycomm.collectives.grouped_reductions import (
     all_reduce_grouped,
     all_reduce_grouped_,
-    broadcast_grouped_,
     reduce_scatter_grouped,
 )
 from pycomm.collectives.lists import all_gather_list, gather_list

@@ -154,7 +154,7 @@ def all_reduce_(
     timeout_s: float | None = ...,
     async_op: Literal[True],
 ) -> Work[None]: ...
-@tensor_calls.all_reduces_in_place
+@tensor_calls.shortened
 def all_reduce_(
     t: Tensor,
     op: ReduceOp = ReduceOp.SUM,
@@ -184,15 +184,6 @@ def all_reduce_(
     """
     if group is None:
         group = world_group()
-    ordinary = (
-        timeout_s is None
-        and algorithm is None
-        and prescale == 1
-        and postscale == 1
-        and not async_op
-    )
-    if ordinary and tensor_calls.all_reduce(group, t, t, op):
-        return None
     dtype = reducible("all_reduce_", "t", t, op, group)
     if prescale != 1 or postscale != 1:
         check_scales("all_reduce_", t, prescale, postscale, group)

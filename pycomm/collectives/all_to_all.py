@@ -13,6 +13,7 @@ from pycomm.arguments import divided, movable, refuse, same_dtype, seconds, spli
 from pycomm.collectives.autograd import blocking_only, followed, linear
 from pycomm.memory import dense, refuse_any_overlap, writable
 from pycomm.runtime import world_group
+from pycomm.tensor_calls import shortened
 from pycomm.work import CoreWork, Work, nothing, outcome
 
 _ANY = -1  # in a signature's shape: may differ from rank to rank
@@ -112,6 +113,7 @@ def all_to_all_into(
     timeout_s: float | None = ...,
     async_op: Literal[True],
 ) -> Work[None]: ...
+@shortened
 def all_to_all_into(
     output: Tensor,
     input: Tensor,

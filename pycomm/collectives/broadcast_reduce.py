@@ -17,6 +17,7 @@ from pycomm.collectives.autograd import (
 )
 from pycomm.memory import dense, laid_out_like, memory_order, writable
 from pycomm.runtime import world_group
+from pycomm.tensor_calls import shortened
 from pycomm.work import Work, nothing, outcome
 
 
@@ -107,6 +108,7 @@ def broadcast_(
     timeout_s: float | None = ...,
     async_op: Literal[True],
 ) -> Work[None]: ...
+@shortened
 def broadcast_(
     t: Tensor,
     root: int = 0,
@@ -274,6 +276,7 @@ def reduce_(
     timeout_s: float | None = ...,
     async_op: Literal[True],
 ) -> Work[None]: ...
+@shortened
 def reduce_(
     t: Tensor,
     root: int = 0,

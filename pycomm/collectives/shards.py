@@ -17,6 +17,7 @@ from pycomm.collectives.autograd import (
 )
 from pycomm.memory import dense, given_output, refuse_overlap, writable
 from pycomm.runtime import world_group
+from pycomm.tensor_calls import shortened
 from pycomm.work import Work, nothing, outcome
 
 
@@ -103,6 +104,7 @@ def all_gather_into(
     timeout_s: float | None = ...,
     async_op: Literal[True],
 ) -> Work[None]: ...
+@shortened
 def all_gather_into(
     output: Tensor,
     input: Tensor,
@@ -262,6 +264,7 @@ def reduce_scatter_into(
     timeout_s: float | None = ...,
     async_op: Literal[True],
 ) -> Work[None]: ...
+@shortened
 def reduce_scatter_into(
     output: Tensor,
     input: Tensor,
