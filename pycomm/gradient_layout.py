@@ -18,6 +18,9 @@ DEFAULT_BUCKET_CAP_BYTES = 4 << 20
 # Reducing starts as soon as this much is final. A cap below it holds for the first bucket too.
 FIRST_BUCKET_CAP_BYTES = 1 << 20
 
+# A little under the 32 MiB from which on glibc maps each block for itself.
+_LARGEST_TEMPORARY_BYTES = 31 << 20
+
 # What a gradient is to the core: elements of a dtype, and how many of them make one of its own.
 _GRADIENT_DTYPES = {
     torch.float16: (_core.DType.FLOAT16, 1),
@@ -114,6 +117,7 @@ def lay_out(
         ),
         overlap=overlap,
     )
+    _keep_heap()
     for number, bucket in enumerate(reducer.buckets):
         memory = reducer.memory(number)
         for index, offset in zip(bucket.parameters, bucket.offsets, strict=True):
@@ -121,6 +125,17 @@ def lay_out(
             offset_bytes = offset * param.element_size() // core[index][1]
             slots[index].view = _view(memory, offset_bytes, param, chosen.strides[index])
     return reducer
+
+
+def _keep_heap() -> None:
+    """Let the C library keep the memory of gradients that have been copied into their bucket.
+
+    Freed one by one while backward goes on, they would make glibc give the end of the heap back to
+    the kernel and fetch it anew, thousands of page faults in each step. It stops when it has seen
+    blocks of megabytes come and go: the largest one freed so far, up to 32 MiB, is what it then
+    takes for temporary (M_MMAP_THRESHOLD in mallopt(3)). Costs no memory, as nothing is written.
+    """
+    torch.empty(_LARGEST_TEMPORARY_BYTES, dtype=torch.uint8)
 
 
 def check_gradient_dtype(name: str, param: Tensor) -> None:

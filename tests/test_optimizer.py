@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from launchers import mpirun
 from parity import assert_same_parameters, fold, train_alone, train_on_ranks
 from run_ranks import RankError, run_ranks
 from torch import Tensor, nn
@@ -675,3 +676,31 @@ def test_a_world_of_one_hooks_nothing_and_trains_like_the_bare_optimizer() -> No
     assert_same_parameters(
         run_ranks(1, train), train_alone(convolution(), adamw, image_loss, 1, STEPS)
     )
+
+
+def test_gradients_on_their_way_into_buckets_cost_no_page_faults() -> None:
+    """Each was freed after the copy, glibc shrank the heap, and every step faulted it in again."""
+    done = mpirun(
+        2,
+        """
+        import resource
+        import torch, pycomm
+        from pycomm.bench.ranks.step import TOKENS, WIDTH, transformer
+
+        torch.set_num_threads(1)
+        pycomm.init()
+        model = transformer()
+        optimizer = pycomm.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=1e-4))
+        batch = torch.randn(1, TOKENS, WIDTH)
+        for step in range(7):
+            if step == 4:
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            optimizer.zero_grad()
+            model(batch).square().mean().backward()
+            optimizer.step()
+        faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 3
+        assert faults < 500, f"{faults} page faults a step"
+        pycomm.shutdown()
+        """,
+    )
+    assert done.returncode == 0, done.err

@@ -72,7 +72,8 @@ void bind_reducer(py::module_& module) {
       py::arg("dtypes"), py::arg("counts"), py::arg("order"), py::arg("bucket_cap_bytes"),
       py::arg("first_bucket_cap_bytes"));
 
-  // Only wait() and the destructor block: the rest counts, fills and queues, and keeps the GIL.
+  // Only wait() and the destructor block. The rest keeps the GIL: it counts and queues, and
+  // ready() may fold its share of a bucket, a fraction of a millisecond.
   py::class_<Reducer, std::shared_ptr<Reducer>>(module, "Reducer")
       .def(py::init(&make_reducer), py::arg("group"), py::kw_only(), py::arg("names"),
            py::arg("dtypes"), py::arg("counts"), py::arg("expected_firings"), py::arg("buckets"),

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <sched.h>
+#include <time.h>
 
 #include <algorithm>
 #include <chrono>
@@ -12,13 +13,27 @@
 namespace pycomm {
 
 /// How a thread waits: it spins for a moment if every rank has a core, gives its core away for a
-/// moment, then sleeps at the doorbell. Ranks outnumber cores often enough that a waiting rank must
+/// while, then sleeps at the doorbell. Ranks outnumber cores often enough that a waiting rank must
 /// never keep a core from the one it waits for.
+///
+/// How long it stays awake is counted in its own processor time. Ranks that share a core wait for
+/// each other's folds, which cost the one that yields nothing; if it slept, its wake-up (50 to 100
+/// us in a virtual machine) would follow each of them. It sleeps all the same after milliseconds:
+/// who works that long gives the core back at the scheduler's next tick to one that yields, but at
+/// once to one that wakes up.
 class Backoff {
  public:
   using Clock = std::chrono::steady_clock;
 
-  Backoff(Doorbell& doorbell, bool may_spin) : doorbell_(doorbell), may_spin_(may_spin) {}
+  /// For a thread that drives what it waits for.
+  /// @param may_spin  every rank has a core.
+  Backoff(Doorbell& doorbell, bool may_spin)
+      : doorbell_(doorbell), may_spin_(may_spin), most_spent_(std::chrono::microseconds(500)) {}
+
+  /// For a thread that another one of its process waits for, or works for. It never spins, since
+  /// the two may share a core, and does not stay awake for long, since both would.
+  explicit Backoff(Doorbell& doorbell)
+      : doorbell_(doorbell), may_spin_(false), most_spent_(std::chrono::microseconds(100)) {}
 
   /// Something happened: start over with the next wait.
   void reset() { rounds_ = 0; }
@@ -31,7 +46,7 @@ class Backoff {
   template <typename Poll, typename Rings>
   bool relax(Poll&& poll, Rings&& rings_doorbell) {
     if (rounds_++ == 0) {
-      began_ = Clock::now();
+      watched_ = false;
       nap_ = kShortestNap;
       sleepy_ = false;
     }
@@ -41,7 +56,7 @@ class Backoff {
         return false;
       }
       sched_yield();
-      sleepy_ = rounds_ % kYieldsPerLook == 0 && Clock::now() - began_ > kAwake;
+      if (rounds_ % kYieldsPerLook == 0) sleepy_ = awake_long_enough();
       return false;
     }
     const Listener listener(doorbell_);
@@ -66,18 +81,39 @@ class Backoff {
     const std::uint32_t ticket;
   };
 
+  /// Starts the clocks when first asked, so that a wait of a few yields reads none.
+  bool awake_long_enough() {
+    if (!watched_) {
+      watched_ = true;
+      began_ = Clock::now();
+      spent_ = processor_time();
+      return false;
+    }
+    return Clock::now() - began_ > kLongestAwake || processor_time() - spent_ > most_spent_;
+  }
+
+  /// What this thread has used. A system call that takes as long as a yield to nobody.
+  static std::chrono::nanoseconds processor_time() {
+    timespec used;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);
+    return std::chrono::seconds(used.tv_sec) + std::chrono::nanoseconds(used.tv_nsec);
+  }
+
   static constexpr int kSpins = 400;  // about 20 us
   static constexpr int kYieldsPerLook = 8;
-  static constexpr std::chrono::nanoseconds kAwake = std::chrono::microseconds(100);
+  static constexpr std::chrono::nanoseconds kLongestAwake = std::chrono::milliseconds(2);
   static constexpr std::chrono::nanoseconds kLongestSleep = std::chrono::milliseconds(50);
   static constexpr std::chrono::nanoseconds kShortestNap = std::chrono::microseconds(50);
   static constexpr std::chrono::nanoseconds kLongestNap = std::chrono::milliseconds(1);
 
   Doorbell& doorbell_;
   const bool may_spin_;
+  const std::chrono::nanoseconds most_spent_;  // of the processor, before it sleeps
   int rounds_ = 0;
   bool sleepy_ = false;
+  bool watched_ = false;  // what follows was read
   Clock::time_point began_;
+  std::chrono::nanoseconds spent_{0};
   std::chrono::nanoseconds nap_ = kShortestNap;
 };
 

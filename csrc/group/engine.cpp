@@ -13,7 +13,7 @@ namespace {
 
 constexpr auto kLongestUnchecked = std::chrono::milliseconds(50);
 constexpr auto kDrain = std::chrono::seconds(1);
-constexpr auto kDrainNap = std::chrono::milliseconds(1);
+constexpr auto kShortestDrainNap = std::chrono::milliseconds(1);
 
 }  // namespace
 
@@ -92,8 +92,7 @@ void Engine::run() {
 
 void Engine::drive() {
   using State = Progressive::State;
-  // Never spin: the thread that computes needs the core more.
-  Backoff backoff(page_.doorbell, /*may_spin=*/false);
+  Backoff backoff(page_.doorbell);  // the thread that computes needs the core more
   auto last_check = Clock::now();
   while (!stopping_.load(std::memory_order_acquire)) {
     State state = advance_all();
@@ -127,9 +126,12 @@ void Engine::idle() {
   const auto called = [this] { return !submitted_.empty() || stopping_.load(); };
   if (channel_ != nullptr) {
     // A send is over once its buffer is free; MPI may hold the last bytes until it is called again.
-    const auto until = Clock::now() + kDrain;
-    while (Clock::now() < until) {
-      if (wake_.wait_for(lock, kDrainNap, called)) return;
+    // Naps grow with the time that has passed, so that a peer gets them at most a quarter later and
+    // an idle rank uses no core.
+    const auto began = Clock::now();
+    for (Clock::duration drained{}; drained < kDrain; drained = Clock::now() - began) {
+      const auto nap = std::max<Clock::duration>(kShortestDrainNap, drained / 4);
+      if (wake_.wait_for(lock, nap, called)) return;
       lock.unlock();
       channel_->progress();
       lock.lock();

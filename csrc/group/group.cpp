@@ -17,9 +17,6 @@ namespace {
 constexpr std::size_t kPageBytes =
     (sizeof(GroupPage) + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment;
 
-/// How often a small operation looks for its peers before it waits like any other: 3 to 8 us.
-constexpr int kLooksAtOnce = 128;
-
 /// Which members share hosts, in group ranks.
 Placement placement_of(const Process& process, const std::vector<int>& ranks) {
   std::vector<std::string> keys;
@@ -223,8 +220,8 @@ void Group::run_here(const Operation& operation, const InterruptCheck& check_int
                      const std::function<void()>& before_waiting) {
   std::exception_ptr error;
   try {
-    const int looks = process_->may_spin ? kLooksAtOnce : 1;
-    if (!is_immediate(context_, operation) || !run_immediately(context_, operation, looks)) {
+    if (!is_immediate(context_, operation) ||
+        !run_immediately(context_, operation, process_->may_spin)) {
       if (before_waiting) before_waiting();
       drive(operation, check_interrupt);
     }

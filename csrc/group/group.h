@@ -117,6 +117,7 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
 
  private:
   friend class PostOffice;
+  friend class Turn;
   struct Pending {
     Operation operation;
     std::shared_ptr<Work> work;

@@ -7,8 +7,7 @@
 namespace pycomm {
 
 void Work::wait(const InterruptCheck& check_interrupt) {
-  // Never spin: the progress thread of this very process needs a core to end the operation.
-  Backoff backoff(doorbell_, /*may_spin=*/false);
+  Backoff backoff(doorbell_);  // the progress thread needs a core to end the operation
   while (!done()) {
     if (backoff.relax([this] { return done(); }, [] { return true; })) check_interrupt();
   }

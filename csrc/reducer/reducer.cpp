@@ -73,29 +73,34 @@ Reducer::Reducer(std::shared_ptr<Group> group, std::vector<Parameter> parameters
 
 Reducer::~Reducer() {
   if (in_forked_child()) return;  // nothing here is the child's
+  if (in_flight()) {
+    // The memory must outlive the operations, and the abort ends them at once.
+    try {
+      group_->abort("gradients were dropped while they were being reduced (" +
+                    state_[launched_ - 1].description + ")");
+    } catch (const CommError&) {
+      // Finished already: its operations are over, or about to be.
+    }
+    turn_.reset();
+    for (BucketState& bucket : state_) {
+      if (!bucket.work) continue;
+      try {
+        bucket.work->wait([] {});
+      } catch (const CommError&) {
+        // Whoever dropped the reducer does not ask how its operations ended.
+      }
+    }
+  }
   if (group_->failed()) {
     // A peer that was only stopped may still fold into the buckets when it wakes.
     for (BucketState& bucket : state_) group_->quarantine(bucket.memory);
   }
-  const auto in_flight = [](const BucketState& bucket) {
-    return bucket.work && !bucket.work->done();
-  };
-  if (std::none_of(state_.begin(), state_.end(), in_flight)) return;
-  // The memory must outlive the operations, and the abort ends them at once.
-  try {
-    group_->abort("gradients were dropped while they were being reduced (" +
-                  state_[launched_ - 1].description + ")");
-  } catch (const CommError&) {
-    // Finished already: its operations are over, or about to be.
-  }
-  for (BucketState& bucket : state_) {
-    if (!bucket.work) continue;
-    try {
-      bucket.work->wait([] {});
-    } catch (const CommError&) {
-      // Whoever dropped the reducer does not ask how its operations ended.
-    }
-  }
+}
+
+bool Reducer::in_flight() const {
+  if (turn_ && !turn_->done()) return true;
+  return std::any_of(state_.begin(), state_.end(),
+                     [](const BucketState& bucket) { return bucket.work && !bucket.work->done(); });
 }
 
 std::byte* Reducer::element(std::size_t bucket, std::size_t offset) const {
@@ -141,6 +146,7 @@ void Reducer::ready(std::size_t parameter) {
   }
   if (fired.firings == parameters_[parameter].expected_firings) --state_[fired.bucket].missing;
   if (!overlap_) return;
+  if (turn_) turn_->advance();
   while (launched_ < buckets_.size() && state_[launched_].missing == 0) launch_next();
 }
 
@@ -174,7 +180,12 @@ void Reducer::launch_next() {
   operation.count = bucket.count;
   operation.input = operation.output = state_[b].memory->data();
   operation.name = "backward " + std::to_string(label_) + " of its step, " + state_[b].description;
-  state_[b].work = group_->start(std::move(operation));
+  if (b == 0) turn_ = Turn::take(group_);
+  if (turn_) {
+    turn_->start(std::move(operation));
+  } else {
+    state_[b].work = group_->start(std::move(operation));
+  }
   ++launched_;
 }
 
@@ -186,7 +197,12 @@ void Reducer::finish() {
 }
 
 void Reducer::wait(const InterruptCheck& check_interrupt) {
-  for (BucketState& bucket : state_) bucket.work->wait(check_interrupt);
+  if (turn_) {
+    turn_->wait(check_interrupt);
+    turn_.reset();
+  } else {
+    for (BucketState& bucket : state_) bucket.work->wait(check_interrupt);
+  }
   open_ = false;
 }
 

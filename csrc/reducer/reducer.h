@@ -7,12 +7,16 @@
 #include <vector>
 
 #include "group/group.h"
+#include "group/turn.h"
 #include "reducer/bucket_plan.h"
 
 namespace pycomm {
 
 /// Counts gradients as they become final and reduces each bucket once it is full, all ranks in the
 /// same order: bucket b is launched when all its parameters are final and b-1 was launched.
+///
+/// Inside one host the thread that reports gradients reduces them too, a piece whenever it comes by
+/// (Turn); between hosts the progress thread does.
 ///
 /// One synchronised backward pass is   begin  ready* | hold*  finish  wait  used*   and is made by
 /// one thread at a time. The caller writes a gradient into its bucket before it reports it;
@@ -82,13 +86,14 @@ class Reducer {
   };
   struct BucketState {
     std::shared_ptr<ArenaBlock> memory;
-    std::shared_ptr<Work> work;  // of the pass in flight
+    std::shared_ptr<Work> work;  // of the pass in flight; null if turn_ has it
     std::size_t missing = 0;     // parameters that have not fired as often as expected
     std::string description;
   };
 
   std::byte* element(std::size_t bucket, std::size_t offset) const;
   void launch_next();
+  bool in_flight() const;
   void reset();
   [[noreturn]] void fail(const std::string& reason);
 
@@ -98,6 +103,7 @@ class Reducer {
   std::vector<ParameterState> fired_;
   std::vector<BucketState> state_;
   const bool overlap_;
+  std::unique_ptr<Turn> turn_;  // of the pass in flight, inside one host
 
   bool open_ = false;
   std::size_t launched_ = 0;  // buckets of this pass, a prefix of buckets_

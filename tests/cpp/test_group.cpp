@@ -4,12 +4,15 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <numeric>
+#include <thread>
 #include <vector>
 
 #include "check.h"
 #include "core/error.h"
 #include "group/group.h"
+#include "group/turn.h"
 #include "ranks.h"
 
 namespace {
@@ -17,6 +20,7 @@ namespace {
 using pycomm::Group;
 using pycomm::Kind;
 using pycomm::Operation;
+using pycomm::Turn;
 
 const std::vector<std::vector<int>> kPlacements = {{0},          {0, 0},       {0, 0, 0},
                                                    {0, 0, 0, 0}, {0, 0, 1, 1}, {0, 0, 0, 1},
@@ -44,6 +48,14 @@ void check_sum(const std::vector<std::int64_t>& values, int size) {
   const std::int64_t ranks = size * (size + 1) / 2;
   for (std::size_t i = 0; i < values.size(); ++i) {
     CHECK_EQUAL(values[i], static_cast<std::int64_t>(i) * ranks);
+  }
+}
+
+/// The progress thread lets go of a group a moment after the work it waited for is done.
+std::unique_ptr<Turn> next_turn(Group& group) {
+  for (;;) {
+    if (auto turn = Turn::take(group.shared_from_this())) return turn;
+    std::this_thread::yield();
   }
 }
 
@@ -117,6 +129,81 @@ TEST(queued_operations_run_in_order) {
       for (const auto& buffer : buffers) check_sum(buffer, group.size());
     });
   }
+}
+
+TEST(a_turn_runs_its_operations_in_the_callers_thread_and_queued_ones_after_it) {
+  for (const std::vector<int>& hosts : {std::vector{0, 0}, std::vector{0, 0, 0}}) {
+    run_ranks(hosts, [](Group& group) {
+      for (int round = 0; round < 3; ++round) {
+        std::vector<std::vector<std::int64_t>> buffers;
+        for (std::size_t count = 1; count < 30; ++count) {
+          buffers.push_back(contribution(group.rank(), count * 377));
+        }
+        auto queued = contribution(group.rank(), 5000);
+        std::shared_ptr<pycomm::Work> work;
+        {
+          const auto turn = next_turn(group);
+          CHECK(Turn::take(group.shared_from_this()) == nullptr);
+          work = group.start(sum_of(queued));
+          for (auto& buffer : buffers) turn->start(sum_of(buffer));
+          turn->advance();
+          turn->wait(kNoInterrupt);
+          CHECK(turn->done());
+          CHECK(!work->done());
+        }
+        work->wait(kNoInterrupt);
+        for (const auto& buffer : buffers) check_sum(buffer, group.size());
+        check_sum(queued, group.size());
+        auto last = contribution(group.rank(), 10);
+        group.run(sum_of(last), kNoInterrupt);
+        check_sum(last, group.size());
+      }
+    });
+  }
+}
+
+TEST(a_turn_waits_for_nobody_before_wait) {
+  std::atomic<bool> passed{false};
+  run_ranks({0, 0}, [&passed](Group& group) {
+    auto values = contribution(group.rank(), 1000);
+    if (group.rank() == 0) {
+      const auto turn = Turn::take(group.shared_from_this());
+      turn->start(sum_of(values));  // rank 1 has not come, and comes only once this has returned
+      CHECK(!turn->done());
+      passed.store(true);
+      turn->wait(kNoInterrupt);
+    } else {
+      while (!passed.load()) std::this_thread::yield();
+      group.run(sum_of(values), kNoInterrupt);
+    }
+    check_sum(values, group.size());
+  });
+}
+
+TEST(between_hosts_there_is_no_turn) {
+  run_ranks({0, 1}, [](Group& group) { CHECK(Turn::take(group.shared_from_this()) == nullptr); });
+}
+
+TEST(a_turn_keeps_its_error_for_wait_and_the_group_is_finished) {
+  run_ranks_catching({0, 0}, [](Group& group) {
+    auto values = contribution(group.rank(), group.rank() == 1 ? 11u : 10u);
+    auto more = contribution(group.rank(), 5);
+    const auto turn = Turn::take(group.shared_from_this());
+    turn->start(sum_of(values));
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    turn->advance();
+    turn->start(sum_of(more));
+    for (int attempt = 0; attempt < 2; ++attempt) {
+      std::string text;
+      try {
+        turn->wait(kNoInterrupt);
+      } catch (const pycomm::MismatchError& error) {
+        text = error.what();
+      }
+      CHECK(contains(text, "differs"));
+    }
+    CHECK(group.failed());
+  });
 }
 
 TEST(duplicated_groups_used_in_different_orders_do_not_wait_for_each_other) {

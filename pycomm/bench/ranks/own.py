@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -104,12 +105,16 @@ class LimitBench:
     Up to 48 bytes: a cache line there and back, which carries the payload. Up to 4 KiB: the line,
     the copy of the payload to where the others read it and the fold of all copies. Beyond: every
     rank folds its part of all buckets and writes it to all of them, waiting for nobody.
+
+    A rank times its own copies and folds; where ranks outnumber cores, each core has those of
+    several to do, one after the other.
     """
 
     def __init__(self, contender: Contender, nbytes: int) -> None:
         self.contender = contender
         self.nbytes = nbytes
         self.count = nbytes // DTYPE.itemsize
+        self.ranks_per_core = max(1.0, contender.size / (os.cpu_count() or 1))
         self.template = values(self.count, contender.rank)
         group = world_group()
         memory = [group.allocate(self.count * DTYPE.itemsize) for _ in range(slots(nbytes))]
@@ -130,12 +135,13 @@ class LimitBench:
         if self.nbytes > EAGER_BYTES:
             seconds = sum(each.fold_part(self.count, DType.FLOAT32) for each in self.limits)
             self.contender.barrier()
-            return seconds / len(self.limits)
+            return self.ranks_per_core * seconds / len(self.limits)
         seconds = sum(each.show(self.count, DType.FLOAT32) for each in self.limits)
         self.contender.barrier()
         seconds += sum(each.fold_shown(self.count, DType.FLOAT32) for each in self.limits)
         self.contender.barrier()
-        return seconds / len(self.limits) + self.limits[0].round_trip(ROUND_TRIPS)
+        work_s = self.ranks_per_core * seconds / len(self.limits)
+        return work_s + self.limits[0].round_trip(ROUND_TRIPS)
 
 
 class RoundTripBench:

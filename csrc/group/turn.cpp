@@ -1,0 +1,83 @@
+#include "group/turn.h"
+
+#include <utility>
+
+#include "core/error.h"
+#include "core/fork_guard.h"
+#include "group/backoff.h"
+#include "group/group.h"
+#include "group/process.h"
+
+namespace pycomm {
+
+std::unique_ptr<Turn> Turn::take(std::shared_ptr<Group> group) {
+  if (in_forked_child() || !group->begin_turn()) return nullptr;
+  return std::unique_ptr<Turn>(new Turn(std::move(group)));
+}
+
+Turn::~Turn() {
+  if (in_forked_child()) return;
+  execution_.reset();
+  try {
+    group_->end_turn();
+  } catch (const CommError&) {
+    // pycomm was shut down meanwhile, and has told those who had queued something.
+  }
+}
+
+void Turn::start(Operation operation) {
+  group_->prepare(operation);
+  if (error_) return;  // wait() tells
+  operations_.push_back(std::move(operation));
+  advance();
+}
+
+void Turn::advance() {
+  try {
+    while (step()) {
+    }
+  } catch (...) {
+    fail();
+  }
+}
+
+bool Turn::step() {
+  if (operations_.empty()) return false;
+  if (!execution_) {
+    execution_.emplace(group_->context_, operations_.front());
+  } else if (!execution_->advance()) {
+    return false;
+  }
+  if (execution_->done()) {
+    execution_->finish();
+    execution_.reset();
+    operations_.pop_front();
+  }
+  return true;
+}
+
+void Turn::wait(const InterruptCheck& check_interrupt) {
+  Backoff backoff(group_->window_.doorbell(), group_->process_->may_spin);
+  try {
+    while (!done()) {
+      if (step()) {
+        backoff.reset();
+      } else if (backoff.relax([&] { return step(); }, [] { return true; })) {
+        execution_->check();
+        check_interrupt();
+      }
+    }
+  } catch (...) {
+    fail();
+  }
+  if (error_) std::rethrow_exception(error_);
+}
+
+void Turn::fail() {
+  error_ = std::current_exception();
+  group_->fail(describe_call(group_->context_, operations_.front()));
+  execution_.reset();
+  operations_.clear();
+}
+
+}  // namespace pycomm
