@@ -5,19 +5,17 @@
 
 namespace pycomm {
 
-/// Whether nothing is left to do for `operation` but this rank's own fold once every rank has
-/// announced it: a barrier, or an all-reduce whose payload travels with the announcement, inside
-/// one host.
+/// Whether `operation` may end within microseconds of the moment when every rank has announced it:
+/// inside one host a barrier, or an all-reduce that is not large.
 bool is_immediate(const Context& context, const Operation& operation);
 
-/// Run such an operation as the group's next one, if every rank announces it while this one looks
-/// `looks` times: without a coroutine, an allocation or a clock, which together cost as much as the
-/// cache line that travels.
+/// Run such an operation as the group's next one, if no step of it waits longer than `looks` looks:
+/// without a coroutine, an allocation or a clock, which together cost as much as the cache line
+/// that travels. Staged ones it only announces.
 ///
-/// False: the peers are late. The operation has been announced and must go on, as an Execution.
+/// False: the peers are late, or it is staged. It must go on, as an Execution, from where it is.
 ///
-/// Cost for n bytes and p ranks: p n read and n written; p - 1 cache lines, and n bytes besides if
-/// they do not fit into those.
+/// Cost: see HostWay; one cache line from each peer, and one more where ranks meet.
 /// @throws MismatchError, and what has finished the group before.
 bool run_immediately(Context& context, const Operation& operation, int looks);
 
