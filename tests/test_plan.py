@@ -133,6 +133,17 @@ def test_the_choice_never_changes_the_bits(hosts: list[int], dtype: torch.dtype)
                 assert torch.equal(results[i].view(torch.uint8), other.view(torch.uint8))
 
 
+@pytest.mark.parametrize("count", [0, 1, 1000])
+def test_what_calibration_times_adds_in_place(count: int) -> None:
+    sum = torch.arange(count + 1, dtype=torch.float32)  # one more than is added
+    other = torch.full((count + 1,), 0.5)
+    _core.add_in_place(sum.data_ptr(), other.data_ptr(), count)
+    expected = torch.arange(count + 1, dtype=torch.float32)
+    expected[:count] += 0.5
+    assert torch.equal(sum, expected)
+    assert torch.equal(other, torch.full((count + 1,), 0.5))
+
+
 def test_calibration_measures_something_on_every_rank() -> None:
     models = run_ranks(2, cost.calibrate, hosts=[0, 1])
     assert models[0] == models[1]

@@ -56,24 +56,19 @@ Task<> all_reduce_riding(Context& context, const Operation& operation) {
 }  // namespace
 
 Task<> all_reduce(Context& context, const Operation& operation) {
-  const std::size_t bytes = operation.count * size_of(operation.dtype);
-  const bool in_place = operation.input == operation.output;
-  const std::uint64_t offset =
-      in_place ? context.arena_offset(operation.input, bytes) : Announcement::kNotInArena;
-  if (context.host_count() > 1) {
-    const Algorithm algorithm = resolve(context, operation);
-    if (algorithm == Algorithm::kGatherFold && rides(context.job_of(operation))) {
-      co_await all_reduce_riding(context, operation);
-    } else {
-      co_await open_operation(context, operation, offset, {});
-      co_await all_reduce_hierarchical(context, operation, algorithm);
-    }
-  } else if (bytes <= Announcement::kEagerBytes) {
-    co_await open_operation(context, operation, offset, {operation.input, bytes});
-    all_reduce_announced(context, operation);
-  } else {
-    co_await open_operation(context, operation, offset, {});
+  if (context.host_count() == 1) {
+    if (context.announced < context.sequence) announce_all_reduce(context, operation);
+    Window::AllAnnounced announced(context.window, context.sequence, /*compare=*/true);
+    co_await until(announced);
     co_await all_reduce_window(context, operation);
+    co_return;
+  }
+  const Algorithm algorithm = resolve(context, operation);
+  if (algorithm == Algorithm::kGatherFold && rides(context.job_of(operation))) {
+    co_await all_reduce_riding(context, operation);
+  } else {
+    co_await open_operation(context, operation, in_place_offset(context, operation), {});
+    co_await all_reduce_hierarchical(context, operation, algorithm);
   }
 }
 

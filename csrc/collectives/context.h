@@ -50,6 +50,9 @@ struct Staging {
   constexpr std::size_t bytes(int host_count) const {
     return (host_count == 1 ? 3 : 10) * piece_bytes;
   }
+  /// Behind those: what a rank may fill before its operation is open, because no peer touches it
+  /// then (see Window::early).
+  constexpr std::size_t early_bytes() const { return piece_bytes / 2 / 64 * 64; }
 };
 
 /// Everything a collective may use, owned by the group it runs in.
@@ -66,6 +69,9 @@ struct Context {
   std::uint64_t sequence = 0;  // of the current operation
   /// The last operation this rank has announced: the current one, or the one before it.
   std::uint64_t announced = 0;
+  /// The last operation whose part this rank has folded where the buffers lie; it may still wait
+  /// for the others.
+  std::uint64_t folded = 0;
   std::uint64_t history = 0;  // hash over all announced ones
   /// Room for a pointer to each local rank's memory, so that no operation need allocate.
   std::vector<const std::byte*> sources =

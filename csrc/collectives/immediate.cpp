@@ -21,11 +21,11 @@ constexpr int kEagerLooks = 64;
 constexpr int kYields = 16;
 constexpr std::chrono::microseconds kLongestYields{50};
 
-std::size_t payload_bytes(const Operation& operation) {
-  return operation.kind == Kind::kAllReduce ? operation.count * size_of(operation.dtype) : 0;
-}
+/// Takes about 10 us, so that what an Execution costs no longer counts.
+constexpr std::size_t kMostBytes = 256 << 10;
 
-bool poll_spinning(Wait& wait) {
+template <typename Waiting>
+bool poll_spinning(Waiting& wait) {
   for (int look = 0; !wait.poll(); ++look) {
     if (look == kLooks) return false;
     if (look >= kEagerLooks) pause();
@@ -33,7 +33,8 @@ bool poll_spinning(Wait& wait) {
   return true;
 }
 
-bool poll_yielding(Wait& wait) {
+template <typename Waiting>
+bool poll_yielding(Waiting& wait) {
   if (wait.poll()) return true;
   const auto until = std::chrono::steady_clock::now() + kLongestYields;
   for (int yield = 0; yield < kYields; ++yield) {
@@ -44,22 +45,49 @@ bool poll_yielding(Wait& wait) {
   return false;
 }
 
+template <typename Waiting>
+bool ends_at_once(Waiting wait, bool may_spin) {
+  return may_spin ? poll_spinning(wait) : poll_yielding(wait);
+}
+
+/// Go on with an all-reduce that every rank has announced.
+bool finish(Context& context, const Operation& operation, bool may_spin) {
+  switch (way_of(context, operation)) {
+    case HostWay::kShown:
+      fold_shown(context, operation);
+      return true;
+    case HostWay::kInPlace:
+      fold_in_place(context, operation);
+      return ends_at_once(Window::AllCompleted(context.window), may_spin);
+    case HostWay::kStaged:
+      break;
+  }
+  return false;
+}
+
 }  // namespace
 
 bool is_immediate(const Context& context, const Operation& operation) {
-  return context.host_count() == 1 &&
-         (operation.kind == Kind::kAllReduce || operation.kind == Kind::kBarrier) &&
-         payload_bytes(operation) <= Announcement::kEagerBytes;
+  if (context.host_count() > 1) return false;
+  return operation.kind == Kind::kBarrier ||
+         (operation.kind == Kind::kAllReduce &&
+          operation.count * size_of(operation.dtype) <= kMostBytes);
 }
 
 bool run_immediately(Context& context, const Operation& operation, bool may_spin) {
-  announce(context, operation, Announcement::kNotInArena,
-           {operation.input, payload_bytes(operation)});
-  Window::AllAnnounced announced(context.window, context.announced, /*compare=*/true);
-  if (!(may_spin ? poll_spinning(announced) : poll_yielding(announced))) return false;
-  context.sequence = context.announced;
-  if (operation.kind == Kind::kAllReduce) all_reduce_announced(context, operation);
-  return true;
+  if (operation.kind == Kind::kBarrier) {
+    announce(context, operation, Announcement::kNotInArena, {});
+  } else {
+    announce_all_reduce(context, operation);
+  }
+  if (!ends_at_once(Window::AllAnnounced(context.window, context.announced, /*compare=*/true),
+                    may_spin)) {
+    return false;
+  }
+  ++context.sequence;
+  if (operation.kind == Kind::kBarrier || finish(context, operation, may_spin)) return true;
+  --context.sequence;  // the Execution counts it
+  return false;
 }
 
 }  // namespace pycomm

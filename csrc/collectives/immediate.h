@@ -5,21 +5,19 @@
 
 namespace pycomm {
 
-/// Whether nothing is left to do for `operation` but this rank's own fold once every rank has
-/// announced it: a barrier, or an all-reduce whose payload travels with the announcement, inside
-/// one host.
+/// Whether `operation` may end within microseconds of the moment when every rank has announced it:
+/// inside one host a barrier, or an all-reduce that is not large.
 bool is_immediate(const Context& context, const Operation& operation);
 
-/// Run such an operation as the group's next one, if every rank announces it within microseconds:
-/// without a coroutine or an allocation, which together cost as much as the cache line that
-/// travels.
+/// Run such an operation as the group's next one, if no step of it waits for more than
+/// microseconds: without a coroutine or an allocation, which together cost as much as the cache
+/// line that travels. Staged ones it only announces.
 ///
 /// @param may_spin  every rank has a core; if not, the others get this one between two looks.
 ///
-/// False: the peers are late. The operation has been announced and must go on, as an Execution.
+/// False: the peers are late, or it is staged. It must go on, as an Execution, from where it is.
 ///
-/// Cost for n bytes and p ranks: p n read and n written; p - 1 cache lines, and n bytes besides if
-/// they do not fit into those.
+/// Cost: see HostWay; one cache line from each peer, and one more where ranks meet.
 /// @throws MismatchError, and what has finished the group before.
 bool run_immediately(Context& context, const Operation& operation, bool may_spin);
 

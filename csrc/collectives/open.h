@@ -28,8 +28,8 @@ void announce(Context& context, const Operation& operation, std::uint64_t buffer
 ///
 /// An operation that announce() has already shown is not announced again.
 ///
-/// @param payload  at most Announcement::kEagerBytes, for the ranks of this host; takes the place
-///                 of `buffer_offset`.
+/// @param payload  at most Announcement::kEagerBytes, for the ranks of this host; one that fits the
+///                 announcement's line takes the place of `buffer_offset`.
 /// @throws MismatchError, and what has finished the group before.
 Task<> open_operation(Context& context, const Operation& operation, std::uint64_t buffer_offset,
                       std::span<const std::byte> payload);

@@ -92,7 +92,7 @@ Task<> reduce(Context& context, const Operation& operation) {
                           payload);
   if (bytes == 0) co_return;
   if (small) {
-    if (context.rank == operation.root) all_reduce_announced(context, operation);
+    if (context.rank == operation.root) fold_shown(context, operation);
   } else if (context.host_count() == 1) {
     co_await reduce_window(context, operation);
   } else {

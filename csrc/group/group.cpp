@@ -72,9 +72,10 @@ std::shared_ptr<Group> Group::create(
       std::find(ranks.begin(), ranks.end(), process->rank) - ranks.begin());
   const auto& locals = placement.hosts[static_cast<std::size_t>(placement.host_of[member])];
   const auto local_size = static_cast<int>(locals.size());
-  const auto memory = process->allocate(kPageBytes + staging_bytes + PostOffice::bytes(local_size));
+  const std::size_t own_bytes = kPageBytes + staging_bytes + process->options.staging.early_bytes();
+  const auto memory = process->allocate(own_bytes + PostOffice::bytes(local_size));
   new (memory->data()) GroupPage();
-  PostOffice::prepare_memory(memory->data() + kPageBytes + staging_bytes, local_size);
+  PostOffice::prepare_memory(memory->data() + own_bytes, local_size);
   std::vector<GroupRecord> records;
   std::int64_t tag = 0;
   {

@@ -4,22 +4,9 @@
 #include <utility>
 
 #include "core/error.h"
+#include "kernels/copy.h"
 
 namespace pycomm {
-
-namespace {
-
-/// Fetch the lines of `bytes` that are about to be written, all at once, from the peers that have
-/// read them: a copy alone would do it a few at a time (4 KiB: 1.4 -> 1.2 us for a whole exchange).
-void own(std::byte* bytes, std::size_t count) {
-#if defined(__x86_64__)
-  for (std::size_t i = 0; i < count; i += 64) asm volatile("prefetchw %0" ::"m"(bytes[i]));
-#elif defined(__aarch64__)
-  for (std::size_t i = 0; i < count; i += 64) __builtin_prefetch(bytes + i, /*write=*/1);
-#endif
-}
-
-}  // namespace
 
 Window::Window(int local_rank, std::vector<Peer> peers, std::size_t staging_bytes,
                const Notice& job_notice)
@@ -35,14 +22,11 @@ std::uint64_t Window::announce(const Operation& operation, std::uint64_t sequenc
   mine.signature.assign(operation, sequence, history);
   const std::uint64_t hash = mine.signature.hash();
   mine.hash = hash;
-  if (payload_bytes == 0) {
-    mine.buffer_offset = buffer_offset;
+  if (payload_bytes > 0 && payload_bytes <= Announcement::kInlineBytes) {
+    std::memcpy(mine.inline_payload.data(), payload, payload_bytes);
   } else {
-    std::byte* const target = payload_bytes <= Announcement::kInlineBytes
-                                  ? mine.inline_payload.data()
-                                  : mine.eager_payload.data();
-    own(target, payload_bytes);
-    std::memcpy(target, payload, payload_bytes);
+    mine.buffer_offset = buffer_offset;
+    copy_to_peers(mine.eager_payload.data(), payload, payload_bytes);
   }
   mine.sequence.store(sequence, std::memory_order_release);
   ring_peers();

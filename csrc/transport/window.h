@@ -34,8 +34,8 @@ struct ProcessPage {
 struct Announcement {
   /// A payload up to this long travels in the cache line that announces it.
   static constexpr std::size_t kInlineBytes = 48;
-  /// A payload up to this long travels beside the announcement; a longer one through staging, or it
-  /// is read where it lies in the arena.
+  /// A payload up to this long travels beside the announcement; a longer one through staging, or
+  /// it is read where it lies in the arena.
   static constexpr std::size_t kEagerBytes = 4096;
   static constexpr std::uint64_t kNotInArena = ~std::uint64_t{0};
 
@@ -43,7 +43,7 @@ struct Announcement {
   alignas(128) std::atomic<std::uint64_t> sequence;
   std::uint64_t hash;
   union {
-    /// Without a payload: where in the rank's arena its buffer lies, or kNotInArena.
+    /// Without a payload in the line: where in the rank's arena its buffer lies, or kNotInArena.
     std::uint64_t buffer_offset;
     std::array<std::byte, kInlineBytes> inline_payload;
   };
@@ -91,11 +91,15 @@ class Window {
   int group_rank(int peer) const { return peers_[index(peer)].rank; }
   std::byte* staging(int peer) const { return peers_[index(peer)].staging; }
   std::size_t staging_bytes() const { return staging_bytes_; }
+  /// Memory behind the staging that a rank may fill before it announces an operation. The rule: an
+  /// operation that uses it lets no peer touch a rank's after that rank's own end.
+  std::byte* early(int peer) const { return staging(peer) + staging_bytes_; }
   Doorbell& doorbell() const { return peers_[index(local_rank_)].process->doorbell; }
   Notice& notice() const { return peers_.front().page->notice; }
 
-  /// Start operation `sequence`: show the peers what it is and either where the buffer lies or, if
-  /// there is one, a small payload (at most kEagerBytes).
+  /// Start operation `sequence`: show the peers what it is, where the buffer lies and, if there is
+  /// one, a small payload (at most kEagerBytes); one that fits the line takes the place of the
+  /// former.
   /// @return  the signature's hash, which is the history of the next operation.
   std::uint64_t announce(const Operation& operation, std::uint64_t sequence, std::uint64_t history,
                          std::uint64_t buffer_offset, const std::byte* payload = nullptr,
@@ -104,7 +108,7 @@ class Window {
   const Signature& announced_signature(int peer, std::uint64_t sequence) const;
   std::uint64_t announced_hash(int peer, std::uint64_t sequence) const;
   /// Where a peer announced its buffer, in this process's addresses; null: not in its arena. Only
-  /// if it announced no payload.
+  /// if it announced no payload of at most kInlineBytes.
   std::byte* announced_buffer(int peer, std::uint64_t sequence) const;
   const std::byte* announced_payload(int peer, std::uint64_t sequence,
                                      std::size_t payload_bytes) const;

@@ -1,5 +1,8 @@
 // Reductions on every placement, with every op and with scales.
 
+#include <chrono>
+#include <thread>
+
 #include "collective_cases.h"
 
 namespace {
@@ -111,6 +114,41 @@ TEST(all_reduce_out_of_place_leaves_the_input) {
         input.check(result);
       },
       kOpsAndScales);
+}
+
+TEST(all_reduce_finds_one_way_where_some_buffers_lie_in_arenas_and_some_do_not) {
+  on_every_placement(
+      [](Group& group, const Case& with) {
+        for (int round = 0; round < 3; ++round) {
+          const bool even = (group.rank() + round) % 2 == 0;
+          Buffer buffer(group, with.dtype, with.count, with.in_arena == even);
+          buffer.fill([&](std::size_t i) { return input_of(with, group.rank(), group.size(), i); });
+          group.run(operation_of(Kind::kAllReduce, with, buffer, buffer), kNoInterrupt);
+          buffer.check([&](std::size_t i) { return folded(with, group.size(), i); });
+        }
+      },
+      kOpsAndScales);
+}
+
+// A call that has begun in its caller's thread goes on from where it is when a peer is late: before
+// anything is folded, or behind its own fold, which must not be done twice.
+TEST(all_reduce_waits_for_late_ranks_at_every_step) {
+  for (const bool in_arena : {false, true}) {
+    run_ranks({0, 0, 0}, [in_arena](Group& group) {
+      for (const std::size_t count : {std::size_t{5}, std::size_t{700}, std::size_t{40000}}) {
+        const Case with{DType::kFloat32, count, in_arena};
+        Buffer buffer(group, with.dtype, count, in_arena);
+        for (int round = 0; round < 12; ++round) {
+          buffer.fill([&](std::size_t i) { return brought(group.rank(), i); });
+          if (round % 4 == group.rank()) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+          }
+          group.run(operation_of(Kind::kAllReduce, with, buffer, buffer), kNoInterrupt);
+          buffer.check([&](std::size_t i) { return folded(with, group.size(), i); });
+        }
+      }
+    });
+  }
 }
 
 TEST(reduce_scatter_gives_every_rank_its_block_of_the_fold) {

@@ -99,22 +99,43 @@ class CoreBench(Bench):
         return _core.time_all_reduces(world_group(), self.addresses, count, DType.FLOAT32)
 
 
-class LimitBench:
-    """What the loads and stores of an all-reduce take, and a cache line's way there and back.
+def ranks_per_core(contender: Contender) -> float:
+    """A rank times its own work; where ranks outnumber cores, a core does that of several."""
+    return max(1.0, contender.size / (os.cpu_count() or 1))
+
+
+class FoldLimitBench(Bench):
+    """What the loads and stores of a large all-reduce take.
+
+    Every rank folds its part of all buckets and writes it to all of them, waiting for nobody.
+    Before and after, the caches see what they see with every contender: the inputs are rewritten
+    and the results compared.
+    """
+
+    def __init__(self, contender: Contender, collective: str, nbytes: int) -> None:
+        super().__init__(contender, "bucket", collective, nbytes)
+        group = world_group()
+        count = self.template.size
+        memory = [group.allocate(count * DTYPE.itemsize) for _ in self.sources]
+        limits = [_core.MachineLimit(group, each) for each in memory]
+        self.sources = self.targets = [numpy.frombuffer(memoryview(each), DTYPE) for each in memory]
+        self.calls = [partial(limit.fold_part, count, DType.FLOAT32) for limit in limits]
+
+    def run(self) -> float:
+        return ranks_per_core(self.contender) * float(sum(call() for call in self.calls))
+
+
+class ShowLimitBench:
+    """What a small all-reduce takes at least.
 
     Up to 48 bytes: a cache line there and back, which carries the payload. Up to 4 KiB: the line,
-    the copy of the payload to where the others read it and the fold of all copies. Beyond: every
-    rank folds its part of all buckets and writes it to all of them, waiting for nobody.
-
-    A rank times its own copies and folds; where ranks outnumber cores, each core has those of
-    several to do, one after the other.
+    the copy of the payload to where the others read it and the fold of all copies.
     """
 
     def __init__(self, contender: Contender, nbytes: int) -> None:
         self.contender = contender
         self.nbytes = nbytes
         self.count = nbytes // DTYPE.itemsize
-        self.ranks_per_core = max(1.0, contender.size / (os.cpu_count() or 1))
         self.template = values(self.count, contender.rank)
         group = world_group()
         memory = [group.allocate(self.count * DTYPE.itemsize) for _ in range(slots(nbytes))]
@@ -128,20 +149,16 @@ class LimitBench:
         for source in self.sources:
             numpy.copyto(source, self.template)
         self.contender.barrier()
-        if self.nbytes <= LINE_BYTES:
-            seconds = self.limits[0].round_trip(ROUND_TRIPS)
+        seconds = 0.0
+        if self.nbytes > LINE_BYTES:
+            seconds += sum(each.show(self.count, DType.FLOAT32) for each in self.limits)
             self.contender.barrier()
-            return seconds
-        if self.nbytes > EAGER_BYTES:
-            seconds = sum(each.fold_part(self.count, DType.FLOAT32) for each in self.limits)
+            seconds += sum(each.fold_shown(self.count, DType.FLOAT32) for each in self.limits)
             self.contender.barrier()
-            return self.ranks_per_core * seconds / len(self.limits)
-        seconds = sum(each.show(self.count, DType.FLOAT32) for each in self.limits)
+        work_s = ranks_per_core(self.contender) * seconds / len(self.limits)
+        round_trip_s = self.limits[0].round_trip(ROUND_TRIPS)
         self.contender.barrier()
-        seconds += sum(each.fold_shown(self.count, DType.FLOAT32) for each in self.limits)
-        self.contender.barrier()
-        work_s = self.ranks_per_core * seconds / len(self.limits)
-        return work_s + self.limits[0].round_trip(ROUND_TRIPS)
+        return work_s + round_trip_s
 
 
 class RoundTripBench:
@@ -167,7 +184,9 @@ def make_bench(contender: Contender, variant: str, collective: str, nbytes: int)
     if variant == ROUND_TRIP:
         return RoundTripBench(contender)
     if variant == LIMIT:
-        return LimitBench(contender, nbytes)
+        if nbytes > EAGER_BYTES:
+            return FoldLimitBench(contender, collective, nbytes)
+        return ShowLimitBench(contender, nbytes)
     if variant == CORE:
         return CoreBench(contender, collective, nbytes)
     return Bench(contender, variant, collective, nbytes)
