@@ -17,6 +17,19 @@ namespace {
 constexpr std::size_t kPageBytes =
     (sizeof(GroupPage) + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment;
 
+/// How every rank of a host divides its memory for a group; offsets in bytes.
+struct Division {
+  Division(const Staging& staging, int host_count, int local_size)
+      : early(kPageBytes + staging.bytes(host_count)),
+        mail(early + staging.early_bytes()),
+        end(mail + PostOffice::bytes(local_size)) {}
+
+  static constexpr std::size_t kStaging = kPageBytes;
+  const std::size_t early;
+  const std::size_t mail;
+  const std::size_t end;
+};
+
 /// Which members share hosts, in group ranks.
 Placement placement_of(const Process& process, const std::vector<int>& ranks) {
   std::vector<std::string> keys;
@@ -67,15 +80,14 @@ std::shared_ptr<Group> Group::create(
     std::shared_ptr<Process> process, std::vector<int> ranks,
     const std::function<std::vector<GroupRecord>(const GroupRecord&)>& gather) {
   Placement placement = placement_of(*process, ranks);
-  const std::size_t staging_bytes = process->options.staging.bytes(placement.host_count());
   const auto member = static_cast<std::size_t>(
       std::find(ranks.begin(), ranks.end(), process->rank) - ranks.begin());
   const auto& locals = placement.hosts[static_cast<std::size_t>(placement.host_of[member])];
   const auto local_size = static_cast<int>(locals.size());
-  const std::size_t own_bytes = kPageBytes + staging_bytes + process->options.staging.early_bytes();
-  const auto memory = process->allocate(own_bytes + PostOffice::bytes(local_size));
+  const Division division(process->options.staging, placement.host_count(), local_size);
+  const auto memory = process->allocate(division.end);
   new (memory->data()) GroupPage();
-  PostOffice::prepare_memory(memory->data() + own_bytes, local_size);
+  PostOffice::prepare_memory(memory->data() + division.mail, local_size);
   std::vector<GroupRecord> records;
   std::int64_t tag = 0;
   {
@@ -97,10 +109,11 @@ std::shared_ptr<Group> Group::create(
     const Arena& arena = *process->local_arenas[static_cast<std::size_t>(local)];
     std::byte* const page = arena.base() + records[at].page_offset;
     peers.push_back({&Process::page_of(arena), arena.base(), reinterpret_cast<GroupPage*>(page),
-                     page + kPageBytes, group_rank});
+                     page + Division::kStaging, page + division.early, page + division.mail,
+                     group_rank});
   }
-  Window window(placement.local_rank_of[member], std::move(peers), staging_bytes,
-                process->job_notice());
+  Window window(placement.local_rank_of[member], std::move(peers),
+                division.early - Division::kStaging, process->job_notice());
   return std::shared_ptr<Group>(new Group(std::move(process), std::move(ranks),
                                           static_cast<int>(member), std::move(placement), memory,
                                           std::move(window), static_cast<int>(tag)));

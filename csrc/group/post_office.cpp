@@ -46,8 +46,7 @@ PostOffice::PostOffice(Group& group) : group_(group) {
   const Window& window = group.window_;
   const RingLayout layout(window.local_size());
   const auto ring = [&](int from, int to) {
-    return reinterpret_cast<FrameRing*>(window.staging(from) + window.staging_bytes() +
-                                        layout.offset_of_ring_to(to));
+    return reinterpret_cast<FrameRing*>(window.mail(from) + layout.offset_of_ring_to(to));
   };
   std::vector<Link*> links;
   for (int peer = 0; peer < group.size(); ++peer) {

@@ -76,8 +76,10 @@ class Window {
     ProcessPage* process;
     std::byte* arena;
     GroupPage* page;
-    /// The rank's staging memory for this group.
+    // The rank's memory for this group, behind the page.
     std::byte* staging;
+    std::byte* early;
+    std::byte* mail;
     /// Rank in the group, for errors.
     int rank;
   };
@@ -91,9 +93,11 @@ class Window {
   int group_rank(int peer) const { return peers_[index(peer)].rank; }
   std::byte* staging(int peer) const { return peers_[index(peer)].staging; }
   std::size_t staging_bytes() const { return staging_bytes_; }
-  /// Memory behind the staging that a rank may fill before it announces an operation. The rule: an
-  /// operation that uses it lets no peer touch a rank's after that rank's own end.
-  std::byte* early(int peer) const { return staging(peer) + staging_bytes_; }
+  /// Memory that a rank may fill before it announces an operation. The rule: an operation that uses
+  /// it lets no peer touch a rank's after that rank's own end.
+  std::byte* early(int peer) const { return peers_[index(peer)].early; }
+  /// Where a rank puts its point-to-point messages.
+  std::byte* mail(int peer) const { return peers_[index(peer)].mail; }
   Doorbell& doorbell() const { return peers_[index(local_rank_)].process->doorbell; }
   Notice& notice() const { return peers_.front().page->notice; }
 

@@ -10,9 +10,8 @@ from typing import Protocol
 from pycomm.bench.ranks import own
 from pycomm.errors import CommError
 
-# What only an all-reduce has, and up to which size a loop in C++ is worth a column.
+# What only an all-reduce has.
 _ALL_REDUCE_ONLY = {own.CORE, own.LIMIT, own.ROUND_TRIP}
-_CORE_MOST_BYTES = 64 << 10
 
 
 class Turns(Protocol):
@@ -94,9 +93,7 @@ def measure(
 def _is_asked(variant: str, collective: str, nbytes: int) -> bool:
     if variant in _ALL_REDUCE_ONLY and collective != "all_reduce":
         return False
-    if variant == own.ROUND_TRIP:
-        return nbytes <= own.EAGER_BYTES
-    return variant != own.CORE or nbytes <= _CORE_MOST_BYTES
+    return variant != own.ROUND_TRIP or nbytes <= own.EAGER_BYTES
 
 
 def _repeat(nbytes: int) -> int:

@@ -253,6 +253,42 @@ TEST(messages_pass_collectives_that_wait) {
   }
 }
 
+TEST(messages_under_way_and_collectives_do_not_touch_each_others_memory) {
+  for (const auto& hosts : kPlacements) {
+    run_ranks(hosts, [](Group& group) {
+      const int after = (group.rank() + 1) % group.size();
+      const int before = (group.rank() - 1 + group.size()) % group.size();
+      constexpr std::size_t kCount = 300000;  // several pieces of staging
+      for (int round = 0; round < 3; ++round) {
+        std::vector<Bytes> outgoing;
+        std::vector<Bytes> incoming;
+        for (const std::size_t bytes : {std::size_t{8}, std::size_t{1000}, std::size_t{700000}}) {
+          outgoing.push_back(pattern(bytes, group.rank() + round));
+          incoming.emplace_back(bytes);
+        }
+        Works works;
+        for (auto& bytes : outgoing) works.push_back(isend(group, bytes, after, round));
+        std::vector<std::int32_t> ordinary(kCount, group.rank() + 1);
+        pycomm::Operation sum;
+        sum.kind = pycomm::Kind::kAllReduce;
+        sum.dtype = DType::kInt32;
+        sum.count = kCount;
+        sum.output = reinterpret_cast<std::byte*>(ordinary.data());
+        sum.input = sum.output;
+        group.run(sum, kNoInterrupt);
+        const int p = group.size();
+        CHECK(ordinary == std::vector<std::int32_t>(kCount, p * (p + 1) / 2));
+        for (auto& bytes : incoming) works.push_back(irecv(group, bytes, before, round));
+        group.run(sum, kNoInterrupt);
+        wait_all(works);
+        for (std::size_t i = 0; i < incoming.size(); ++i) {
+          CHECK(incoming[i] == pattern(incoming[i].size(), before + round));
+        }
+      }
+    });
+  }
+}
+
 TEST(several_threads_of_a_rank_talk_at_once) {
   for (const auto& hosts : kPlacements) {
     run_ranks(hosts, [](Group& group) {
