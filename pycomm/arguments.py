@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -159,12 +159,12 @@ def rank_of(call: str, argument: str, rank: object, group: Group) -> int:
     return number
 
 
-def integer(value: object) -> int | None:
+def integer(value: Any) -> int | None:
     """What Python takes for a whole number (NumPy's are), but True and False."""
     if isinstance(value, bool):
         return None
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        return operator.index(value)
     except TypeError:
         return None
 

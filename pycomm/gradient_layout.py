@@ -133,7 +133,9 @@ def _keep_heap() -> None:
     Freed one by one while backward goes on, they would make glibc give the end of the heap back to
     the kernel and fetch it anew, thousands of page faults in each step. It stops when it has seen
     blocks of megabytes come and go: the largest one freed so far, up to 32 MiB, is what it then
-    takes for temporary (M_MMAP_THRESHOLD in mallopt(3)). Costs no memory, as nothing is written.
+    takes for temporary (M_MMAP_THRESHOLD in mallopt(3)). The block itself costs no memory, as
+    nothing is written; the heap then keeps up to twice its size of what is freed
+    (M_TRIM_THRESHOLD).
     """
     torch.empty(_LARGEST_TEMPORARY_BYTES, dtype=torch.uint8)
 

@@ -1,12 +1,14 @@
 """Grouped forms give what a call for each tensor gives, bit for bit."""
 
+import threading
+
 import pytest
 import torch
 from collective_cases import assert_same_bits, layout_id, tensor_of
 from run_ranks import run_ranks
 
 import pycomm
-from pycomm import ReduceOp
+from pycomm import CommTimeoutError, ReduceOp
 
 LAYOUTS = [[0], [0, 0, 0], [0, 1, 0, 1]]
 
@@ -73,3 +75,22 @@ def test_no_tensors_are_no_operation():
         assert pycomm.all_reduce_grouped_([], group=group) is None
 
     run_ranks(1, body)
+
+
+@pytest.mark.parametrize("async_op", [False, True])
+def test_an_empty_list_waits_for_the_others_as_long_as_it_was_told(async_op):
+    told = threading.Event()
+
+    def finish(group):
+        if group.rank > 0:
+            told.wait(20)
+            return pycomm.barrier(group=group)
+        work = pycomm.all_reduce_grouped_([], group=group, timeout_s=0.2, async_op=async_op)
+        return work.wait()
+
+    def body(group):
+        with pytest.raises(CommTimeoutError, match=r"barrier.* timeout after"):
+            finish(group)
+        told.set()
+
+    run_ranks(2, body)

@@ -17,10 +17,9 @@ namespace pycomm {
 /// never keep a core from the one it waits for.
 ///
 /// How long it stays awake is counted in its own processor time. Ranks that share a core wait for
-/// each other's folds, which cost the one that yields nothing; if it slept, its wake-up (50 to 100
-/// us in a virtual machine) would follow each of them. It sleeps all the same after milliseconds:
-/// who works that long gives the core back at the scheduler's next tick to one that yields, but at
-/// once to one that wakes up.
+/// each other's folds, which cost the one that yields nothing; if it slept, a wake-up would follow
+/// each of them. It sleeps all the same after milliseconds: who works that long gives the core back
+/// at the scheduler's next tick to one that yields, but at once to one that wakes up.
 class Backoff {
  public:
   using Clock = std::chrono::steady_clock;

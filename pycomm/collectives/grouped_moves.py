@@ -84,7 +84,7 @@ def broadcast_grouped_(
         flats = [pack.flat().detach() for pack in packs]
     else:
         flats = [torch.empty(sum(pack.lengths()), dtype=pack.tensors[0].dtype) for pack in packs]
-    return in_place(packs, flats, start, async_op)
+    return in_place(packs, flats, start, group, limit_s, async_op)
 
 
 @overload
@@ -157,4 +157,6 @@ def all_gather_grouped(
     def output_for(flat: Tensor) -> Tensor:
         return flat.new_empty((p, len(flat)))
 
-    return new_tensors(packs, Pack.flat, output_for, start, transpose, cut, async_op)
+    return new_tensors(
+        packs, Pack.flat, output_for, start, transpose, cut, group, limit_s, async_op
+    )

@@ -87,7 +87,9 @@ def all_reduce_grouped(
             timeout_s=timeout_s,
         )
 
-    return new_tensors(packs, Pack.flat, torch.empty_like, start, transpose, Pack.cut, async_op)
+    return new_tensors(
+        packs, Pack.flat, torch.empty_like, start, transpose, Pack.cut, group, limit_s, async_op
+    )
 
 
 @overload
@@ -147,7 +149,7 @@ def all_reduce_grouped_(
     limit_s = seconds(call, timeout_s, group)
     start = _all_reduction(op, prescale, postscale, group, limit_s, async_op)
     flats = [pack.flat().detach() for pack in packs]
-    return in_place(packs, flats, start, async_op)
+    return in_place(packs, flats, start, group, limit_s, async_op)
 
 
 @overload
@@ -237,7 +239,7 @@ def reduce_scatter_grouped(
     def output_for(rows: Tensor) -> Tensor:
         return rows.new_empty(rows.shape[1])
 
-    return new_tensors(packs, packed, output_for, start, transpose, cut, async_op)
+    return new_tensors(packs, packed, output_for, start, transpose, cut, group, limit_s, async_op)
 
 
 def _all_reduction(

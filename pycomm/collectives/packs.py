@@ -55,10 +55,7 @@ def packs_of(
     group: Group,
     dtype_of: Callable[[str, Tensor], DType],
 ) -> list[Pack]:
-    """One for each dtype, in the order of their first tensors.
-
-    No tensors are a barrier, so that ranks whose lists are not empty learn of it.
-    """
+    """One for each dtype, in the order of their first tensors."""
     if isinstance(tensors, Tensor):
         refuse(
             call, group, "tensors is a Tensor. Pass a list of tensors, or call the form for one."
@@ -69,8 +66,6 @@ def packs_of(
         pack = packs.setdefault(dtype, Pack(len(tensors), dtype, [], []))
         pack.places.append(index)
         pack.tensors.append(t)
-    if not packs:
-        group.barrier()
     return list(packs.values())
 
 
@@ -92,10 +87,12 @@ def new_tensors(
     start: Start,
     transpose: Callable[[Tensor], Tensor],
     cut: Callable[[Pack, Tensor], list[Tensor]],
+    group: Group,
+    timeout_s: float,
     async_op: bool,
 ) -> list[Tensor] | Work[list[Tensor]]:
     """Run ``start`` on every pack; the results in the order of the caller's list."""
-    works: list[CoreWork | None] = []
+    works: list[CoreWork | None] = [] if packs else _barrier(group, timeout_s, async_op)
     sources: list[Tensor] = []
     outputs: list[Tensor] = []
     for pack in packs:
@@ -121,10 +118,16 @@ def new_tensors(
 
 
 def in_place(
-    packs: list[Pack], flats: list[Tensor], start: Start, async_op: bool
+    packs: list[Pack],
+    flats: list[Tensor],
+    start: Start,
+    group: Group,
+    timeout_s: float,
+    async_op: bool,
 ) -> Work[None] | None:
     """Run ``start`` on every pack in its ``flats``, and copy those back into the tensors."""
     works = [start(pack, flat, flat) for pack, flat in zip(packs, flats, strict=True)]
+    works = works or _barrier(group, timeout_s, async_op)
 
     def finish() -> None:
         with torch.no_grad():
@@ -132,6 +135,11 @@ def in_place(
                 torch._foreach_copy_(pack.tensors, pack.cut(flat))
 
     return outcome(_together(works, async_op), flats, finish)
+
+
+def _barrier(group: Group, timeout_s: float, async_op: bool) -> list[CoreWork | None]:
+    """In place of packs: ranks whose lists are not empty learn that this one's is."""
+    return [group.barrier(timeout_s=timeout_s, async_op=async_op)]
 
 
 def _together(works: list[CoreWork | None], async_op: bool) -> CoreWork | None:
