@@ -34,6 +34,20 @@ class Backoff {
   explicit Backoff(Doorbell& doorbell)
       : doorbell_(doorbell), may_spin_(false), most_spent_(std::chrono::microseconds(100)) {}
 
+  /// Take steps until `done`: for a thread that drives what it waits for.
+  /// @param step   goes on as far as possible; true if anything has changed.
+  /// @param check  looks at deadlines and peers, after each sleep.
+  template <typename Done, typename Step, typename Check>
+  void drive(const Done& done, const Step& step, const Check& check) {
+    while (!done()) {
+      if (step()) {
+        reset();
+      } else if (relax(step, [] { return true; })) {
+        check();
+      }
+    }
+  }
+
   /// Something happened: start over with the next wait.
   void reset() { rounds_ = 0; }
 

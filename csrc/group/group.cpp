@@ -253,15 +253,12 @@ void Group::run_here(const Operation& operation, const InterruptCheck& check_int
 
 void Group::drive(const Operation& operation, const InterruptCheck& check_interrupt) {
   Execution execution(context_, operation);
-  Backoff backoff(window_.doorbell(), process_->may_spin);
-  while (!execution.done()) {
-    if (execution.advance()) {
-      backoff.reset();
-    } else if (backoff.relax([&] { return execution.advance(); }, [] { return true; })) {
-      execution.check();
-      check_interrupt();
-    }
-  }
+  Backoff(window_.doorbell(), process_->may_spin)
+      .drive([&] { return execution.done(); }, [&] { return execution.advance(); },
+             [&] {
+               execution.check();
+               check_interrupt();
+             });
   execution.finish();
 }
 

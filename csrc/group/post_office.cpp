@@ -212,22 +212,19 @@ int PostOffice::run(const Transfer& transfer, double timeout_s,
     }
   };
   if (drives_itself) {
-    Backoff backoff(group_.window_.doorbell(), group_.process_->may_spin);
-    while (!work.done()) {
-      const auto step = [&] {
-        std::lock_guard lock(mutex_);
-        return drive() || work.done();
-      };
-      if (step()) {
-        backoff.reset();
-      } else if (backoff.relax(step, [] { return true; })) {
-        {
-          std::lock_guard lock(mutex_);
-          check_peers_and_deadlines();
-        }
-        checked();
-      }
-    }
+    Backoff(group_.window_.doorbell(), group_.process_->may_spin)
+        .drive([&] { return work.done(); },
+               [&] {
+                 std::lock_guard lock(mutex_);
+                 return drive() || work.done();
+               },
+               [&] {
+                 {
+                   std::lock_guard lock(mutex_);
+                   check_peers_and_deadlines();
+                 }
+                 checked();
+               });
     std::lock_guard lock(mutex_);
     if (exchange_->has_unsent()) submit();
   }

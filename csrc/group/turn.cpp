@@ -57,16 +57,13 @@ bool Turn::step() {
 }
 
 void Turn::wait(const InterruptCheck& check_interrupt) {
-  Backoff backoff(group_->window_.doorbell(), group_->process_->may_spin);
   try {
-    while (!done()) {
-      if (step()) {
-        backoff.reset();
-      } else if (backoff.relax([&] { return step(); }, [] { return true; })) {
-        execution_->check();
-        check_interrupt();
-      }
-    }
+    Backoff(group_->window_.doorbell(), group_->process_->may_spin)
+        .drive([&] { return done(); }, [&] { return step(); },
+               [&] {
+                 execution_->check();
+                 check_interrupt();
+               });
   } catch (...) {
     fail();
   }
