@@ -7,7 +7,6 @@
 #include "collectives/fold_specs.h"
 #include "collectives/open.h"
 #include "collectives/partition.h"
-#include "kernels/copy.h"
 #include "kernels/fold.h"
 
 namespace pycomm {
@@ -21,10 +20,6 @@ constexpr std::size_t kPartGranuleBytes = 128;
 /// of a Xeon of 2023, 1 MiB: 88 us with 256 KiB, 115 with 64, 147 with 16.
 constexpr std::size_t kSlotBytes = 256 << 10;
 
-/// Up to here slots are copied to and from with their lines fetched ahead. Beyond that this, with
-/// slots of 128 KiB, took a tenth longer than memcpy with 256 at 16 MiB, a fifth at 64.
-constexpr std::size_t kCachedBytes = 1 << 20;
-
 /// Up to here two ranks show what they reduce even if both have it in their arenas: the meeting
 /// behind a fold in place takes longer than this copy. With more ranks it is always so.
 constexpr std::size_t kShownByTwoBytes = 2048;
@@ -36,10 +31,6 @@ std::size_t bytes_of(const Operation& operation) {
 /// How long a payload is shown although its buffer lies in an arena; the same on every rank.
 std::size_t most_shown_bytes(const Context& context) {
   return context.window.local_size() == 2 ? kShownByTwoBytes : Announcement::kEagerBytes;
-}
-
-void copy_bytes(std::byte* to, const std::byte* from, std::size_t bytes) {
-  std::memcpy(to, from, bytes);
 }
 
 int count_in_arenas(const Context& context) {
@@ -64,7 +55,6 @@ class StagedReduction {
         spec_(FoldSpecs::of(operation, context.placement).whole),
         element_(size_of(operation.dtype)),
         me_(context.window.local_rank()),
-        is_cached_(bytes_of(operation) <= kCachedBytes),
         slot_bytes_(std::min(kSlotBytes, context.staging.early_bytes())),
         piece_count_(slot_bytes_ / element_) {}
 
@@ -122,12 +112,12 @@ class StagedReduction {
   }
   void copy_in(std::size_t i) const {
     for_parts_of_others(i, [&](std::byte* slot, std::size_t offset, std::size_t bytes) {
-      (is_cached_ ? copy_to_peers : copy_bytes)(slot, operation_.input + offset, bytes);
+      std::memcpy(slot, operation_.input + offset, bytes);
     });
   }
   void copy_out(std::size_t i) const {
     for_parts_of_others(i, [&](const std::byte* slot, std::size_t offset, std::size_t bytes) {
-      (is_cached_ ? copy_from_peers : copy_bytes)(operation_.output + offset, slot, bytes);
+      std::memcpy(operation_.output + offset, slot, bytes);
     });
   }
 
@@ -158,7 +148,6 @@ class StagedReduction {
   const FoldSpec spec_;
   const std::size_t element_;
   const int me_;
-  const bool is_cached_;
   const std::size_t slot_bytes_;
   const std::size_t piece_count_;
 };

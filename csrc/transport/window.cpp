@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "core/error.h"
-#include "kernels/copy.h"
 
 namespace pycomm {
 
@@ -26,7 +25,7 @@ std::uint64_t Window::announce(const Operation& operation, std::uint64_t sequenc
     std::memcpy(mine.inline_payload.data(), payload, payload_bytes);
   } else {
     mine.buffer_offset = buffer_offset;
-    copy_to_peers(mine.eager_payload.data(), payload, payload_bytes);
+    if (payload_bytes > 0) std::memcpy(mine.eager_payload.data(), payload, payload_bytes);
   }
   mine.sequence.store(sequence, std::memory_order_release);
   ring_peers();
