@@ -55,7 +55,8 @@ def test_the_table_names_every_algorithm(capsys: pytest.CaptureFixture[str]) -> 
         (["--hosts", "2", "--bytes", "6"], "--bytes is 6, no whole number of float32"),
         (["--hosts", "2", "--bytes", "-4"], "--bytes is -4"),
         (["--hosts", "2", "--bytes", "4", "--ranks-per-host", "0"], "--ranks-per-host is 0"),
-        (["--hosts", "100001", "--bytes", "4"], "more than 100000 ranks"),
+        (["--hosts", "100001", "--bytes", "4"], "is 100001 ranks. Pass at most 100000"),
+        (["--hosts", "4", "--bytes", "1152921504606846976"], "Pass at most 17592186044416"),
     ],
 )
 def test_bad_arguments_get_one_line(

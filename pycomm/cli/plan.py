@@ -14,6 +14,7 @@ from pycomm import _core, cost
 from pycomm.errors import InvalidArgumentError
 
 MOST_RANKS = 100_000
+MOST_BYTES = 1 << 44  # times MOST_RANKS it stays below 2**63
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,8 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     console = Console(soft_wrap=True)
     console.print(
-        f"all_reduce of {arguments.bytes:,} bytes of {arguments.dtype} over {arguments.hosts:,} "
-        f"hosts with {arguments.ranks_per_host:,} ranks each"
+        f"all_reduce of {arguments.bytes:,} bytes of {arguments.dtype} over "
+        f"{_count(arguments.hosts, 'host')} with {_count(arguments.ranks_per_host, 'rank')} each"
     )
     console.print(table)
     console.print("messages and bytes: what a host's first rank sends to other hosts")
@@ -80,11 +81,13 @@ def _problem(arguments: argparse.Namespace) -> str | None:
         return f"--ranks-per-host is {arguments.ranks_per_host}. Pass at least 1."
     if arguments.hosts * arguments.ranks_per_host > MOST_RANKS:
         return (
-            f"{arguments.hosts} hosts with {arguments.ranks_per_host} ranks each are more than "
-            f"{MOST_RANKS} ranks."
+            f"--hosts {arguments.hosts} times --ranks-per-host {arguments.ranks_per_host} is "
+            f"{arguments.hosts * arguments.ranks_per_host} ranks. Pass at most {MOST_RANKS} in all."
         )
     if arguments.bytes < 0 or arguments.bytes % size:
         return f"--bytes is {arguments.bytes}, no whole number of {arguments.dtype} ({size} bytes)."
+    if arguments.bytes > MOST_BYTES:
+        return f"--bytes is {arguments.bytes}. Pass at most {MOST_BYTES} (16 TiB)."
     return None
 
 
@@ -97,6 +100,10 @@ def _element_bytes(dtype: _core.DType) -> int:
         return 2
     bits = int("".join(character for character in dtype.name if character.isdigit()))
     return bits // 8
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def _name(algorithm: _core.Algorithm) -> str:
