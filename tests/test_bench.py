@@ -40,7 +40,9 @@ def test_sizes_count_by_fours_or_are_a_list() -> None:
     assert sizes.parse("4,1K,2MiB") == [4, 1024, 2 << 20]
 
 
-@pytest.mark.parametrize("text", ["", "x", "4:", "64:4", "3", "0", "-4", "6:12", "4:8:16"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "4:", "64:4", "3", "0", "-4", "6:12", "4:8:16", "0:0", "-4:8", "4:8T", "4,"]
+)
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(InvalidArgumentError, match=r"bench: --sizes .*Pass FIRST:LAST"):
         sizes.parse(text)
@@ -211,9 +213,19 @@ def test_step_prints_what_synchronisation_costs() -> None:
     [
         (["all_reduce", "--peers", "horovod"], "unknown peer horovod. Pass some of openmpi"),
         (["all_reduce", "--sizes", "3"], "3 bytes are no whole float32"),
-        (["all_reduce", "--ranks", "0"], "at least 1 rank"),
+        (["all_reduce", "--ranks", "0"], "--ranks 0: pass at least 1"),
+        (["all_reduce", "--rounds", "1"], "--rounds 1: pass at least 2, the first is not counted"),
+        (["all_reduce", "--bound-mbit", "nan"], "--bound-mbit nan: pass a number of Mbit/s"),
         (["all_reduce", "--plot", "out.txt"], "end it in .png, .svg or .pdf"),
-        (["all_reduce", "--json", "/nowhere/out.json"], "there is no folder /nowhere"),
+        (["all_reduce", "--ranks", "100001"], "1 x 100001 processes with messages of 67108864 by"),
+        (
+            ["all_reduce", "--sizes", "4,999999G"],
+            "Pass fewer --ranks or --peers or smaller --sizes",
+        ),
+        (["step", "--ranks", "100001"], "1 x 100001 processes"),
+        (["all_reduce", "--json", "/nowhere/out.json"], "/nowhere/out.json cannot be written: No"),
+        (["all_reduce", "--json", "/proc/out.json"], "/proc/out.json cannot be written: No such"),
+        (["all_reduce", "--markdown", "/tmp"], "/tmp cannot be written: Is a directory"),
         (["calibrate"], "start it on them"),
     ],
 )
@@ -247,7 +259,15 @@ def test_a_team_that_cannot_start_says_what_it_printed() -> None:
         Team("broken", python("import sys; print('no such thing'); sys.exit(3)"), 1)
 
 
-def test_ctrl_c_ends_the_ranks() -> None:
+@pytest.mark.parametrize(
+    ("signum", "says"),
+    [
+        (signal.SIGINT, "interrupted; its ranks have been ended"),
+        (signal.SIGTERM, "ended by SIGTERM; its ranks too"),
+        (signal.SIGHUP, "ended by SIGHUP; its ranks too"),
+    ],
+)
+def test_ctrl_c_and_other_signals_end_the_ranks(signum: signal.Signals, says: str) -> None:
     running = subprocess.Popen(
         [sys.executable, "-m", "pycomm", "bench", "all_reduce", "--sizes", "4:64M"],
         stdout=subprocess.PIPE,
@@ -259,10 +279,10 @@ def test_ctrl_c_ends_the_ranks() -> None:
         time.sleep(0.1)
     assert ranks, "no rank was started"
     time.sleep(1.0)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(signum)
     _, printed = running.communicate(timeout=60)
-    assert running.returncode == 130
-    assert "interrupted; its ranks have been ended" in printed
+    assert running.returncode == 128 + signum
+    assert says in printed
     assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
 
 

@@ -6,6 +6,7 @@ from pycomm.errors import InvalidArgumentError
 
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _STEP = 4
+_FLOAT32_BYTES = 4
 
 
 def parse(text: str) -> list[int]:
@@ -16,27 +17,32 @@ def parse(text: str) -> list[int]:
     Raises:
         InvalidArgumentError: anything else, or a size that is not made of whole float32.
     """
-    remedy = "Pass FIRST:LAST, such as 4:64M, or a list, such as 4,1K,1M."
-    try:
-        if ":" in text:
-            first, last = (_bytes(part) for part in text.split(":"))
-            sizes = [first]
-            while sizes[-1] * _STEP <= last:
-                sizes.append(sizes[-1] * _STEP)
-            if first > last:
-                sizes = []
-        else:
-            sizes = [_bytes(part) for part in text.split(",")]
-    except ValueError:
-        raise InvalidArgumentError(f"bench: --sizes {text} makes no sense. {remedy}") from None
-    wrong = [size for size in sizes if size < 4 or size % 4]
-    if wrong or not sizes:
-        found = f"{wrong[0]} bytes are no whole float32" if wrong else "it is empty"
-        raise InvalidArgumentError(f"bench: --sizes {text}: {found}. {remedy}")
+    if ":" not in text:
+        return [_bytes(part, text) for part in text.split(",")]
+    if text.count(":") > 1:
+        raise _wrong(text, "there are two colons")
+    first, last = (_bytes(part, text) for part in text.split(":"))
+    if first > last:
+        raise _wrong(text, "the first is larger than the last")
+    sizes = [first]
+    while sizes[-1] * _STEP <= last:
+        sizes.append(sizes[-1] * _STEP)
     return sizes
 
 
-def _bytes(text: str) -> int:
-    text = text.strip().upper().removesuffix("IB").removesuffix("B")
-    unit = _UNITS.get(text[-1:], 1)
-    return int(text[:-1] if unit > 1 else text) * unit
+def _bytes(part: str, text: str) -> int:
+    number = part.strip().upper().removesuffix("IB").removesuffix("B")
+    unit = _UNITS.get(number[-1:], 1)
+    try:
+        nbytes = int(number[:-1] if unit > 1 else number) * unit
+    except ValueError:
+        raise _wrong(text, f"'{part}' is no number of bytes, nor one of K, M or G") from None
+    if nbytes < _FLOAT32_BYTES or nbytes % _FLOAT32_BYTES:
+        raise _wrong(text, f"{nbytes} bytes are no whole float32")
+    return nbytes
+
+
+def _wrong(text: str, why: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"bench: --sizes {text}: {why}. Pass FIRST:LAST, such as 4:64M, or a list, such as 4,1K,1M."
+    )

@@ -16,10 +16,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from pycomm.errors import CommError
+from pycomm.errors import CommError, InvalidArgumentError
 
 START_S = 120.0
 TURN_S = 300.0
+
+_RANK_BYTES = 150 << 20  # of a process that has loaded torch and shares its libraries
+_BUFFERS = 3  # of the largest size, about what a rank holds
+
+
+def check_memory(ranks: int, *, contenders: int = 1, largest: int = 0) -> None:
+    """Refuse what would bring the machine to its knees before the first rank fails.
+
+    Args:
+        largest: the largest message, in bytes.
+
+    Raises:
+        InvalidArgumentError: the ranks of all contenders, which live at once, need more memory than
+            is available.
+    """
+    needed = ranks * contenders * (_RANK_BYTES + _BUFFERS * largest)
+    available = _available_bytes()
+    if needed > available:
+        raise InvalidArgumentError(
+            f"bench: {contenders} x {ranks} processes with messages of {largest} bytes need about "
+            f"{needed / (1 << 30):.3g} GiB of memory, and this machine has "
+            f"{available / (1 << 30):.3g} GiB to give. Pass fewer --ranks or --peers or smaller "
+            "--sizes; for more ranks, run the command under mpirun on several hosts."
+        )
+
+
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise CommError("bench: /proc/meminfo has no MemAvailable; Linux since 3.14 has it.")
 
 
 class Team:

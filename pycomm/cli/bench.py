@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import math
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +23,10 @@ from pycomm.bench import report, sizes
 from pycomm.bench.ranks.measure import COLLECTIVES
 from pycomm.bench.rounds import Entry, Measured, Turns, measure
 from pycomm.bench.step import measure_step
-from pycomm.bench.team import Team
+from pycomm.bench.team import Team, check_memory
 from pycomm.errors import CommError, InvalidArgumentError
 
+DEFAULT_RANKS = 2
 DEFAULT_SIZES = "4:67108864"
 
 
@@ -62,20 +65,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=int, default=2, help="processes to start (2)")
+    parser.add_argument("--ranks", type=int, help=f"processes to start ({DEFAULT_RANKS})")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each contender (9)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print. 0: all was measured; 1: a contender failed; 2: a wrong argument."""
     try:
-        if arguments.ranks < 1 or arguments.rounds < 2:
-            raise InvalidArgumentError("bench: pass at least 1 rank and 2 rounds.")
-        if arguments.what == "step":
-            return _step(arguments)
-        if arguments.what == "calibrate":
-            return _calibrate(arguments)
-        return _collective(arguments)
+        with _ended_by_signals():
+            return _run(arguments)
     except InvalidArgumentError as error:
         print(error, file=sys.stderr)
         return 2
@@ -85,13 +83,58 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("bench: interrupted; its ranks have been ended.", file=sys.stderr)
         return 130
+    except _SignalError as error:
+        print(f"bench: ended by {error.signal.name}; its ranks too.", file=sys.stderr)
+        return 128 + error.signal
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.ranks is None and not _under_launcher():
+        arguments.ranks = DEFAULT_RANKS
+    if arguments.ranks is not None and arguments.ranks < 1:
+        raise InvalidArgumentError(f"bench: --ranks {arguments.ranks}: pass at least 1.")
+    if arguments.rounds < 2:
+        raise InvalidArgumentError(
+            f"bench: --rounds {arguments.rounds}: pass at least 2, the first is not counted."
+        )
+    if arguments.what == "step":
+        return _step(arguments)
+    if arguments.what == "calibrate":
+        return _calibrate(arguments)
+    return _collective(arguments)
+
+
+class _SignalError(BaseException):
+    """Like KeyboardInterrupt, of another signal."""
+
+    def __init__(self, signum: int) -> None:
+        self.signal = signal.Signals(signum)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Leave as after Ctrl-C: the ranks are in sessions of their own and would not hear of it."""
+
+    def leave(signum: int, _frame: object) -> None:
+        raise _SignalError(signum)
+
+    before = {each: signal.signal(each, leave) for each in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def _collective(arguments: argparse.Namespace) -> int:
     chosen_sizes = sizes.parse(arguments.sizes)
     peers = list(dict.fromkeys(peer for peer in arguments.peers.split(",") if peer))
     _check_files(arguments)
-    with _launched(peers) if _under_launcher() else _started(arguments, peers) as job:
+    with (
+        _launched(arguments, peers)
+        if _under_launcher()
+        else _started(arguments, peers, max(chosen_sizes)) as job
+    ):
         entries = [Entry(each, variant) for each in job.turns for variant in each.variants]
         console = Console(soft_wrap=True, quiet=not job.speaks, stderr=True)
         with console.status("") as status:
@@ -111,8 +154,8 @@ def _collective(arguments: argparse.Namespace) -> int:
 
 def _check_files(arguments: argparse.Namespace) -> None:
     for path in (arguments.json, arguments.plot, arguments.markdown):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise InvalidArgumentError(f"bench: there is no folder {path.absolute().parent}.")
+        if path is not None:
+            _check_writable(path)
     if arguments.plot is not None:
         if arguments.plot.suffix not in (".png", ".svg", ".pdf"):
             raise InvalidArgumentError(
@@ -122,8 +165,25 @@ def _check_files(arguments: argparse.Namespace) -> None:
             raise InvalidArgumentError(
                 "bench: --plot needs matplotlib. Run `pip install matplotlib`."
             )
-    if arguments.bound_mbit is not None and arguments.bound_mbit <= 0:
-        raise InvalidArgumentError("bench: --bound-mbit must be positive.")
+    rate = arguments.bound_mbit
+    if rate is not None and not (math.isfinite(rate) and rate > 0):
+        raise InvalidArgumentError(
+            f"bench: --bound-mbit {rate:g}: pass a number of Mbit/s above 0."
+        )
+
+
+def _check_writable(path: Path) -> None:
+    """Before minutes of measuring, not after. Leaves no file behind."""
+    existed = path.exists()
+    try:
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"bench: {path.absolute()} cannot be written: {error.strerror}."
+        ) from None
+    if not existed:
+        path.unlink()
 
 
 def _report(
@@ -186,7 +246,7 @@ class _TeamTurns:
 
 
 @contextlib.contextmanager
-def _started(arguments: argparse.Namespace, peers: Sequence[str]) -> Iterator[_Job]:
+def _started(arguments: argparse.Namespace, peers: Sequence[str], largest: int) -> Iterator[_Job]:
     """Processes of each contender, all there at once and asleep between their turns.
 
     One that cannot be installed or started is left out, like one that fails later.
@@ -196,6 +256,7 @@ def _started(arguments: argparse.Namespace, peers: Sequence[str]) -> Iterator[_J
         raise InvalidArgumentError(
             f"bench: unknown peer {unknown[0]}. Pass some of {', '.join(known_peers.PEERS)}."
         )
+    check_memory(arguments.ranks, contenders=1 + len(peers), largest=largest)
     turns: list[Turns] = []
     failures: dict[str, str] = {}
     with contextlib.ExitStack() as teams:
@@ -217,10 +278,15 @@ def _commands(label: str, arguments: argparse.Namespace) -> list[tuple[list[str]
 
 
 @contextlib.contextmanager
-def _launched(peers: Sequence[str]) -> Iterator[_Job]:
+def _launched(arguments: argparse.Namespace, peers: Sequence[str]) -> Iterator[_Job]:
     from pycomm.bench import here
 
     pycomm.init()
+    if arguments.ranks not in (None, pycomm.size()):
+        raise InvalidArgumentError(
+            f"bench: --ranks {arguments.ranks}, but the launcher has started {pycomm.size()}, and "
+            "those are measured. Leave --ranks away, or run the command without the launcher."
+        )
     yield _Job(here.contenders(peers), pycomm.size(), speaks=pycomm.rank() == 0)
 
 
@@ -233,6 +299,7 @@ def _step(arguments: argparse.Namespace) -> int:
         raise InvalidArgumentError(
             "bench step starts its ranks itself: run it without a launcher, with --ranks."
         )
+    check_memory(arguments.ranks)
     with (
         Team("step", _torch_commands("step", arguments.ranks), arguments.ranks) as team,
         Console(stderr=True).status("") as status,
