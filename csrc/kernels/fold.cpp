@@ -172,7 +172,7 @@ const FoldLevel& choose_fold_level(const char* wanted) {
     if (std::string_view(level.name) == wanted) return level;
     names += (names.empty() ? "" : ", ") + std::string(level.name);
   }
-  throw InvalidArgumentError(std::string("PYCOMM_SIMD=") + wanted +
+  throw InvalidArgumentError(std::string("init: PYCOMM_SIMD=") + wanted +
                              ": this processor and build have " + names +
                              ". Set it to one of those, or unset it for the fastest.");
 }

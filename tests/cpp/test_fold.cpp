@@ -222,5 +222,5 @@ TEST(the_environment_lowers_the_level) {
   CHECK_EQUAL(pycomm::detail::choose_fold_level("").name, levels.front().name);
   CHECK_EQUAL(pycomm::detail::choose_fold_level("baseline").name, "baseline");
   CHECK_THROWS(pycomm::detail::choose_fold_level("mmx"), pycomm::InvalidArgumentError,
-               "PYCOMM_SIMD=mmx");
+               "init: PYCOMM_SIMD=mmx");
 }
