@@ -136,8 +136,8 @@ class LoopbackReceive : public Message {
   }
 
   std::string describe() const override {
-    return "rank " + std::to_string(peer_) + " to send " + std::to_string(bytes_.size()) +
-           " bytes (tag " + std::to_string(tag_) + ")";
+    return "rank " + std::to_string(peer_) + " to send " + (length_ != nullptr ? "up to " : "") +
+           std::to_string(bytes_.size()) + " bytes (tag " + std::to_string(tag_) + ")";
   }
 
  private:

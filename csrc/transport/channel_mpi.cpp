@@ -81,11 +81,12 @@ struct Route {
   int peer;
   int tag;
   std::size_t bytes;
+  bool at_most = false;  // a message may be shorter
 
   std::string awaited() const {
     return "rank " + std::to_string(peer) +
-           (direction == Direction::kSend ? " to take " : " to send ") + std::to_string(bytes) +
-           " bytes (tag " + std::to_string(tag) + ")";
+           (direction == Direction::kSend ? " to take " : " to send ") + (at_most ? "up to " : "") +
+           std::to_string(bytes) + " bytes (tag " + std::to_string(tag) + ")";
   }
 
   void check(int code) const {
@@ -304,7 +305,7 @@ std::unique_ptr<Message> MpiChannel::receive(int peer, int tag, std::span<std::b
 
 std::unique_ptr<Message> MpiChannel::receive_at_most(int peer, int tag, std::span<std::byte> room,
                                                      std::size_t& length) {
-  const Route route{Route::Direction::kReceive, rank_, peer, tag, room.size()};
+  const Route route{Route::Direction::kReceive, rank_, peer, tag, room.size(), /*at_most=*/true};
   return std::make_unique<MpiReceive>(inbox_, route, room.data(), &length);
 }
 

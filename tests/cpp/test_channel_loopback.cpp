@@ -26,6 +26,14 @@ std::string text_of(const std::vector<std::byte>& bytes) {
   return {reinterpret_cast<const char*>(bytes.data()), bytes.size()};
 }
 
+TEST(a_receive_with_room_to_spare_says_that_it_awaits_no_exact_length) {
+  auto channels = make_loopback_channels(2);
+  std::vector<std::byte> room(9);
+  std::size_t length = 0;
+  const auto receive = channels[1]->receive_at_most(0, 3, room, length);
+  CHECK_EQUAL(receive->describe(), "rank 0 to send up to 9 bytes (tag 3)");
+}
+
 TEST(a_receive_posted_before_the_send_is_over_after_it) {
   auto channels = make_loopback_channels(2);
   std::vector<std::byte> arrived(5);
