@@ -51,6 +51,13 @@ NoticeKind kind_of(const std::exception_ptr& error) {
   }
 }
 
+/// For the other ranks: what came out of the call there was not our error.
+std::string interrupted_in(const std::string& call, int rank) {
+  return "rank " + std::to_string(rank) + " was interrupted in " + call +
+         ", by Ctrl-C or an exception.\n  It cannot take part any more, so the group is over. Read "
+         "that rank's log first, then start the job again.";
+}
+
 /// What is wrong with blocks of given lengths, of which there is one for each rank, mine as long as
 /// what I bring; empty: nothing.
 std::string problem_of_counts(const Operation& operation, int rank, int size) {
@@ -278,7 +285,7 @@ void Group::run_there(Operation operation, const InterruptCheck& check_interrupt
   } catch (...) {
     if (!interrupt) throw;
     // The operation must not outlive the caller's memory: end it, then go.
-    abort("rank " + std::to_string(rank()) + " was interrupted in " + call + ".");
+    abort(interrupted_in(call, rank()));
     try {
       work->wait([] {});
     } catch (const CommError&) {
@@ -363,7 +370,7 @@ void Group::finish(std::exception_ptr error) {
 
 void Group::fail(const std::string& call) {
   const std::exception_ptr error = std::current_exception();
-  std::string text = "rank " + std::to_string(rank()) + " was interrupted in " + call + ".";
+  std::string text = interrupted_in(call, rank());
   std::exception_ptr lasting;
   try {
     std::rethrow_exception(error);

@@ -138,7 +138,7 @@ bool PostOffice::run_at_once(const Transfer& transfer) {
     if (over && exchange_->has_unsent()) submit();
     return over;
   } catch (...) {
-    fail();
+    fail(first_unfinished());
     throw;
   }
 }
@@ -150,7 +150,7 @@ void PostOffice::post(const std::shared_ptr<Item>& item) {
     exchange_->advance();    // what has come already came before what is posted now
     exchange_->post(item);
   } catch (...) {
-    fail();
+    fail(first_unfinished());
     throw;
   }
   drive();
@@ -163,7 +163,7 @@ bool PostOffice::drive() {
     complete_done();
     return moved;
   } catch (...) {
-    fail();
+    fail(first_unfinished());
     return true;
   }
 }
@@ -207,7 +207,7 @@ int PostOffice::run(const Transfer& transfer, double timeout_s,
       check_interrupt();
     } catch (...) {
       std::lock_guard lock(mutex_);
-      fail();
+      fail(describe(*item));
       throw;
     }
   };
@@ -251,7 +251,7 @@ Progressive::State PostOffice::advance() {
     try {
       moved = courier_->poll();
     } catch (...) {
-      if (!failed_) fail();
+      if (!failed_) fail(first_unfinished());
     }
   }
   moved |= drive();
@@ -278,15 +278,13 @@ void PostOffice::check_peers_and_deadlines() {
   try {
     group_.check_notices();
     if (const int lost = group_.window_.lost_peer(); lost >= 0) {
-      const auto unfinished = exchange_->unfinished();
-      const std::string call = unfinished.empty() ? "send or recv" : describe(*unfinished.front());
-      throw PeerLostError(call + ": rank " + std::to_string(lost) +
+      throw PeerLostError(first_unfinished() + ": rank " + std::to_string(lost) +
                           " is gone, its process ended without leaving the job (killed, crashed or "
                           "out of memory).\n  Read that rank's log and the kernel's (dmesg).");
     }
     for (const auto& transfer : exchange_->unfinished()) check(static_cast<Item&>(*transfer));
   } catch (...) {
-    fail();
+    fail(first_unfinished());
   }
 }
 
@@ -326,8 +324,13 @@ void PostOffice::check(Item& item) {
   }
 }
 
-void PostOffice::fail() {
-  group_.fail("send or recv");
+std::string PostOffice::first_unfinished() const {
+  const auto unfinished = exchange_->unfinished();
+  return unfinished.empty() ? "send or recv" : describe(*unfinished.front());
+}
+
+void PostOffice::fail(const std::string& call) {
+  group_.fail(call);
   std::exception_ptr lasting;
   {
     std::lock_guard lock(group_.mutex_);

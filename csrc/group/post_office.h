@@ -82,7 +82,10 @@ class PostOffice : public Progressive {
   /// Who could be at the other end has called shutdown().
   bool nobody_left_for(const Item& item) const;
   /// The exception being handled finishes the group.
-  void fail();
+  /// @param call  what an error that is not ours has interrupted.
+  void fail(const std::string& call);
+  /// For errors that concern all of them.
+  std::string first_unfinished() const;
   void end_all(const std::exception_ptr& error);
   /// Have the progress thread drive, if it does not already.
   void submit();
