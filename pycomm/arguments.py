@@ -72,6 +72,14 @@ def _dtype(
             f"{argument} is on {t.device}, and pycomm moves CPU tensors only.\n"
             f"  Pass {argument}.cpu() and copy the result back.",
         )
+    if t.is_nested:
+        refuse(
+            call,
+            group,
+            f"{argument} is a nested tensor, of several shapes.\n"
+            f"  Pass the tensors of {argument}.unbind(), or a padded one "
+            f"(torch.nested.to_padded_tensor({argument}, 0)).",
+        )
     if t.layout is not torch.strided:
         refuse(call, group, f"{argument} has layout {t.layout}. Pass {argument}.to_dense().")
     dtype = supported.get(t.dtype)

@@ -181,8 +181,10 @@ def batch_isend_irecv(p2p_op_list: Sequence[P2POp]) -> list[Work[Any]]:
     """
     for item in p2p_op_list:
         if not isinstance(item, P2POp) or item.op not in (isend, irecv):
-            raise InvalidArgumentError(
-                f"batch_isend_irecv: {item!r} is not a P2POp of pycomm.isend or pycomm.irecv."
+            refuse(
+                "batch_isend_irecv",
+                group_of(item.group if isinstance(item, P2POp) else None),
+                f"{item!r} is not a P2POp of pycomm.isend or pycomm.irecv.",
             )
     return [item.op(item.tensor, item.peer, tag=item.tag, group=item.group) for item in p2p_op_list]
 

@@ -85,11 +85,17 @@ def broadcast_optimizer_state(
     call = "broadcast_optimizer_state"
     group = group_of(group)
     root = root_rank(call, root, group)
-    _require_same(call, _describe_optimizer(optimizer), group)
+    described: dict[str, str] = {}
+    mistake: Exception | None = None
+    try:
+        described = _describe_optimizer(optimizer)
+    except InvalidArgumentError as error:
+        mistake = error
+    raise_together(call, mistake, group)
+    _require_same(call, described, group)
 
     structure = b""
     tensors: list[Tensor] = []
-    mistake: Exception | None = None
     if group.rank == root:
         try:
             structure, tensors = _take_apart(optimizer.state_dict())
@@ -168,6 +174,10 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, str]:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InvalidArgumentError(
+            f"optimizer is {optimizer!r}. Pass a torch.optim.Optimizer, wrapped or not."
+        )
     return {
         f"parameter {position} of group {index}": _describe(param)
         for index, param_group in enumerate(optimizer.param_groups)

@@ -112,6 +112,16 @@ BAD_CALLS = {
         lambda g: all_reduce_(torch.eye(2).to_sparse(), group=g),
         r"t has layout torch.sparse_coo. Pass t.to_dense\(\)",
     ),
+    "nested": (
+        lambda g: all_reduce(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), group=g),
+        r"t is a nested tensor, of several shapes.*Pass the tensors of t.unbind\(\)",
+    ),
+    "jagged": (
+        lambda g: all_reduce_(
+            torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), group=g
+        ),
+        "t is a nested tensor",
+    ),
     "type": (lambda g: all_reduce([1.0], group=g), "t is a list. Pass a torch.Tensor"),
     "op": (lambda g: all_reduce_(torch.ones(2), "sum", group=g), "op is 'sum'"),
     "strides": (
@@ -262,6 +272,7 @@ BAD_CALLS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("case", list(BAD_CALLS))
 def test_bad_arguments_lose_nothing(case):
     call, message = BAD_CALLS[case]

@@ -324,6 +324,18 @@ def test_optimizers_over_different_parameters():
     run_ranks(2, body)
 
 
+def test_what_is_no_optimizer_on_one_rank_raises_on_all():
+    def body(group):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+        with pytest.raises(
+            InvalidArgumentError, match=r"failed on rank 1: .*optimizer is 3\. Pass a torch.optim"
+        ):
+            broadcast_optimizer_state(3 if group.rank == 1 else optimizer, group=group)
+        assert all_reduce(torch.tensor(1), group=group) == 2
+
+    run_ranks(2, body)
+
+
 def test_a_state_that_cannot_be_pickled_raises_on_all():
     def body(group):
         optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
