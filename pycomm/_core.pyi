@@ -414,6 +414,9 @@ class MachineLimit:
         """A cache line from rank 0 to rank 1 and back; 0 on other ranks."""
 
 def time_all_reduces(group: Group, addresses: Sequence[int], count: int, dtype: DType) -> float: ...
+def leave_at_end(code: int) -> None:
+    """When Python has ended, leave with ``code`` before what other modules do then."""
+
 def simd_level() -> str: ...
 def tensor_calls(
     tensor_type: type, is_neg: Callable[..., bool], increment_version: Callable[..., None]

@@ -14,7 +14,7 @@ ranks that wait for it. Instead:
   ``sys.exit(0)`` is a normal end. Ctrl-C leaves with 130 and one line from the first rank.
 - Exceptions that are caught, and those of threads other than the main one, end nothing.
 
-A world of one rank, and an interactive session, fail as Python does.
+A world of one rank, an interactive session and a forked child fail as Python does.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn
 
+from pycomm import _core
 from pycomm.errors import PeerLostError
 
 # Together below the 5 s within which every rank has to be gone.
@@ -60,6 +61,7 @@ class Member:
 
 _member: Member | None = None
 _left_with: _Departure | None = None
+_in_child = False  # of a fork, in a process that runs MPI
 _python_exit = sys.exit
 _previous_hook = sys.excepthook
 _hooked = False
@@ -76,15 +78,31 @@ def watch(member: Member) -> None:
         # Before all atexit handlers, so that they can still be run with a bound. Private in
         # `threading`, and what concurrent.futures uses.
         threading._register_atexit(_on_main_thread_end)  # type: ignore[attr-defined]
-        os.register_at_fork(after_in_child=unwatch)
+        os.register_at_fork(after_in_child=_watch_child)
         _hooked = True
     _member = member
 
 
 def unwatch() -> None:
-    """The job is over, or this is a forked child: fail as Python does."""
+    """The job is over: fail as Python does."""
     global _member
     _member = None
+
+
+def _watch_child() -> None:
+    """A forked child fails and ends as Python does, but for mpi4py.
+
+    It finalises MPI when the interpreter has ended, in a child too, where that waits for ever.
+    """
+    global _in_child
+    unwatch()
+    if "mpi4py.MPI" in sys.modules:
+        _in_child = True
+        atexit.register(_end_child)
+
+
+def _end_child() -> None:
+    _core.leave_at_end(0 if _left_with is None else _left_with.number())
 
 
 def end_job_at_exit(error: BaseException) -> None:
@@ -98,9 +116,12 @@ def end_job_at_exit(error: BaseException) -> None:
 def _on_uncaught(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
+    global _left_with
     member = _member
     if member is None or hasattr(sys, "ps1"):
         _previous_hook(kind, error, trace)
+        if _in_child:
+            _left_with = _Departure(1, echo=False)
     elif issubclass(kind, KeyboardInterrupt):
         _end_job(member, 130, "interrupted", f"{member}: interrupted\n", echo=False)
     elif _previous_hook is sys.__excepthook__:
@@ -116,8 +137,16 @@ def _on_uncaught(
 
 @dataclass(frozen=True)
 class _Departure:
+    """How the script was left."""
+
     code: object
     echo: bool
+
+    def number(self) -> int:
+        """The exit code that Python makes of it; a text it has printed."""
+        if self.code is None:
+            return 0
+        return self.code if isinstance(self.code, int) else 1
 
 
 class _Exit(SystemExit):
@@ -135,7 +164,7 @@ class _Exit(SystemExit):
 
 
 def _exit(status: object = None, /) -> NoReturn:
-    if _member is None:
+    if _member is None and not _in_child:
         _python_exit(status)  # type: ignore[arg-type]
     raise _Exit(status)
 
@@ -144,9 +173,8 @@ def _on_main_thread_end() -> None:
     member, departure = _member, _left_with
     if member is None or departure is None or not departure.code:
         return
-    code = departure.code if isinstance(departure.code, int) else 1  # Python has printed a text
     summary = f"sys.exit({departure.code!r})"
-    _end_job(member, code, summary, f"{member}: {summary}\n", departure.echo)
+    _end_job(member, departure.number(), summary, f"{member}: {summary}\n", departure.echo)
 
 
 def _end_job(

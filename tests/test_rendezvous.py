@@ -160,7 +160,7 @@ def test_a_forked_child_is_no_rank_and_shuts_nothing_down():
     done = mpirun(
         2,
         """
-        import atexit, os, pycomm
+        import os, pycomm
         pycomm.init()
         child = os.fork()
         if child == 0:
@@ -171,8 +171,7 @@ def test_a_forked_child_is_no_rank_and_shuts_nothing_down():
                 except pycomm.NotInitializedError as error:
                     print(error)
             pycomm.shutdown()
-            atexit._run_exitfuncs()
-            os._exit(0)  # as multiprocessing does; mpi4py would finalise its parent's MPI
+            os._exit(0)  # as multiprocessing does
         assert os.waitpid(child, 0)[1] == 0
         pycomm.barrier()
         """,
@@ -181,6 +180,34 @@ def test_a_forked_child_is_no_rank_and_shuts_nothing_down():
     for call in ("rank", "barrier", "init"):
         assert done.out.count(f"{call}: process ") == 2
     assert done.out.count("was forked from rank 1") == 3
+
+
+@pytest.mark.parametrize(
+    ("last_words", "code"),
+    [("pass", 0), ("sys.exit(3)", 3), ("sys.exit('no')", 1), ("sys.exit()", 0), ("1 / 0", 1)],
+)
+def test_a_forked_child_ends_as_python_does(last_words, code):
+    """mpi4py alone would finalise its parent's MPI in it, and wait for ever."""
+    done = mpirun(
+        2,
+        f"""
+        import atexit, os, sys
+        atexit.register(lambda: print("first registered", flush=True))
+        import pycomm
+        pycomm.init()
+        child = os.fork()
+        if child == 0:
+            atexit.register(lambda: print("last registered", flush=True))
+            {last_words}
+        else:
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == {code}
+            pycomm.barrier()
+        """,
+    )
+    assert done.returncode == 0, done.err
+    assert done.out.count("last registered") == 2
+    assert done.out.count("first registered") == 4
+    assert done.err.count("ZeroDivisionError") == (2 if "/" in last_words else 0)
 
 
 def test_ranks_disagree_about_the_timeout():

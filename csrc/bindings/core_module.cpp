@@ -1,8 +1,28 @@
 // The module pycomm._core: everything Python can see of the core. Only this folder knows Python;
 // the GIL is released around everything that can wait.
 
+#include <unistd.h>
+
+#include <cstdio>
+
 #include "bindings/bindings.h"
 #include "kernels/fold.h"
+
+namespace {
+
+int exit_code = 0;
+
+/// Python runs these functions last, with everything of its own gone, the latest one first.
+void leave_at_end(int code) {
+  exit_code = code;
+  const int failed = Py_AtExit([] {
+    std::fflush(nullptr);
+    _exit(exit_code);
+  });
+  if (failed) _exit(code);  // all 32 places are taken
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_core, module) {
   module.doc() = "The C++ core of pycomm. Tensors cross as address, element count and dtype.";
@@ -16,6 +36,8 @@ PYBIND11_MODULE(_core, module) {
   pycomm::bind_limits(module);
   pycomm::bind_world(module);
   pycomm::bind_reducer(module);
+  module.def("leave_at_end", &leave_at_end, pybind11::arg("code"),
+             "When Python has ended, leave with `code` before what other modules do then.");
   module.def("simd_level", &pycomm::simd_level,
              "The instruction set the folds use: avx512, avx2 or baseline.");
 }
