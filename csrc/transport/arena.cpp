@@ -19,7 +19,8 @@ std::byte* map_shared(int descriptor, std::size_t bytes) {
                     /*offset=*/0);
   if (base == MAP_FAILED) {
     throw_system_error("mmap of " + std::to_string(bytes) + " bytes of address space",
-                       "Raise the address space limit (ulimit -v unlimited).");
+                       "Raise the address space limit (ulimit -v unlimited), or reserve less with "
+                       "PYCOMM_ARENA_BYTES.");
   }
   return static_cast<std::byte*>(base);
 }
