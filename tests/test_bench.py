@@ -15,7 +15,7 @@ import numpy
 import pytest
 from launchers import mpirun
 
-from pycomm import cli
+from pycomm import cli, cost
 from pycomm.bench import report, sizes
 from pycomm.bench.peers import free_port, torch_commands
 from pycomm.bench.ranks.measure import COLLECTIVES, Array, Bench, expected, shapes, values
@@ -148,7 +148,7 @@ def test_under_mpirun_on_several_hosts(tmp_path: Path) -> None:
         2,
         """
         import sys
-        from pycomm import cli
+        from pycomm import cli, cost
         sys.exit(cli.main(["bench", "all_reduce", *sys.argv[1:]]))
         """,
         *("--sizes", "4K", "--peers", "mpi,gloo", "--rounds", "2", "--bound-mbit", "1000"),
@@ -257,6 +257,38 @@ def test_a_team_that_cannot_start_says_what_it_printed() -> None:
         CommError, match=r"(?s)broken: its ranks ended with status 3.*no such thing"
     ):
         Team("broken", python("import sys; print('no such thing'); sys.exit(3)"), 1)
+
+
+def calibrate(path: Path) -> tuple[int, str]:
+    program = "import sys; from pycomm import cli; sys.exit(cli.main(['bench', 'calibrate']))"
+    done = mpirun(2, program, PYCOMM_HOSTS="a,b", PYCOMM_COST_FILE=str(path))
+    return done.returncode, done.out + done.err
+
+
+@pytest.mark.parametrize("before", [None, "{"], ids=["missing", "damaged"])
+def test_calibrate_replaces_a_file_that_init_would_refuse(
+    before: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "site" / "cost.json"
+    if before is not None:
+        path.parent.mkdir()
+        path.write_text(before)
+    code, printed = calibrate(path)
+    assert code == 0, printed
+    assert f"{path}: CostModel(" in printed
+    assert cost.load({"PYCOMM_COST_FILE": str(path)}).alpha_s > 0
+
+
+def test_calibrate_refuses_a_file_that_it_cannot_write() -> None:
+    code, printed = calibrate(Path("/proc/cost.json"))
+    assert code != 0
+    assert "/proc/cost.json cannot be written: No such file" in printed
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.startswith("pycomm 0.")
 
 
 @pytest.mark.parametrize(

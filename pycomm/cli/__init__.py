@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata as metadata
 from collections.abc import Sequence
 
 from pycomm.cli import bench, info, plan
@@ -11,6 +12,9 @@ from pycomm.cli import bench, info, plan
 def main(arguments: Sequence[str]) -> int:
     """Run one command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m pycomm", description="Inspect pycomm.")
+    parser.add_argument(
+        "--version", action="version", version=f"pycomm {metadata.version('pycomm-torch')}"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser(
         "info", help="what is installed, and what this machine offers"

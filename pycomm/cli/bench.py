@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -332,10 +333,18 @@ def _calibrate(arguments: argparse.Namespace) -> int:
             "bench calibrate measures between hosts: start it on them, with "
             "`mpirun -np RANKS --host A,B python -m pycomm bench calibrate`."
         )
-    pycomm.init()
+    path = cost.cost_file(os.environ)
+    with tempfile.TemporaryDirectory() as folder:
+        # What init() would read is about to be replaced, and may be missing or damaged.
+        os.environ["PYCOMM_COST_FILE"] = str(cost.CostModel().save(Path(folder) / "cost.json"))
+        pycomm.init()
+    if pycomm.rank() == 0:
+        with contextlib.suppress(OSError):  # _check_writable tells
+            path.parent.mkdir(parents=True, exist_ok=True)
+        _check_writable(path)
     model = cost.calibrate(pycomm.runtime.world_group())
     if pycomm.rank() == 0:
-        path = model.save()
+        model.save(path)
         print(f"{path}: {model}")
     return 0
 
