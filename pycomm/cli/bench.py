@@ -26,6 +26,7 @@ from pycomm.bench.rounds import Entry, Measured, Turns, measure
 from pycomm.bench.step import measure_step
 from pycomm.bench.team import Team, check_memory
 from pycomm.errors import CommError, InvalidArgumentError
+from pycomm.objects import raise_together
 
 DEFAULT_RANKS = 2
 DEFAULT_SIZES = "4:67108864"
@@ -338,10 +339,15 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         # What init() would read is about to be replaced, and may be missing or damaged.
         os.environ["PYCOMM_COST_FILE"] = str(cost.CostModel().save(Path(folder) / "cost.json"))
         pycomm.init()
+    mistake = None
     if pycomm.rank() == 0:
-        with contextlib.suppress(OSError):  # _check_writable tells
-            path.parent.mkdir(parents=True, exist_ok=True)
-        _check_writable(path)
+        try:
+            with contextlib.suppress(OSError):  # _check_writable tells
+                path.parent.mkdir(parents=True, exist_ok=True)
+            _check_writable(path)
+        except InvalidArgumentError as error:
+            mistake = error
+    raise_together("bench calibrate", mistake, pycomm.runtime.world_group())
     model = cost.calibrate(pycomm.runtime.world_group())
     if pycomm.rank() == 0:
         model.save(path)
