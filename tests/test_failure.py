@@ -204,7 +204,7 @@ def test_a_caught_exit_is_none():
 
 
 def test_a_failure_before_the_ranks_have_met():
-    # MPI has started on both ranks, as in programs that import mpi4py themselves. See the next test.
+    # MPI has started on both ranks, as where programs import mpi4py themselves: see the next test.
     done = mpirun(
         2,
         """
