@@ -69,17 +69,18 @@ def init(*, comm: MPI.Intracomm | None = None, timeout_s: float | None = None) -
     if _session is not None:
         _refuse_second_init(_session, comm, timeout_s)
         return
+    launch = detect(os.environ)
+    host_name = os.environ.get("PYCOMM_HOST") or socket.gethostname()
+    if comm is None and launch.world_size != 1:
+        # A rank that fails from here on, by an argument of its own, would otherwise wait in
+        # MPI_Finalize (mpi4py may have been imported) for those that wait for it here. Nobody can
+        # be told yet, so it just leaves, and the launcher notices.
+        size = launch.world_size or launch.rank + 1
+        failure.watch(failure.Member(launch.rank, size, host_name, lambda reason: True))
     default_timeout_s = _timeout_s(timeout_s, os.environ)
     arena_bytes = _arena_bytes(os.environ)
     tuning = _Tuning(_algorithm(os.environ), cost.load(os.environ))
     _core.simd_level()  # reads PYCOMM_SIMD: a typo there shows now, not in the first reduction
-    launch = detect(os.environ)
-    host_name = os.environ.get("PYCOMM_HOST") or socket.gethostname()
-    if comm is None and launch.world_size != 1:
-        # A rank that fails from here on would otherwise wait in MPI_Finalize for those that wait
-        # for it here. Nobody can be told yet, so it just leaves, and the launcher notices.
-        size = launch.world_size or launch.rank + 1
-        failure.watch(failure.Member(launch.rank, size, host_name, lambda reason: True))
 
     if _sessions_begun == 0:
         atexit.register(_leave_at_exit)

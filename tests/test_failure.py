@@ -204,16 +204,36 @@ def test_a_caught_exit_is_none():
 
 
 def test_a_failure_before_the_ranks_have_met():
+    # MPI has started on both ranks, as where programs import mpi4py themselves: see the next test.
     done = mpirun(
         2,
         """
-        import os, pycomm
-        rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["PMI_RANK"]
-        pycomm.init(timeout_s=-1.0 if rank == "1" else 50.0)
+        from mpi4py import MPI
+        import pycomm
+        pycomm.init(timeout_s=-1.0 if MPI.COMM_WORLD.Get_rank() == 1 else 50.0)
         """,
     )
     assert done.returncode == 1
-    assert "timeout_s=-1.0" in done.err
+    assert ours(done.err)[-1].endswith("Pass one, such as 600.")
+    assert one_failing_rank(done.err) == 1
+
+
+def test_a_failure_before_mpi_has_started():
+    # The other rank stays away from MPI meanwhile. One that the launcher ends while it connects to
+    # it may leave the launcher of Open MPI 5 hanging or crashed (see docs/errors.md).
+    done = mpirun(
+        2,
+        """
+        import os, time, pycomm
+        rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["PMI_RANK"]
+        if rank == "0":
+            time.sleep(50)
+        pycomm.init(timeout_s=-1.0)
+        """,
+    )
+    assert done.returncode == 1
+    assert ours(done.err)[-1].endswith("Pass one, such as 600.")
+    assert one_failing_rank(done.err) == 1
 
 
 def test_alone_python_prints_its_own_traceback():
