@@ -182,6 +182,37 @@ def test_a_forked_child_is_no_rank_and_shuts_nothing_down():
     assert done.out.count("was forked from rank 1") == 3
 
 
+def test_a_forked_child_does_not_wait_for_what_its_parent_has_under_way():
+    done = mpirun(
+        2,
+        """
+        import os, sys, pycomm, torch
+        pycomm.init()
+        other = 1 - pycomm.rank()
+        received = torch.zeros(3)
+        work = pycomm.irecv(received, other)
+        pycomm.barrier()
+        child = os.fork()
+        if child == 0:
+            assert not work.done()
+            try:
+                work.wait()
+            except pycomm.CommError as error:
+                print(error)
+            del work
+            sys.exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        pycomm.barrier()  # nobody has sent before
+        pycomm.send(torch.ones(3), other)
+        assert work.wait() == other
+        assert received.tolist() == [1, 1, 1]
+        work.wait()
+        """,
+    )
+    assert done.returncode == 0, done.err
+    assert done.out.count("forked from a rank while the operation was under way") == 2
+
+
 @pytest.mark.parametrize(
     ("last_words", "code"),
     [("pass", 0), ("sys.exit(3)", 3), ("sys.exit('no')", 1), ("sys.exit()", 0), ("1 / 0", 1)],

@@ -2,11 +2,18 @@
 
 #include <utility>
 
+#include "core/error.h"
+#include "core/fork_guard.h"
 #include "group/backoff.h"
 
 namespace pycomm {
 
 void Work::wait(const InterruptCheck& check_interrupt) {
+  if (in_forked_child() && !done()) {  // its end would be noted in the parent's memory only
+    throw CommError(
+        "wait: this process was forked from a rank while the operation was under way there, and "
+        "never learns of its end. Wait in the parent, or before the fork.");
+  }
   Backoff backoff(doorbell_);  // the progress thread needs a core to end the operation
   while (!done()) {
     if (backoff.relax([this] { return done(); }, [] { return true; })) check_interrupt();
