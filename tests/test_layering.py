@@ -50,7 +50,7 @@ COLLECTIVES_LAYERS = [
 def test_csrc_includes_point_down() -> None:
     checked = 0
     for path in sorted((ROOT / "csrc").rglob("*")):
-        if path.suffix not in {".h", ".cpp"}:
+        if path.suffix not in {".h", ".cpp", ".cu"}:
             continue
         layer = CSRC_LAYERS.index(path.relative_to(ROOT / "csrc").parts[0])
         for included in re.findall(r'#include "([a-z_]+)/', path.read_text()):
