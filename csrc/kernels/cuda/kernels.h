@@ -19,9 +19,9 @@
 //                 fill the arguments in. They know no CUDA header either and start a kernel through
 //                 a Launcher, so they do the same over a GPU and over a test's stand-in for one.
 //
-// The loader (above this layer) opens libpycomm_cuda.so, gives the image to cudaLibraryLoadData,
+// The loader (nccl/kernel_image.h) opens libpycomm_cuda.so, gives the image to cudaLibraryLoadData,
 // asks cudaLibraryGetKernel for each of kernel_names(), and implements Launcher with
-// cudaLaunchKernel. docs/adr/0010-the-cuda-kernels-are-an-image.md has the reasons.
+// cudaLaunchKernelExC. docs/adr/0011-the-cuda-kernels-are-an-image.md has the reasons.
 
 namespace pycomm::cuda {
 
