@@ -7,13 +7,6 @@
 #
 # What became of it is one line in cuda_kernels.txt beside the core.
 
-set(PYCOMM_BUILD_CUDA AUTO CACHE STRING
-  "Build the CUDA kernels: AUTO (where a usable nvcc is found), ON (or stop), OFF")
-set_property(CACHE PYCOMM_BUILD_CUDA PROPERTY STRINGS AUTO ON OFF)
-if(NOT PYCOMM_BUILD_CUDA MATCHES "^(AUTO|ON|OFF)$")
-  message(FATAL_ERROR "pycomm: PYCOMM_BUILD_CUDA is ${PYCOMM_BUILD_CUDA}. Pass AUTO, ON or OFF.")
-endif()
-
 # A processor of a later minor version runs the machine code of an earlier one of its major version
 # (8.9 that of 8.0); what is newer than all of them, the driver compiles the PTX for.
 set(cuda_architectures 80 90 100)

@@ -410,6 +410,24 @@ class MachineLimit:
         """A cache line from rank 0 to rank 1 and back; 0 on other ranks."""
 
 def time_all_reduces(group: Group, addresses: Sequence[int], count: int, dtype: DType) -> float: ...
+
+class GpuReport:
+    """What of the GPU plane is here; each text says what, or why not and what to do."""
+
+    @property
+    def headers(self) -> str: ...
+    @property
+    def runtime(self) -> str: ...
+    @property
+    def driver(self) -> str: ...
+    @property
+    def nccl(self) -> str: ...
+    @property
+    def kernels(self) -> str: ...
+
+def gpu_report(cuda_folders: Sequence[str], nccl_folders: Sequence[str], kernels: str) -> GpuReport:
+    """Look for CUDA and NCCL; loads the libraries and starts nothing."""
+
 def simd_level() -> str: ...
 def tensor_calls(
     tensor_type: type, is_neg: Callable[..., bool], increment_version: Callable[..., None]
