@@ -4,10 +4,6 @@
 
 namespace pycomm::nccl {
 
-std::string cuda_version_text(int version) {
-  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-}
-
 CudaTable CudaTable::load(const std::vector<std::string>& folders) {
   CudaTable table{Library::find(
       {"CUDA runtime",

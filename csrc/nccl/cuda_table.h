@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "nccl/library.h"
+#include "nccl/versions.h"
 
 // The CUDA runtime: every function that pycomm calls, found at run time. Their types are those of
 // the header, so that a changed signature does not compile. Only functions that cuda_runtime.h,
@@ -21,6 +22,7 @@ namespace pycomm::nccl {
   X(cudaEventDestroy)                 \
   X(cudaEventQuery)                   \
   X(cudaEventRecord)                  \
+  X(cudaGetDevice)                    \
   X(cudaGetDeviceCount)               \
   X(cudaGetErrorName)                 \
   X(cudaGetErrorString)               \
@@ -65,8 +67,5 @@ struct CudaTable {
   /// @throws CommError  no driver, one too old for this runtime, or no GPU; with the remedy.
   int device_count() const;
 };
-
-/// "12.8" for 12080.
-std::string cuda_version_text(int version);
 
 }  // namespace pycomm::nccl

@@ -4,13 +4,6 @@
 
 namespace pycomm::nccl {
 
-std::string nccl_version_text(int version) {
-  // Up to 2.8 the code was 2804 for 2.8.4.
-  const int scale = version < 10000 ? 1000 : 10000;
-  return std::to_string(version / scale) + "." + std::to_string(version % scale / 100) + "." +
-         std::to_string(version % 100);
-}
-
 NcclTable NcclTable::load(const std::vector<std::string>& folders) {
   NcclTable table{Library::find({"NCCL",
                                  "PYCOMM_NCCL_LIBRARY",

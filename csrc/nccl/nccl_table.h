@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "nccl/library.h"
+#include "nccl/versions.h"
 
 // NCCL: every function that pycomm calls, found at run time, typed by nccl.h as in cuda_table.h.
 
@@ -62,8 +63,5 @@ struct NcclTable {
   /// has, or what it lacks.
   std::vector<std::string> newer(bool present) const;
 };
-
-/// "2.32.3" for NCCL's 23203.
-std::string nccl_version_text(int version);
 
 }  // namespace pycomm::nccl
