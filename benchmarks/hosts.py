@@ -8,7 +8,9 @@ before, and every result is checked.
 
 The bound is the time in which a host's link carries the least bytes there are: 2(H-1)/H of the
 buffer leave each of H hosts, and as many reach it. The goodput is what one TCP stream from a host's
-first rank to the next host's carries while no other runs, on the slowest host.
+first rank to the next host's carries while no other runs, on the slowest host. Beside it stands
+the congestion control that the kernel gave that stream, since it decides how even the times are:
+BBR all but stops a busy connection for 200 ms out of 10 s (README.md).
 
 Beside the times stands what a call costs a host: the processor time of one of its ranks, and the
 TCP segments that its kernel sent again because a full queue had dropped them.
@@ -104,31 +106,40 @@ def segments_resent() -> int:
     return int(values[names.index("RetransSegs")])
 
 
-def stream_bits_per_s() -> float:
-    """What each host's stream to the next host carries, one after the other: the slowest."""
+def measure_streams() -> tuple[float, str]:
+    """What each host's stream to the next host carries, one after the other.
+
+    Returns:
+        Bits a second of the slowest, and the congestion controls of all.
+    """
     firsts = [host[0] for host in world_group().hosts]
     rates: list[float] = []
+    controls: set[str] = set()
     for sender, receiver in zip(firsts, [*firsts[1:], firsts[0]], strict=True):
-        rate, listener, address = 0.0, None, None
+        rate, control, listener, address = 0.0, "", None, None
         if pycomm.rank() == receiver:
             listener = socket.create_server(("", 0))
             address = (socket.gethostbyname(socket.gethostname()), listener.getsockname()[1])
         address = pycomm.broadcast_object(address, receiver)
         if pycomm.rank() == sender:
-            send_stream(address)
+            control = send_stream(address)
         elif listener is not None:
             with listener, listener.accept()[0] as stream:
                 rate = receive_stream(stream)
         rates.append(pycomm.broadcast_object(rate, receiver))
-    return min(rates)
+        controls.add(pycomm.broadcast_object(control, sender))
+    return min(rates), ", ".join(sorted(controls))
 
 
-def send_stream(address: tuple[str, int]) -> None:
+def send_stream(address: tuple[str, int]) -> str:
+    """Returns its congestion control: a route may name another than the host's default."""
     block = bytes(MIB)
     end = time.perf_counter() + STREAM_S
     with socket.create_connection(address) as stream:
         while time.perf_counter() < end:
             stream.sendall(block)
+        name: bytes = stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    return name.rstrip(b"\0").decode()
 
 
 def receive_stream(stream: socket.socket) -> float:
@@ -179,7 +190,7 @@ def main() -> None:
     if hosts == 1:
         parser.error("all ranks are on one host; start them on several.")
     nbytes = int(args.mib * MIB)
-    goodput = stream_bits_per_s()
+    goodput, control = measure_streams()
     bound_s = report.bus_factor("all_reduce", hosts) * 8 * nbytes / goodput
     lines, versions = make_lines(nbytes, args.algorithms, args.memories, args.peers)
     for number in range(args.rounds + 1):
@@ -189,8 +200,9 @@ def main() -> None:
     rows = [line.cells(bound_s) for line in lines]
     if pycomm.rank() == 0:
         print(
-            f"{report.size(nbytes)} float32, {hosts} hosts, {pycomm.size()} ranks; one TCP stream "
-            f"carries {goodput / 1e6:.0f} Mbit/s, so the bound is {1e3 * bound_s:.0f} ms\n"
+            f"{report.size(nbytes)} float32, {hosts} hosts, {pycomm.size()} ranks; one "
+            f"TCP stream ({control}) carries {goodput / 1e6:.0f} Mbit/s, so the bound is "
+            f"{1e3 * bound_s:.0f} ms\n"
         )
         for cells in [HEADER, ["---"] + ["---:"] * (len(HEADER) - 1), *rows]:
             print("| " + " | ".join(cells) + " |")

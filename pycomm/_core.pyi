@@ -362,7 +362,8 @@ def plan_buckets(
 class Reducer:
     """Counts gradients as they become final and reduces each bucket once it is full.
 
-    A pass is: ``begin``, ``ready`` or ``hold`` for parameters, ``finish``, ``wait``, ``used``.
+    A pass is: ``begin``, ``fill``, ``ready`` or ``hold`` for parameters, ``finish``, ``wait``,
+    ``used``.
     """
 
     def __init__(
@@ -384,6 +385,9 @@ class Reducer:
 
     def memory(self, bucket: int) -> Buffer: ...
     def begin(self, op: ReduceOp, divisor: int, label: int) -> None: ...
+    def fill(self, parameter: int, gradient: int) -> None:
+        """Copy the gradient at this address, which has the memory layout of its view."""
+
     def ready(self, parameter: int) -> None: ...
     def hold(self, parameter: int) -> None: ...
     def unfired(self) -> list[int]: ...

@@ -1,8 +1,9 @@
 """What collectives ask of their arguments, checked before anything is sent."""
 
 import math
+import numbers
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -76,11 +77,20 @@ def _dtype(
     dtype = supported.get(t.dtype)
     if dtype is None:
         remedy = f"  Convert it first, or pass {argument}.view(torch.uint8)."
-        if t.dtype in MOVABLE:
+        if t.is_quantized:
+            remedy = f"  Pass {argument}.dequantize(), or {argument}.int_repr()."
+        elif t.dtype in MOVABLE:
             remedy = f"  float8 is only moved: reduce {argument}.to(torch.bfloat16)."
+        elif supported is REDUCIBLE:  # bytes of a wider number do not add up to it
+            remedy = f"  Convert it to one of them first, such as {argument}.to(torch.{_wider(t)})."
         names = ", ".join(str(known).removeprefix("torch.") for known in supported)
         refuse(call, group, f"{argument} has {t.dtype}; supported are {names}.\n{remedy}")
     return dtype
+
+
+def _wider(t: Tensor) -> str:
+    """A dtype that reduces what the dtype of ``t`` holds."""
+    return "complex64" if t.dtype.is_complex else "int64"
 
 
 def _check_op(call: str, argument: str, t: Tensor, op: ReduceOp, group: Group) -> None:
@@ -116,7 +126,7 @@ def _check_op(call: str, argument: str, t: Tensor, op: ReduceOp, group: Group) -
 def check_scales(call: str, t: Tensor, prescale: float, postscale: float, group: Group) -> None:
     """Refuse factors that ``t`` cannot be multiplied by. Called only if one of them is not 1."""
     for name, factor in (("prescale", prescale), ("postscale", postscale)):
-        if not isinstance(factor, (float, int)):
+        if not isinstance(factor, numbers.Real):  # NumPy's scalars too
             refuse(call, group, f"{name} is {factor!r}. Pass a number, such as 0.5.")
         if factor != 1 and not (t.dtype.is_floating_point or t.dtype.is_complex):
             refuse(
@@ -131,7 +141,7 @@ def algorithm_named(call: str, algorithm: Algorithm | str, group: Group) -> Algo
     """The core's algorithm, which may be given by its name."""
     if isinstance(algorithm, Algorithm):
         return algorithm
-    if algorithm not in _ALGORITHMS:
+    if not isinstance(algorithm, str) or algorithm not in _ALGORITHMS:
         names = ", ".join(map(repr, _ALGORITHMS))
         refuse(
             call,
@@ -173,7 +183,7 @@ def seconds(call: str, timeout_s: float | None, group: Group) -> float:
     """The core's timeout; its 0 is the group's default."""
     if timeout_s is None:
         return 0.0
-    if not isinstance(timeout_s, (float, int)) or not 0 < timeout_s < math.inf:
+    if not isinstance(timeout_s, numbers.Real) or not 0 < timeout_s < math.inf:
         refuse(
             call,
             group,
@@ -206,15 +216,16 @@ def divided(call: str, argument: str, t: Tensor, group: Group) -> int:
 
 def splits_of(call: str, argument: str, splits: Sequence[int], group: Group) -> list[int]:
     """Rows of dimension 0 for each rank."""
-    rows = list(splits)
-    if len(rows) != group.size or not all(isinstance(n, int) and n >= 0 for n in rows):
+    rows = [integer(n) for n in splits] if isinstance(splits, Iterable) else []
+    counts = [n for n in rows if n is not None and n >= 0]
+    if not len(rows) == len(counts) == group.size:
         refuse(
             call,
             group,
             f"{argument} is {splits!r}, and the group has {group.size} ranks.\n"
             f"  Pass {group.size} numbers of rows, none of them negative.",
         )
-    return rows
+    return counts
 
 
 def same_dtype(call: str, output: Tensor, input: Tensor, group: Group) -> None:

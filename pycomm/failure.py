@@ -7,9 +7,9 @@ ranks that wait for it. Instead:
   host on every line, runs the ``atexit`` handlers, and leaves without finalising MPI. Ranks of
   other hosts are ended through ``MPI_Abort`` meanwhile: the closing of its connections would reach
   them before the launcher does, and they would complain of that.
-- A rank that fails because another did prints nothing, so that the first traceback is the last
-  thing to read. It leaves a moment later, because launchers kill the job when the first rank has
-  gone, and report that rank's exit code.
+- A rank that fails because another did lets that one end the job, and prints nothing then, so that
+  the first traceback is the last thing to read. It leaves a moment later, because launchers kill
+  the job when the first rank has gone, and report that rank's exit code.
 - ``sys.exit(3)`` on one rank is a failure too, with exit code 3, unless every rank has shut down;
   ``sys.exit(0)`` is a normal end. Ctrl-C leaves with 130 and one line from the first rank.
 - Exceptions that are caught, and those of threads other than the main one, end nothing.
@@ -37,6 +37,7 @@ from pycomm.errors import PeerLostError
 # Together below the 5 s within which every rank has to be gone.
 _HANDLERS_S = 3.0  # for atexit handlers; who is not done by then is cut off, with exit code 1
 _ECHO_DELAY_S = 1.0  # how long ranks that only echo another's failure stay for it to be printed
+_HEAD_START_S = 0.5  # of that, how long they leave it to the other to end the job
 
 _ENDED_BY = "the job was ended by "
 # What the others' PeerLostError says after World.abort, and after a Ctrl-C inside a collective.
@@ -163,7 +164,9 @@ def _end_job(
         # A thread of C: it cuts off handlers that hold the GIL, too.
         with open(os.devnull, "w") as nowhere:
             faulthandler.dump_traceback_later(_HANDLERS_S, exit=True, file=nowhere)
-            first = member.abort(f"{_ENDED_BY}{member}: {summary}") and not echo
+            if echo:  # an interrupted rank may still be on its way here, or have caught it
+                time.sleep(_HEAD_START_S)
+            first = member.abort(f"{_ENDED_BY}{member}: {summary}")
             if first:
                 say() if callable(say) else _say(say)
             unwatch()

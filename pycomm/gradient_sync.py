@@ -16,6 +16,7 @@ from pycomm import _core
 from pycomm.end_of_backward import EndOfBackward, no_backward
 from pycomm.errors import CommError, InvalidArgumentError
 from pycomm.gradient_layout import DEFAULT_BUCKET_CAP_BYTES, Slot, lay_out
+from pycomm.memory import lies_like
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,7 +347,13 @@ class GradientSync:
                 f"{view.dtype} of shape {tuple(view.shape)}.\n  Convert the model before "
                 "DistributedOptimizer wraps its optimizer.",
             )
-        view.copy_(grad)
+        reducer = self._reducer
+        assert reducer is not None
+        if lies_like(grad, view):
+            reducer.fill(slot.index, grad.data_ptr())
+            torch.autograd.graph.increment_version(view)
+        else:
+            view.copy_(grad)
         slot.param.grad = view
 
     def _set_aside(self, slot: Slot, reducer: _core.Reducer) -> None:

@@ -7,7 +7,7 @@ the world rank of each. Every ``root``, ``src`` and ``dst`` of a call counts in 
 from collections.abc import Iterable
 
 from pycomm._core import Group
-from pycomm.arguments import rank_of
+from pycomm.arguments import rank_of, refuse
 from pycomm.runtime import group_of
 
 
@@ -34,4 +34,6 @@ def new_group(ranks: Iterable[int], *, group: Group | None = None) -> Group | No
     Memory: at most 8 MiB of staging on each member, given back when the group is dropped.
     """
     group = group_of(group)
+    if not isinstance(ranks, Iterable):
+        refuse("new_group", group, f"ranks is {ranks!r}.\n  Pass a list of ranks, such as [0, 1].")
     return group.new_group([rank_of("new_group", "one of ranks", rank, group) for rank in ranks])

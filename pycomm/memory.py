@@ -22,6 +22,16 @@ def laid_out_like(t: Tensor, wire: Tensor) -> Tensor:
     return wire if t.is_contiguous() else torch.empty_like(t).copy_(wire)
 
 
+def lies_like(t: Tensor, other: Tensor) -> bool:
+    """Whether the values of two tensors of one shape lie in the same order, and as they are."""
+    return (
+        type(t) is Tensor  # a subclass may lie anywhere
+        and t.stride() == other.stride()
+        and not t.is_neg()
+        and not t.is_conj()
+    )
+
+
 def writable(call: str, argument: str, t: Tensor, group: Group) -> None:
     """Refuse to overwrite what autograd still needs, or cannot follow."""
     if t.requires_grad and not t.is_leaf and torch.is_grad_enabled():

@@ -5,8 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from pycomm._core import DType, Group
+from pycomm.arguments import integer
 from pycomm.errors import InvalidArgumentError
-from pycomm.runtime import world_group
+from pycomm.runtime import group_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Mesh:
     """
 
     def __init__(self, axes: Mapping[str, int], *, group: Group | None = None) -> None:
-        self._group = world_group("Mesh") if group is None else group
+        self._group = group_of(group, "Mesh")
         try:
             self._layout = MeshLayout.of(axes, self._group.hosts)
         except InvalidArgumentError as error:
@@ -133,18 +134,18 @@ class Mesh:
 
 def _complete(axes: Mapping[str, int], ranks: int) -> dict[str, int]:
     """The axes with -1 replaced, or why they do not fit."""
+    if not isinstance(axes, Mapping):
+        raise InvalidArgumentError(f'axes is {axes!r}.\n  Pass a dict, such as {{"dp": -1}}.')
     if not axes:
         raise InvalidArgumentError('no axes.\n  Pass at least one, such as {"dp": -1}.')
-    for axis, length in axes.items():
-        if (
-            not isinstance(axis, str)
-            or not isinstance(length, int)
-            or (length < 1 and length != -1)
-        ):
+    for axis, given in axes.items():
+        number = integer(given)
+        if not isinstance(axis, str) or number is None or (number < 1 and number != -1):
             raise InvalidArgumentError(
-                f"axis {axis!r} has length {length!r}.\n"
+                f"axis {axis!r} has length {given!r}.\n"
                 "  Pass names with positive lengths; one may be -1, the rest."
             )
+    axes = {axis: int(length) for axis, length in axes.items()}
     open_axes = [axis for axis, length in axes.items() if length == -1]
     if len(open_axes) > 1:
         raise InvalidArgumentError(

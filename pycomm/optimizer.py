@@ -19,7 +19,7 @@ from pycomm.gradient_layout import DEFAULT_BUCKET_CAP_BYTES
 from pycomm.gradient_sync import GradientSync, SyncOptions
 from pycomm.join import Announcement, Event, roster_of
 from pycomm.owned_parameters import OwnedParameters
-from pycomm.runtime import world_group
+from pycomm.runtime import group_of
 from pycomm.state import broadcast_optimizer_state, broadcast_parameters
 
 
@@ -114,7 +114,7 @@ class DistributedOptimizer(Optimizer):
                 f"{type(optimizer).__name__}"
             )
         self._inner = optimizer
-        self._group = world_group() if group is None else group
+        self._group = group_of(group, "DistributedOptimizer")
         self._options = SyncOptions(
             op=op,
             bucket_cap_bytes=bucket_cap_bytes,

@@ -74,6 +74,11 @@ class OwnedParameters:
 
     def _learn_names(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         by_name: dict[str, Tensor] = {}
+        if not isinstance(named_parameters, Iterable):
+            raise InvalidArgumentError(
+                f"named_parameters is a {type(named_parameters).__name__}.\n"
+                "  Pass model.named_parameters()."
+            )
         for entry in named_parameters:
             if not (isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[0], str)):
                 raise InvalidArgumentError(

@@ -183,16 +183,19 @@ def world_group(call: str | None = None) -> _core.Group:
     )
 
 
-def group_of(group: _core.Group | None) -> _core.Group:
+def group_of(group: _core.Group | None, call: str | None = None) -> _core.Group:
     """The group that a call means: the world if it names none.
 
+    Args:
+        call: for the error, what was given the group; the calling function if None.
+
     Raises:
-        InvalidArgumentError: it is something else; names the calling function.
+        InvalidArgumentError: it is something else.
         NotInitializedError: as ``world_group``.
     """
     if isinstance(group, _core.Group):
         return group
-    call = sys._getframe(1).f_code.co_name
+    call = call or sys._getframe(1).f_code.co_name
     if group is None:
         return world_group(call)
     where = f" on rank {_session.group.rank}" if _session is not None else ""
@@ -284,7 +287,7 @@ def _refuse_second_init(
         raise InvalidArgumentError(f"init: called before with another comm.\n{remedy}")
     if timeout_s is not None and timeout_s != session.timeout_s:
         raise InvalidArgumentError(
-            f"init: called before with timeout_s={session.timeout_s:g}, now with {timeout_s:g}.\n"
+            f"init: called before with timeout_s={session.timeout_s:g}, now with {timeout_s!r}.\n"
             f"{remedy}"
         )
 
@@ -317,9 +320,10 @@ def _arena_bytes(environ: Mapping[str, str]) -> int:
     text = environ.get("PYCOMM_ARENA_BYTES")
     if text is None:
         return 0  # the core's default
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
+    small = len(text) < 20 and text.isascii() and text.isdigit()
+    if not (small and 0 < int(text) < 1 << 63):
         raise InvalidArgumentError(
-            f"init: PYCOMM_ARENA_BYTES={text!r} is not a positive number of bytes.\n"
+            f"init: PYCOMM_ARENA_BYTES={text!r} is not a positive number of bytes below 2**63.\n"
             "  Pass one such as 8589934592, or unset it: address space costs nothing."
         )
     return int(text)

@@ -118,6 +118,11 @@ def _named_tensors(
         return [*parameters.named_parameters(), *parameters.named_buffers()]
     if isinstance(parameters, Mapping):
         return list(parameters.items())
+    if not isinstance(parameters, Iterable):
+        raise InvalidArgumentError(
+            f"parameters is a {type(parameters).__name__}. "
+            "Pass model, model.state_dict() or model.named_parameters()."
+        )
     pairs = list(parameters)
     for pair in pairs:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):

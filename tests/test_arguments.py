@@ -12,7 +12,9 @@ from run_ranks import run_ranks
 from pycomm import (
     CommError,
     CommTimeoutError,
+    DistributedOptimizer,
     InvalidArgumentError,
+    Mesh,
     MismatchError,
     ReduceOp,
     all_gather,
@@ -28,7 +30,9 @@ from pycomm import (
     broadcast,
     broadcast_,
     broadcast_grouped_,
+    broadcast_parameters,
     gather_list,
+    new_group,
     reduce,
     reduce_scatter,
     reduce_scatter_into,
@@ -51,6 +55,9 @@ def overlapping_all_to_all(group):
     t = torch.ones(4)
     all_to_all_into(t, t, group=group)
 
+
+SGD = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+QUANTIZED = torch._empty_affine_quantized([2], scale=1.0, zero_point=0, dtype=torch.quint8)
 
 BAD_CALLS = {
     "integer AVG": (
@@ -84,6 +91,18 @@ BAD_CALLS = {
     "algorithm": (
         lambda g: all_reduce_(torch.ones(2), algorithm="tree", group=g),
         "algorithm is 'tree'.\n  Pass 'direct', 'ring', 'gather_fold'",
+    ),
+    "algorithm in a list": (
+        lambda g: all_reduce(torch.ones(2), algorithm=["ring"], group=g),
+        r"algorithm is \['ring'\]",
+    ),
+    "bytes of wider numbers": (
+        lambda g: all_reduce(torch.ones(2).to(torch.uint16), group=g),
+        r"t has torch.uint16; .*such as t.to\(torch.int64\)",
+    ),
+    "quantized": (
+        lambda g: broadcast(QUANTIZED, group=g),
+        r"t has torch.quint8; .*Pass t.dequantize\(\)",
     ),
     "device": (
         lambda g: all_reduce_(torch.ones(2, device="meta"), group=g),
@@ -164,6 +183,10 @@ BAD_CALLS = {
         lambda g: all_to_all(torch.ones(3), [1, 1], [1, 1], group=g),
         r"input_splits are \[1, 1\], 2 rows together, and the tensor has shape \(3,\)",
     ),
+    "one split": (
+        lambda g: all_to_all(torch.ones(4), 2, group=g),
+        "input_splits is 2, and the group has 2 ranks",
+    ),
     "negative split": (
         lambda g: all_to_all_into(torch.ones(3), torch.ones(3), [4, -1], group=g),
         r"input_splits is \[4, -1\]",
@@ -216,6 +239,22 @@ BAD_CALLS = {
         lambda g: all_reduce_grouped(torch.ones(2), group=g),
         "tensors is a Tensor. Pass a list of tensors",
     ),
+    "grouped generator": (
+        lambda g: all_reduce_grouped((t for t in [torch.ones(2)]), group=g),
+        "all_reduce_grouped on rank 0: tensors is a generator. Pass a list",
+    ),
+    "grouped nothing": (
+        lambda g: broadcast_grouped_(None, group=g),
+        "broadcast_grouped_ on rank 0: tensors is a NoneType",
+    ),
+    "group of what": (
+        lambda g: new_group(1, group=g),
+        r"new_group on rank 0: ranks is 1.\n  Pass a list of ranks",
+    ),
+    "mesh without names": (
+        lambda g: Mesh([2], group=g),
+        r"Mesh on rank 0: axes is \[2\].\n  Pass a dict",
+    ),
     "grouped part of a graph": (
         lambda g: broadcast_grouped_([torch.ones(2, requires_grad=True) * 2], group=g),
         r"tensors\[0\] was computed from tensors that require",
@@ -246,12 +285,35 @@ def test_a_group_is_a_group(call):
         call(group=[0, 1])
 
 
+@pytest.mark.parametrize("make", [Mesh, lambda axes, group: DistributedOptimizer(SGD, group=group)])
+def test_what_is_made_of_a_group_asks_for_one(make):
+    with pytest.raises(InvalidArgumentError, match=r"(Mesh|DistributedOptimizer): group is 3"):
+        make({"dp": 2}, group=3)
+
+
+def test_a_module_has_no_names_by_itself():
+    def body(group):
+        with pytest.raises(
+            InvalidArgumentError, match=r"named_parameters is a Linear.\n  Pass model"
+        ):
+            DistributedOptimizer(SGD, torch.nn.Linear(1, 1), group=group)
+        with pytest.raises(InvalidArgumentError, match=r"parameters is a int. Pass model"):
+            broadcast_parameters(3, group=group)
+
+    run_ranks(2, body)
+
+
 def test_numbers_may_be_numpys():
     def body(group):
         t = torch.tensor(float(group.rank))
         broadcast_(t, numpy.int64(1), group=group)
         assert t == 1
         assert group.split(numpy.int32(0), numpy.int64(-group.rank)).rank == 1 - group.rank
+        scaled = all_reduce(t, prescale=numpy.float32(0.5), timeout_s=numpy.float32(9), group=group)
+        assert scaled == 1
+        splits = numpy.array([1, 2])
+        assert all_to_all(torch.ones(3), splits, group=group).shape == (2 * (group.rank + 1),)
+        assert Mesh({"dp": numpy.int64(2)}, group=group).shape == {"dp": 2}
 
     run_ranks(2, body)
 

@@ -135,6 +135,37 @@ def test_ctrl_c_on_a_rank():
     assert "Traceback" not in done.err
 
 
+# Rank 1 is interrupted in a call and takes a moment to leave; rank 0 hears of it at once.
+INTERRUPTED_IN_A_CALL = """
+    import os, signal, sys, threading, time
+    import pycomm, torch
+
+    pycomm.init()
+    if pycomm.rank() == 1:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        pycomm.recv(torch.empty(1), 1 - pycomm.rank())
+    except KeyboardInterrupt:
+        time.sleep(0.2)
+        if sys.argv[1] == "leave":
+            raise
+        time.sleep(10)
+"""
+
+
+def test_an_interrupted_rank_is_the_one_to_say_so():
+    done = mpirun(2, INTERRUPTED_IN_A_CALL, "leave")
+    assert done.returncode == 130
+    assert [line.split(": ", 1)[1] for line in ours(done.err)] == ["interrupted"]
+
+
+def test_an_interrupt_that_was_caught_leaves_no_rank_silent():
+    done = mpirun(2, INTERRUPTED_IN_A_CALL, "stay")
+    assert done.returncode != 0
+    assert one_failing_rank(done.err) == 0
+    assert ours(done.err)[-1].endswith("PeerLostError: rank 1 was interrupted in send or recv.")
+
+
 @pytest.mark.parametrize("how", ["terminate", "kill"])
 def test_a_killed_rank(how):
     done, seconds = run(how)

@@ -141,6 +141,39 @@ def test_ranks_with_different_strides_still_pair_the_right_elements() -> None:
         assert torch.equal(result, torch.arange(6.0).view(2, 3))
 
 
+def test_large_gradients_arrive_from_wherever_and_however_they_lie() -> None:
+    """Long copies into buckets take a way of their own, and only if gradient and bucket agree."""
+    shape = (300, 701)
+
+    def inputs(rank: int) -> list[Tensor]:
+        real = draw(*shape, seed=rank)
+        return [
+            draw(3, seed=10 + rank),  # what follows is no longer aligned to a cache line
+            draw(*shape, seed=20 + rank),
+            draw(*reversed(shape), seed=30 + rank).t(),
+            draw(2 * shape[0], shape[1], seed=40 + rank)[::2],
+            torch.complex(real, draw(*shape, seed=50 + rank)).conj(),
+            torch._neg_view(draw(*shape, seed=60 + rank)),  # as the imaginary part of a conjugate
+            draw(1, seed=70 + rank).expand(shape),
+        ]
+
+    def grads(group: _core.Group) -> list[Tensor]:
+        params = [nn.Parameter(torch.zeros_like(grad)) for grad in inputs(group.rank)]
+        named = [(str(i), param) for i, param in enumerate(params)]
+        optimizer = DistributedOptimizer(torch.optim.SGD(params), named, group=group)
+        for _ in range(2):  # the first pass lays out the buckets
+            optimizer.zero_grad()
+            for param, grad in zip(params, inputs(group.rank), strict=True):
+                param.grad = grad
+            optimizer.synchronize()
+        return [param.grad for param in params]
+
+    expected = [fold(list(of_ranks), 2) for of_ranks in zip(inputs(0), inputs(1), strict=True)]
+    for results in run_ranks(2, grads):
+        for i, (result, sum_of_ranks) in enumerate(zip(results, expected, strict=True)):
+            assert torch.equal(result, sum_of_ranks), f"gradient {i}"
+
+
 class ManyKinds(nn.Module):
     """One parameter of each kind that buckets must hold."""
 

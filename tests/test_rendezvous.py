@@ -114,10 +114,11 @@ def test_a_communicator_instead_of_the_launcher():
         pycomm.init(comm=reverse)
         pycomm.init()
         assert (pycomm.rank(), pycomm.size()) == (2 - world.rank, 3)
-        try:
-            pycomm.init(comm=MPI.COMM_SELF)
-        except pycomm.InvalidArgumentError as error:
-            print(error)
+        for other in (dict(comm=MPI.COMM_SELF), dict(timeout_s="soon")):
+            try:
+                pycomm.init(**other)
+            except pycomm.InvalidArgumentError as error:
+                print(error)
         pycomm.shutdown()
         for wrong in (MPI.COMM_NULL, 4):
             try:
@@ -128,6 +129,7 @@ def test_a_communicator_instead_of_the_launcher():
     )
     assert done.returncode == 0, done.err
     assert done.out.count("called before with another comm") == 3
+    assert done.out.count("called before with timeout_s=600, now with 'soon'") == 3
     assert done.out.count("not an mpi4py intra-communicator") == 6
 
 
@@ -227,7 +229,7 @@ def test_timeout_from_argument_environment_default():
     assert _timeout_s(None, {}) == 600.0
 
 
-@pytest.mark.parametrize("text", ["", "0", "-1", "1G", "1e9", "\u0661"])
+@pytest.mark.parametrize("text", ["", "0", "-1", "1G", "1e9", "\u0661", str(1 << 63), "9" * 5000])
 def test_bad_arena_sizes_are_named(text):
     with pytest.raises(InvalidArgumentError, match="PYCOMM_ARENA_BYTES="):
         _arena_bytes({"PYCOMM_ARENA_BYTES": text})

@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -85,6 +86,12 @@ void bind_reducer(py::module_& module) {
           [](const Reducer& reducer, std::size_t bucket) { return Buffer{reducer.memory(bucket)}; },
           py::arg("bucket"))
       .def("begin", &Reducer::begin, py::arg("op"), py::arg("divisor"), py::arg("label"))
+      .def(
+          "fill",
+          [](Reducer& reducer, std::size_t parameter, std::uintptr_t gradient) {
+            reducer.fill(parameter, reinterpret_cast<const std::byte*>(gradient));
+          },
+          py::arg("parameter"), py::arg("gradient"))
       .def("ready", &Reducer::ready, py::arg("parameter"))
       .def("hold", &Reducer::hold, py::arg("parameter"))
       .def("unfired", &Reducer::unfired)

@@ -6,9 +6,13 @@
 
 #include "core/error.h"
 #include "core/fork_guard.h"
+#include "kernels/copy.h"
 
 namespace pycomm {
 namespace {
+
+/// Gradients of which no more are still in a core's second-level cache when they are folded.
+constexpr std::size_t kCachedBytes = 1 << 20;
 
 /// Write 1 or 0 as an element of a floating dtype.
 void write_flag(std::byte* element, DType dtype, bool used) {
@@ -56,9 +60,11 @@ Reducer::Reducer(std::shared_ptr<Group> group, std::vector<Parameter> parameters
       fired_(parameters_.size()),
       state_(buckets_.size()),
       overlap_(overlap) {
+  std::size_t bytes = 0;
   for (std::size_t b = 0; b < buckets_.size(); ++b) {
     const Bucket& bucket = buckets_[b];
     state_[b].memory = group_->allocate(bucket.count * size_of(bucket.dtype));
+    bytes += bucket.count * size_of(bucket.dtype);
     state_[b].description = describe(b, bucket, parameters_);
     for (std::size_t slot = 0; slot < bucket.parameters.size(); ++slot) {
       fired_[bucket.parameters[slot]].bucket = b;
@@ -66,6 +72,7 @@ Reducer::Reducer(std::shared_ptr<Group> group, std::vector<Parameter> parameters
       write_flag(element(b, bucket.flags_offset + slot), bucket.dtype, false);
     }
   }
+  fits_caches_ = bytes <= kCachedBytes;
   for (Parameter& parameter : parameters_) {
     parameter.expected_firings = std::max<std::uint32_t>(parameter.expected_firings, 1);
   }
@@ -130,6 +137,19 @@ void Reducer::reset() {
   for (ParameterState& fired : fired_) {
     fired.firings = 0;
     fired.held = false;
+  }
+}
+
+void Reducer::fill(std::size_t parameter, const std::byte* gradient) {
+  const ParameterState& fired = fired_.at(parameter);
+  const Bucket& bucket = buckets_[fired.bucket];
+  std::byte* const place = element(fired.bucket, bucket.offsets[fired.slot]);
+  const std::size_t bytes = parameters_[parameter].spec.count * size_of(bucket.dtype);
+  if (bytes == 0) return;  // an empty gradient lies nowhere
+  if (fits_caches_) {
+    std::memcpy(place, gradient, bytes);
+  } else {
+    copy_past_caches(place, gradient, bytes);
   }
 }
 

@@ -18,10 +18,10 @@ namespace pycomm {
 /// Inside one host the thread that reports gradients reduces them too, a piece whenever it comes by
 /// (Turn); between hosts the progress thread does.
 ///
-/// One synchronised backward pass is   begin  ready* | hold*  finish  wait  used*   and is made by
-/// one thread at a time. The caller writes a gradient into its bucket before it reports it;
-/// what was not reported counts as zero. From the launch of its bucket until wait() returns a
-/// gradient belongs to the reduction.
+/// One synchronised backward pass is   begin  (fill? ready | hold)*  finish  wait  used*   and is
+/// made by one thread at a time. A gradient lies in its bucket before it is reported: fill() copies
+/// it there, or the caller writes it. What was not reported counts as zero. From the launch of its
+/// bucket until wait() returns a gradient belongs to the reduction.
 ///
 /// Dropping a reducer whose buckets are in flight finishes its group: nobody could complete them.
 class Reducer {
@@ -56,6 +56,10 @@ class Reducer {
   ///                 MismatchError, not each other's gradients.
   /// @throws CommError  buckets of the abandoned pass were launched; the group is finished.
   void begin(ReduceOp op, std::int64_t divisor, std::int64_t label);
+
+  /// Copy a gradient into its bucket, where it lies as it does at `gradient`: without gaps, in the
+  /// order of the bucket's view.
+  void fill(std::size_t parameter, const std::byte* gradient);
 
   /// The parameter's hook has fired once more and its gradient lies in the bucket.
   /// @throws CommError  its bucket is already in flight; the group is finished.
@@ -103,6 +107,7 @@ class Reducer {
   std::vector<ParameterState> fired_;
   std::vector<BucketState> state_;
   const bool overlap_;
+  bool fits_caches_ = false;    // all buckets together
   std::unique_ptr<Turn> turn_;  // of the pass in flight, inside one host
 
   bool open_ = false;

@@ -6,7 +6,7 @@ name lists their shapes, so that its signature covers them all: ranks whose list
 their latencies.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import NamedTuple
 
 import torch
@@ -60,6 +60,8 @@ def packs_of(
         refuse(
             call, group, "tensors is a Tensor. Pass a list of tensors, or call the form for one."
         )
+    if not isinstance(tensors, Sized) or not isinstance(tensors, Iterable):
+        refuse(call, group, f"tensors is a {type(tensors).__name__}. Pass a list of tensors.")
     packs: dict[DType, Pack] = {}
     for index, t in enumerate(tensors):
         dtype = dtype_of(f"tensors[{index}]", t)

@@ -1,4 +1,4 @@
-// Copies between cores: every length around their steps, at any alignment, and not a byte more.
+// Copies for other cores: every length around their steps, at any alignment, and not a byte more.
 
 #include <cstddef>
 #include <string>
@@ -36,6 +36,18 @@ TEST(copies_between_cores_copy_every_byte_and_no_other) {
       for (const std::size_t offset : {0, 1, 24}) {
         check_copy(copy, bytes, offset, 0);
         check_copy(copy, bytes, 0, offset);
+      }
+    }
+  }
+}
+
+TEST(copies_past_the_caches_copy_every_byte_and_no_other) {
+  constexpr std::size_t kStreams = 32 << 10;  // from here on
+  for (const std::size_t bytes : {std::size_t{0}, std::size_t{1}, kStreams - 1, kStreams,
+                                  kStreams + 1, kStreams + 63, std::size_t{100003}}) {
+    for (const std::size_t to_offset : {0, 1, 4, 16, 60, 63}) {
+      for (const std::size_t from_offset : {0, 3, 16}) {
+        check_copy(pycomm::copy_past_caches, bytes, to_offset, from_offset);
       }
     }
   }
