@@ -429,6 +429,29 @@ TEST(double_a_failure_elsewhere_aborts_what_is_on_the_gpu) {
   check_all(errors, "an exception in the training loop");
 }
 
+TEST(double_a_peer_that_nccl_has_lost_is_a_lost_peer) {
+  bool is_told_as_such = false;
+  const auto errors = run_gpu_ranks_catching({0, 0}, [&](Group& group, Gpu& gpu) {
+    float* const data = gpu.put(Floats{1});
+    group.run(gpu.sum(data, 1), no_check);
+    gpu.get(data, 1);
+    if (group.rank() == 0) gpu_double::set_nccl_error(gpu.device(), ncclRemoteError);
+    try {
+      group.run(gpu.sum(data, 1), no_check);  // rank 0's waits for NCCL to take it
+    } catch (const pycomm::PeerLostError&) {
+      if (group.rank() == 0) is_told_as_such = true;
+      throw;
+    }
+    for (int i = 0; i < 1000; ++i) {
+      group.check_notices();
+      usleep(10000);
+    }
+  });
+  gpu_double::set_nccl_error(0, 0);
+  CHECK(is_told_as_such);
+  check_all(errors, "NCCL: a call before failed");
+}
+
 TEST(double_two_ranks_on_one_gpu_are_refused_everywhere_and_cpus_go_on) {
   run_gpu_ranks({0, 0, 0}, [](Group& group, Gpu&) {
     Gpu shared(group.rank() == 0 ? 0 : 1);  // ranks 1 and 2 have one

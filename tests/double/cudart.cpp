@@ -135,6 +135,7 @@ class World {
   std::pair<std::string, int> forgotten{"", kNobody};
   std::string errors;
   std::array<int, kDevices> nccl_versions{};
+  std::array<int, kDevices> nccl_errors{};
 
  private:
   World() {
@@ -276,6 +277,13 @@ void set_nccl_version(int device, int version) {
 int nccl_version(int device) {
   return World::get().nccl_versions.at(static_cast<std::size_t>(device));
 }
+
+void set_nccl_error(int device, int error) {
+  World::get().locked(
+      [&] { World::get().nccl_errors.at(static_cast<std::size_t>(device)) = error; });
+}
+
+int nccl_error(int device) { return World::get().nccl_errors.at(static_cast<std::size_t>(device)); }
 
 }  // namespace gpu_double
 

@@ -81,4 +81,8 @@ void count_communicators(int more);
 void set_nccl_version(int device, int version);
 int nccl_version(int device);
 
+/// What NCCL says has become of every communicator on a GPU (a ncclResult_t); 0: the truth.
+void set_nccl_error(int device, int error);
+int nccl_error(int device);
+
 }  // namespace gpu_double

@@ -316,8 +316,12 @@ ncclResult_t enqueue(ncclComm_t communicator, cudaStream_t stream, Call call) {
 
 /// What was asked for begins: only from here on is it on its stream.
 void begin(const std::shared_ptr<Member>& member) {
-  for (auto& [stream, batch] : std::exchange(member->asked, {})) {
-    ++member->steps;
+  decltype(member->asked) begun;
+  change([&] {  // steps of calls before are being counted off
+    begun.swap(member->asked);
+    member->steps += static_cast<int>(begun.size());
+  });
+  for (auto& [stream, batch] : begun) {
     gpu_double::push(stream, {[member, batch = batch] { return ready(member, batch); },
                               [member, batch = batch] { run(member, batch); }});
   }
@@ -394,6 +398,9 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t communicator, ncclResult_t* error)
     *error = member->error != ncclSuccess ? member->error
              : member->in_progress()      ? ncclInProgress
                                           : ncclSuccess;
+    if (const int told = gpu_double::nccl_error(member->device); told != 0) {
+      *error = static_cast<ncclResult_t>(told);
+    }
   });
   if (begins) begin(member);
   return ncclSuccess;
