@@ -25,7 +25,7 @@ export OMP_NUM_THREADS ?= 1
 # cmake, ninja and mpicc are those of the wheels.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-cpp_files = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp')
+cpp_files = $(shell find csrc tests/cpp tests/double -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 pytest = python -m pytest
 # Behind the timeouts of the tests themselves (pyproject.toml, tests/conftest.py). In the
 # foreground, so that Ctrl-C reaches what it runs.

@@ -417,6 +417,23 @@ def time_all_reduces(group: Group, addresses: Sequence[int], count: int, dtype: 
 def leave_at_end(code: int) -> None:
     """When Python has ended, leave with ``code`` before what other modules do then."""
 
+class GpuReport:
+    """What of the GPU plane is here; each text says what, or why not and what to do."""
+
+    @property
+    def headers(self) -> str: ...
+    @property
+    def runtime(self) -> str: ...
+    @property
+    def driver(self) -> str: ...
+    @property
+    def nccl(self) -> str: ...
+    @property
+    def kernels(self) -> str: ...
+
+def gpu_report(cuda_folders: Sequence[str], nccl_folders: Sequence[str], kernels: str) -> GpuReport:
+    """Look for CUDA and NCCL; loads the libraries and starts nothing."""
+
 def simd_level() -> str: ...
 def tensor_calls(
     tensor_type: type, is_neg: Callable[..., bool], increment_version: Callable[..., None]

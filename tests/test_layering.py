@@ -12,6 +12,7 @@ CSRC_LAYERS = [
     "kernels",
     "transport",
     "collectives",
+    "nccl",
     "point_to_point",
     "group",
     "limits",
@@ -22,7 +23,16 @@ CSRC_LAYERS = [
 # Each line may import the lines before it, never its own neighbours.
 PYTHON_LAYERS = [
     {"errors", "_core"},
-    {"launch", "mpi_library", "failure", "work", "arguments", "tensor_calls", "cost"},
+    {
+        "launch",
+        "mpi_library",
+        "gpu_libraries",
+        "failure",
+        "work",
+        "arguments",
+        "tensor_calls",
+        "cost",
+    },
     {"memory", "rendezvous"},
     {"runtime"},
     {"collectives", "point_to_point", "groups", "mesh"},
@@ -50,7 +60,7 @@ COLLECTIVES_LAYERS = [
 def test_csrc_includes_point_down() -> None:
     checked = 0
     for path in sorted((ROOT / "csrc").rglob("*")):
-        if path.suffix not in {".h", ".cpp"}:
+        if path.suffix not in {".h", ".cpp", ".cu"}:
             continue
         layer = CSRC_LAYERS.index(path.relative_to(ROOT / "csrc").parts[0])
         for included in re.findall(r'#include "([a-z_]+)/', path.read_text()):
@@ -68,6 +78,8 @@ def test_the_core_knows_neither_torch_nor_python() -> None:
                 assert not any(name.startswith(("pybind11", "Python")) for name in includes), path
             if path.stem not in {"channel_mpi", "mpi_module"}:
                 assert "mpi.h" not in includes, path
+            if folder != "nccl":
+                assert not any(name.startswith(("cuda", "nccl")) for name in includes), path
 
 
 def imported_modules(path: Path) -> set[str]:

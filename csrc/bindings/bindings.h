@@ -22,6 +22,7 @@ void bind_group(pybind11::module_& module);
 void bind_cost(pybind11::module_& module);
 void bind_tensor_calls(pybind11::module_& module);
 void bind_point_to_point(pybind11::module_& module);
+void bind_gpu(pybind11::module_& module);
 void bind_limits(pybind11::module_& module);
 void bind_world(pybind11::module_& module);
 void bind_reducer(pybind11::module_& module);

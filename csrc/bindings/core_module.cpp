@@ -33,6 +33,7 @@ PYBIND11_MODULE(_core, module) {
   pycomm::bind_cost(module);
   pycomm::bind_tensor_calls(module);
   pycomm::bind_point_to_point(module);
+  pycomm::bind_gpu(module);
   pycomm::bind_limits(module);
   pycomm::bind_world(module);
   pycomm::bind_reducer(module);

@@ -1,5 +1,7 @@
 #include "collectives/context.h"
 
+#include "core/signature.h"
+
 namespace pycomm {
 
 Lane Context::lane(int index) const {
@@ -12,6 +14,12 @@ Lane Context::lane(int index) const {
 
 std::uint64_t Context::arena_offset(const void* buffer, std::size_t bytes) const {
   return arena.contains(buffer, bytes) ? arena.offset_of(buffer) : Announcement::kNotInArena;
+}
+
+std::string describe_call(const Context& context, const Operation& operation) {
+  const Signature signature = Signature::of(operation, context.sequence, context.history);
+  return signature.describe() + " (call #" + std::to_string(context.sequence) + ") on rank " +
+         std::to_string(context.rank);
 }
 
 }  // namespace pycomm

@@ -4,10 +4,12 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "collectives/cost.h"
 #include "collectives/placement.h"
+#include "core/operation.h"
 #include "transport/channel.h"
 #include "transport/window.h"
 
@@ -106,5 +108,8 @@ struct Context {
                                    sequence);
   }
 };
+
+/// "all_reduce 'bucket 3' of 4096 float32, SUM (call #41) on rank 2": the current call, for errors.
+std::string describe_call(const Context& context, const Operation& operation);
 
 }  // namespace pycomm

@@ -15,6 +15,7 @@ std::unique_ptr<LaneExchange> LaneExchange::make(Algorithm algorithm, LaneStream
       return std::make_unique<GatherFoldExchange>(stream, share);
     case Algorithm::kDirect:
     case Algorithm::kAuto:
+    case Algorithm::kNccl:  // never comes here
       break;
   }
   return std::make_unique<DirectExchange>(stream, share);

@@ -114,6 +114,38 @@ Task<const std::byte*> open_with_sums(Context& context, const Operation& operati
   co_return context.window.staging(0) + sizeof(Extremes);
 }
 
+Task<std::uint64_t> open_with_largest(Context& context, const Operation& operation,
+                                      std::uint64_t number) {
+  const auto payload = std::as_bytes(std::span(&number, 1));
+  const auto read = [](const std::byte* at) {
+    std::uint64_t value;
+    std::memcpy(&value, at, sizeof(value));
+    return value;
+  };
+  const auto largest_here = [&] {
+    std::uint64_t largest = 0;
+    for (int peer = 0; peer < context.window.local_size(); ++peer) {
+      largest = std::max(
+          largest, read(context.window.announced_payload(peer, context.sequence, sizeof(number))));
+    }
+    return largest;
+  };
+  if (context.host_count() == 1) {
+    co_await open_operation(context, operation, Announcement::kNotInArena, payload);
+    co_return largest_here();
+  }
+  const std::byte* const hosts =
+      co_await open_with_sums(context, operation, payload, {sizeof(number), [&](std::byte* sum) {
+                                                              const auto mine = largest_here();
+                                                              std::memcpy(sum, &mine, sizeof(mine));
+                                                            }});
+  std::uint64_t largest = 0;
+  for (int host = 0; host < context.host_count(); ++host) {
+    largest = std::max(largest, read(hosts + static_cast<std::size_t>(host) * sizeof(number)));
+  }
+  co_return largest;
+}
+
 std::size_t agreement_bytes(int host_count, std::size_t sum_bytes) {
   return sizeof(Extremes) + static_cast<std::size_t>(host_count) * sum_bytes;
 }

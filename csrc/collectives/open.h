@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <span>
 
@@ -48,6 +49,11 @@ struct HostSum {
 ///          the staging of the host's first rank until the next operation.
 Task<const std::byte*> open_with_sums(Context& context, const Operation& operation,
                                       std::span<const std::byte> payload, HostSum sum);
+
+/// open_operation, in which the ranks also agree on the largest of their numbers. On several hosts
+/// these ride on the same messages.
+Task<std::uint64_t> open_with_largest(Context& context, const Operation& operation,
+                                      std::uint64_t number);
 
 /// The length of the hosts' longest message in open_with_sums; it must fit half the staging.
 std::size_t agreement_bytes(int host_count, std::size_t sum_bytes);

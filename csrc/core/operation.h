@@ -3,9 +3,11 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "core/device_call.h"
 #include "core/dtype.h"
 #include "core/reduce_op.h"
 
@@ -29,8 +31,15 @@ constexpr bool reduces(Kind kind) {
   return kind == Kind::kAllReduce || kind == Kind::kReduce || kind == Kind::kReduceScatter;
 }
 
-/// Of an all-reduce between hosts; inside one host there is a single one.
-enum class Algorithm : std::uint8_t { kAuto = 0, kDirect = 1, kRing = 2, kGatherFold = 3 };
+/// Of an all-reduce between hosts; inside one host there is a single one. kNccl is what every
+/// collective on GPUs has, and none else.
+enum class Algorithm : std::uint8_t {
+  kAuto = 0,
+  kDirect = 1,
+  kRing = 2,
+  kGatherFold = 3,
+  kNccl = 4
+};
 
 constexpr const char* name_of(Algorithm algorithm) {
   switch (algorithm) {
@@ -42,6 +51,8 @@ constexpr const char* name_of(Algorithm algorithm) {
       return "ring";
     case Algorithm::kGatherFold:
       return "gather_fold";
+    case Algorithm::kNccl:
+      return "nccl";
   }
   return "unknown algorithm";
 }
@@ -101,6 +112,12 @@ struct Operation {
   std::string name;
   /// Seconds for the whole operation, from its start; 0 stands for the group's default.
   double timeout_s = 0;
+  /// The GPU, as CUDA numbers them here, in whose memory input and output lie; -1: the host's.
+  int device = -1;
+  /// What is on this stream when the operation is issued comes before it.
+  StreamAddress stream = 0;
+  /// Set by the group if there is a device.
+  std::shared_ptr<DeviceCall> device_call;
 };
 
 }  // namespace pycomm

@@ -129,9 +129,12 @@ std::string Signature::describe() const {
     if (divisor > 1) text += " divided by " + std::to_string(divisor);
     if (prescale != 1) text += ", inputs times " + short_number(prescale);
     if (postscale != 1) text += ", result times " + short_number(postscale);
-    if (algorithm != Algorithm::kAuto) text += std::string(", ") + name_of(algorithm);
+    if (algorithm != Algorithm::kAuto && algorithm != Algorithm::kNccl) {
+      text += std::string(", ") + name_of(algorithm);
+    }
   }
   if (has_root(kind)) text += ", root " + std::to_string(root);
+  if (algorithm == Algorithm::kNccl) text += ", on GPUs";
   return text;
 }
 
@@ -145,6 +148,10 @@ std::string remedy(const Signature& mine, const Signature& other) {
     return "One has finished while the other goes on: every rank must make the same number of "
            "calls. Give each as many batches, or let pycomm.join() take part for those that end "
            "early.";
+  }
+  if ((mine.algorithm == Algorithm::kNccl) != (other.algorithm == Algorithm::kNccl)) {
+    return "A call has its tensors on GPUs on every rank, or on none: pass t.cuda(), or t.cpu(), "
+           "everywhere.";
   }
   const auto is_ordered = [](const Signature& signature) {
     return name_of_call(signature).starts_with(kMemoryOrder);

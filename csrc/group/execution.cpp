@@ -12,21 +12,15 @@ namespace {
 /// What a leaving rank had issued before may still be in its queue.
 constexpr auto kGrace = std::chrono::seconds(1);
 
-Task<> begin(Context& context, const Operation& operation) {
+Task<> begin(Context& context, const Operation& operation, nccl::GpuGroup* gpus) {
   ++context.sequence;
-  return run_collective(context, operation);
+  return operation.device < 0 ? run_collective(context, operation) : gpus->run(context, operation);
 }
 
 }  // namespace
 
-std::string describe_call(const Context& context, const Operation& operation) {
-  const Signature signature = Signature::of(operation, context.sequence, context.history);
-  return signature.describe() + " (call #" + std::to_string(context.sequence) + ") on rank " +
-         std::to_string(context.rank);
-}
-
-Execution::Execution(Context& context, const Operation& operation)
-    : context_(context), operation_(operation), task_(begin(context, operation)) {
+Execution::Execution(Context& context, const Operation& operation, nccl::GpuGroup* gpus)
+    : context_(context), operation_(operation), task_(begin(context, operation, gpus)) {
   task_.start(suspension_);
 }
 
@@ -37,14 +31,17 @@ bool Execution::advance() {
   return true;
 }
 
-void Execution::check() {
-  const Window& window = context_.window;
+void check_peers(const Window& window, const std::string& call) {
   window.check_notices();
   if (const int lost = window.lost_peer(); lost >= 0) {
-    throw PeerLostError(describe() + ": rank " + std::to_string(lost) +
+    throw PeerLostError(call + ": rank " + std::to_string(lost) +
                         " is gone, its process ended without leaving the job (killed, crashed or "
                         "out of memory).\n  Read that rank's log and the kernel's (dmesg).");
   }
+}
+
+void Execution::check() {
+  check_peers(context_.window, describe());
   check_for_leavers();
   if (seconds() > operation_.timeout_s) {
     char waited[32];

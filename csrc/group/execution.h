@@ -7,19 +7,22 @@
 #include "collectives/context.h"
 #include "core/operation.h"
 #include "core/task.h"
+#include "nccl/plane.h"
 
 namespace pycomm {
 
-/// "all_reduce 'bucket 3' of 4096 float32, SUM (call #41) on rank 2": the current call, for errors.
-std::string describe_call(const Context& context, const Operation& operation);
+/// Throws what a peer, or the job, has posted, or that a local peer is gone.
+/// @param call  what waits for it, for the error.
+void check_peers(const Window& window, const std::string& call);
 
 /// One operation on its way, driven from outside by whichever thread has it.
 class Execution {
  public:
   using Clock = std::chrono::steady_clock;
 
-  /// Starts the operation, as the group's next one, and its clock. Both arguments outlive this.
-  Execution(Context& context, const Operation& operation);
+  /// Starts the operation, as the group's next one, and its clock. All arguments outlive this.
+  /// @param gpus  the group's, for an operation on them.
+  Execution(Context& context, const Operation& operation, nccl::GpuGroup* gpus = nullptr);
   Execution(const Execution&) = delete;
   Execution& operator=(const Execution&) = delete;
 

@@ -144,7 +144,10 @@ Group::Group(std::shared_ptr<Process> process, std::vector<int> ranks, int rank,
                rank} {}
 
 Group::~Group() {
-  if (in_forked_child()) return;
+  if (in_forked_child()) {
+    static_cast<void>(gpus_.release());  // CUDA does not survive a fork
+    return;
+  }
   window_.leave();
   if (failure_ && placement_.host_count() > 1) {
     Process::quarantine(memory_);  // MPI may still send from it, or receive into it
@@ -187,6 +190,7 @@ void Group::prepare(Operation& operation) const {
     }
   }
   if (operation.timeout_s <= 0) operation.timeout_s = process_->options.timeout_s;
+  if (operation.device >= 0) process_->gpu_plane().issue(operation);
 }
 
 std::shared_ptr<Work> Group::start(Operation operation) {
@@ -195,7 +199,7 @@ std::shared_ptr<Work> Group::start(Operation operation) {
 }
 
 std::shared_ptr<Work> Group::enqueue(Operation operation) {
-  auto work = std::make_shared<Work>(process_->page().doorbell);
+  auto work = std::make_shared<Work>(process_->page().doorbell, operation.device_call);
   {
     std::lock_guard lock(mutex_);
     if (failure_) std::rethrow_exception(failure_);
@@ -229,7 +233,7 @@ void Group::end_turn() {
 void Group::run(Operation operation, const InterruptCheck& check_interrupt,
                 const std::function<void()>& before_waiting) {
   prepare(operation);
-  if (begin_turn()) {
+  if (operation.device < 0 && begin_turn()) {
     run_here(operation, check_interrupt, before_waiting);
   } else {
     if (before_waiting) before_waiting();
@@ -271,6 +275,7 @@ void Group::drive(const Operation& operation, const InterruptCheck& check_interr
 
 void Group::run_there(Operation operation, const InterruptCheck& check_interrupt) {
   const std::string call = name_of(operation.kind);
+  const StreamAddress stream = operation.stream;
   const auto work = enqueue(std::move(operation));
   std::exception_ptr interrupt;
   try {
@@ -293,16 +298,19 @@ void Group::run_there(Operation operation, const InterruptCheck& check_interrupt
     }
     std::rethrow_exception(interrupt);
   }
+  if (work->device_call() != nullptr) work->device_call()->order_before(stream);
 }
 
 Progressive::State Group::advance() {
+  watch_gpus();
+  const State nothing = gpus_busy() ? State::kPolling : State::kIdle;
   if (!current_) {
     std::exception_ptr failure;
     {
       std::lock_guard lock(mutex_);
-      if (queue_.empty()) return State::kIdle;
+      if (queue_.empty()) return nothing;
       // A caller's thread whose turn it is submits the queue when it has ended.
-      if (state_.fetch_or(kRunning, std::memory_order_acq_rel) & kRunning) return State::kIdle;
+      if (state_.fetch_or(kRunning, std::memory_order_acq_rel) & kRunning) return nothing;
       pending_ = std::move(queue_.front());
       queue_.pop_front();
       if (queue_.empty()) state_.fetch_and(~kQueued, std::memory_order_acq_rel);
@@ -312,31 +320,50 @@ Progressive::State Group::advance() {
       end_current(failure);  // issued before the failure, never begun
       return State::kAdvanced;
     }
-    current_.emplace(context_, pending_.operation);
+    if (pending_.operation.device >= 0 && gpus_ == nullptr) {
+      gpus_ = process_->gpu_plane().join(static_cast<std::uint64_t>(context_.tag));
+    }
+    current_.emplace(context_, pending_.operation, gpus_.get());
     if (!current_->done()) return State::kAdvanced;
   }
   try {
     if (!current_->advance()) {
-      return current_->rings_doorbell() ? State::kWaiting : State::kPolling;
+      return current_->rings_doorbell() && !gpus_busy() ? State::kWaiting : State::kPolling;
     }
     if (current_->done()) {
       current_->finish();
       end_current(nullptr);
     }
   } catch (...) {
-    fail(describe_call(context_, pending_.operation));
-    end_current(std::current_exception());
+    end_current_with_error();
   }
   return State::kAdvanced;
 }
 
 void Group::check() {
-  if (!current_) return;
+  if (current_) {
+    try {
+      current_->check();
+    } catch (...) {
+      end_current_with_error();
+    }
+  }
+  if (!gpus_busy()) return;
+  const std::string call = "what is on the GPU of rank " + std::to_string(rank());
   try {
-    current_->check();
+    check_peers(window_, call);
   } catch (...) {
-    fail(describe_call(context_, pending_.operation));
-    end_current(std::current_exception());
+    fail(call);  // watch_gpus() aborts
+  }
+}
+
+void Group::watch_gpus() {
+  if (!gpus_busy()) return;
+  if (state_.load(std::memory_order_acquire) & kFinished) return gpus_->abort();
+  try {
+    gpus_->poll();
+  } catch (...) {
+    fail("what is on the GPU of rank " + std::to_string(rank()));  // aborted with the next look
   }
 }
 
@@ -345,6 +372,7 @@ void Group::abandon() {
   const auto error = std::make_exception_ptr(CommError(
       "pycomm was shut down: what had not ended by then was abandoned, and nothing can be started. "
       "Wait for every Work before shutdown(); call pycomm.init() to start over."));
+  if (gpus_ != nullptr && failed()) gpus_->abort();
   {
     std::lock_guard lock(mutex_);
     finish(error);
@@ -352,6 +380,7 @@ void Group::abandon() {
     state_.fetch_and(~kQueued, std::memory_order_acq_rel);
   }
   if (current_) end_current(error);
+  gpus_.reset();  // waits for what is on the GPU, as long as that may take
   for (const Pending& pending : left) pending.work->complete(error, 0);
 }
 
@@ -361,6 +390,19 @@ void Group::end_current(std::exception_ptr error) {
   const auto work = std::move(pending_.work);
   state_.fetch_and(~kRunning, std::memory_order_acq_rel);  // advance() looks at the queue again
   work->complete(std::move(error), seconds);
+}
+
+void Group::end_current_with_error() {
+  const auto error = std::current_exception();
+  try {
+    std::rethrow_exception(error);
+  } catch (const nccl::RefusedError&) {
+    // The group goes on.
+  } catch (...) {
+    fail(describe_call(context_, pending_.operation));
+  }
+  end_current(error);
+  if (gpus_ != nullptr && failed()) gpus_->abort();
 }
 
 void Group::finish(std::exception_ptr error) {

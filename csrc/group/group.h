@@ -155,6 +155,14 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   void fail(const std::string& call);
   /// The progress thread's operation is over.
   void end_current(std::exception_ptr error);
+  /// The same with the exception being handled: the group is finished, unless all ranks alike were
+  /// refused before anything was sent.
+  void end_current_with_error();
+
+  // What was launched on the GPU and has not been seen to end (progress thread).
+  bool gpus_busy() const { return gpus_ != nullptr && gpus_->in_flight(); }
+  /// Look at it; errors finish the group.
+  void watch_gpus();
 
   const std::shared_ptr<Process> process_;
   const std::vector<int> ranks_;
@@ -177,6 +185,7 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   // Touched by the progress thread alone.
   Pending pending_;  // what current_ executes
   std::optional<Execution> current_;
+  std::unique_ptr<nccl::GpuGroup> gpus_;  // since the first operation on them
 
   PostOffice post_office_{*this};
 };

@@ -110,7 +110,7 @@ Process::Process(int rank_in, int size_in, Options options_in, Placement placeme
                  std::vector<std::shared_ptr<Arena>> local_arenas_in)
     : rank(rank_in),
       size(size_in),
-      options(options_in),
+      options(std::move(options_in)),
       placement(std::move(placement_in)),
       arena(std::move(arena_in)),
       channel(std::move(channel_in)),
@@ -138,6 +138,12 @@ void Process::stop() {
 std::shared_ptr<ArenaBlock> Process::allocate(std::size_t bytes) {
   free_retired();
   return arena->allocate(bytes);
+}
+
+nccl::Plane& Process::gpu_plane() {
+  std::lock_guard lock(mutex_);
+  if (gpu_plane_ == nullptr) gpu_plane_ = nccl::make_plane(options.gpu_places);
+  return *gpu_plane_;
 }
 
 void Process::retire(std::shared_ptr<ArenaBlock> memory, std::function<bool()> all_left) {

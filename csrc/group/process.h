@@ -11,6 +11,7 @@
 #include "collectives/context.h"
 #include "collectives/placement.h"
 #include "group/engine.h"
+#include "nccl/plane.h"
 #include "transport/arena.h"
 #include "transport/channel.h"
 
@@ -28,6 +29,7 @@ class Process {
     Staging staging = {};
     /// The same on all ranks.
     Tuning tuning = {};
+    nccl::Places gpu_places = {};
   };
 
   /// Find the other ranks and map the memory of those on the same host. Collective.
@@ -79,6 +81,10 @@ class Process {
   /// Zeroed memory in this rank's arena.
   std::shared_ptr<ArenaBlock> allocate(std::size_t bytes);
 
+  /// This rank's use of a GPU, prepared when first asked for.
+  /// @throws CommError  pycomm was built without it.
+  nccl::Plane& gpu_plane();
+
   /// Free a dead group's memory once no peer reads it any more.
   void retire(std::shared_ptr<ArenaBlock> memory, std::function<bool()> all_left);
 
@@ -109,6 +115,7 @@ class Process {
   std::mutex mutex_;
   std::vector<Retired> retired_;
   std::shared_ptr<Engine> engine_;
+  std::unique_ptr<nccl::Plane> gpu_plane_;
   std::atomic<bool> stopped_{false};
 };
 

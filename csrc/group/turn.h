@@ -30,7 +30,7 @@ class Turn {
   Turn(const Turn&) = delete;
   Turn& operator=(const Turn&) = delete;
 
-  /// Issue an operation behind those issued before, and advance().
+  /// Issue an operation, on host memory, behind those issued before, and advance().
   /// @throws InvalidArgumentError  nothing was issued.
   void start(Operation operation);
 

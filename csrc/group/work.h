@@ -3,7 +3,10 @@
 #include <atomic>
 #include <exception>
 #include <functional>
+#include <memory>
+#include <utility>
 
+#include "core/device_call.h"
 #include "transport/doorbell.h"
 
 namespace pycomm {
@@ -15,13 +18,18 @@ using InterruptCheck = std::function<void()>;
 /// doorbell; it never calls back.
 class Work {
  public:
-  explicit Work(Doorbell& doorbell) : doorbell_(doorbell) {}
+  /// @param device_call  if the operation is on a GPU.
+  explicit Work(Doorbell& doorbell, std::shared_ptr<DeviceCall> device_call = nullptr)
+      : doorbell_(doorbell), device_call_(std::move(device_call)) {}
 
   bool done() const { return done_.load(std::memory_order_acquire); }
 
   /// Block until the operation is over; rethrows what ended it. An interrupted wait leaves the
   /// operation running.
   void wait(const InterruptCheck& check_interrupt);
+
+  /// Of an operation on a GPU, which ends with its launch; else null.
+  const std::shared_ptr<DeviceCall>& device_call() const { return device_call_; }
 
   /// Seconds from its start to its end; valid once done().
   double seconds() const { return seconds_; }
@@ -31,6 +39,7 @@ class Work {
 
  private:
   Doorbell& doorbell_;
+  const std::shared_ptr<DeviceCall> device_call_;
   std::exception_ptr error_;
   double seconds_ = 0;
   std::atomic<bool> done_{false};

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pycomm import _core, mpi_library
+from pycomm import _core, gpu_libraries, mpi_library
 from pycomm.errors import CommError
 from pycomm.launch import detect
 
@@ -43,6 +43,7 @@ def rows() -> list[tuple[str, str]]:
         ("mpi4py", _version("mpi4py")),
         ("MPI", _mpi()),
         ("several hosts", _several_hosts()),
+        *_gpus(),
     ]
 
 
@@ -88,3 +89,14 @@ def _several_hosts() -> str:
     except CommError as error:
         return f"no, one host only. {str(error).removeprefix('init: ')}"
     return "yes, over MPI"
+
+
+def _gpus() -> list[tuple[str, str]]:
+    report = gpu_libraries.report()
+    return [
+        ("GPU headers", report.headers),
+        ("CUDA runtime", report.runtime),
+        ("NVIDIA driver", report.driver),
+        ("NCCL", report.nccl),
+        ("CUDA kernels", report.kernels),
+    ]

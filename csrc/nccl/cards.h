@@ -1,0 +1,26 @@
+#pragma once
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "collectives/placement.h"
+
+namespace pycomm::nccl {
+
+/// What each rank of a group shows the others before their GPUs are connected. Plain bytes.
+struct Card {
+  int nccl_version = 0;
+  std::array<char, 20> bus_id{};      // of its GPU, ends with a zero
+  std::array<char, 360> problem{};    // why it cannot take part, ends with a zero; empty: it can
+  std::array<char, 128> unique_id{};  // of the communicator, on rank 0's
+
+  void set_bus_id(const std::string& text);
+  void set_problem(const std::string& text);
+};
+
+/// Why GPUs with these cards, by rank, cannot be connected, with the remedy; empty: they can. All
+/// ranks hold the same cards, so they come to the same answer.
+std::string problem_of(const std::vector<Card>& cards, const Placement& placement);
+
+}  // namespace pycomm::nccl

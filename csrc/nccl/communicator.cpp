@@ -1,0 +1,71 @@
+#include "nccl/communicator.h"
+
+#include <chrono>
+#include <thread>
+#include <utility>
+
+#include "core/error.h"
+
+namespace pycomm::nccl {
+namespace {
+
+constexpr auto kLongestGoodbye = std::chrono::seconds(10);
+constexpr auto kNap = std::chrono::milliseconds(1);
+
+}  // namespace
+
+Communicator::Communicator(std::shared_ptr<const Device> device, const ncclUniqueId& id, int size,
+                           int rank)
+    : device_(std::move(device)), nccl_(*device_->nccl) {
+  const Device::Current current(*device_);
+  // NCCL reads as much of it as it knows, so a newer header's does for an older NCCL.
+  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+  config.blocking = 0;
+  check(nccl_.ncclCommInitRankConfig(&handle_, size, id, rank, &config), "ncclCommInitRankConfig");
+}
+
+Communicator::~Communicator() {
+  if (handle_ == nullptr) return;
+  const Device::Current current(*device_);
+  try {
+    leave();
+  } catch (const CommError&) {
+    abort();
+  }
+}
+
+void Communicator::leave() {
+  check(nccl_.ncclCommFinalize(handle_), "ncclCommFinalize");
+  const auto deadline = std::chrono::steady_clock::now() + kLongestGoodbye;
+  while (!accepted()) {
+    if (std::chrono::steady_clock::now() > deadline) return abort();
+    std::this_thread::sleep_for(kNap);
+  }
+  nccl_.ncclCommDestroy(std::exchange(handle_, nullptr));
+}
+
+bool Communicator::accepted() const {
+  ncclResult_t state = ncclSuccess;
+  check(nccl_.ncclCommGetAsyncError(handle_, &state), "ncclCommGetAsyncError");
+  check(state, "a call before");
+  return state == ncclSuccess;
+}
+
+void Communicator::check(ncclResult_t result, const char* call) const {
+  if (result == ncclSuccess || result == ncclInProgress) return;
+  const std::string last = handle_ != nullptr ? nccl_.ncclGetLastError(handle_) : "";
+  const std::string text = std::string("NCCL: ") + call +
+                           " failed: " + nccl_.ncclGetErrorString(result) +
+                           (last.empty() ? "" : " (" + last + ")") +
+                           ".\n  Read the other ranks' logs; NCCL_DEBUG=WARN makes NCCL say more.";
+  if (result == ncclRemoteError) throw PeerLostError(text);
+  throw CommError(text);
+}
+
+void Communicator::abort() {
+  if (handle_ == nullptr) return;
+  const Device::Current current(*device_);
+  nccl_.ncclCommAbort(std::exchange(handle_, nullptr));
+}
+
+}  // namespace pycomm::nccl

@@ -1,0 +1,58 @@
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "core/task.h"
+#include "nccl/device.h"
+
+namespace pycomm::nccl {
+
+/// NCCL's connection of the GPUs of a group; freed with the object, whatever has happened.
+class Communicator {
+ public:
+  /// Begins to connect: wait for Accepted then. Every rank of the group does this.
+  Communicator(std::shared_ptr<const Device> device, const ncclUniqueId& id, int size, int rank);
+  /// Gives up what has not ended; if all has, leaves in peace: within seconds, since the other
+  /// ranks, which have the same calls, do so too.
+  ~Communicator();
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
+
+  ncclComm_t handle() const { return handle_; }
+  const Device& device() const { return *device_; }
+
+  /// NCCL has begun with what was asked of it last. (It is non-blocking: a call that returns
+  /// ncclInProgress has put nothing on the stream yet.)
+  class Accepted final : public Wait {
+   public:
+    explicit Accepted(const Communicator& communicator) : communicator_(communicator) {}
+    bool poll() override { return communicator_.accepted(); }
+    std::string describe() const override {
+      return "NCCL to connect the ranks' GPUs, or to take a call";
+    }
+    bool rings_doorbell() const override { return false; }
+
+   private:
+    const Communicator& communicator_;
+  };
+
+  /// @throws PeerLostError  NCCL has lost another rank.
+  /// @throws CommError      any other error; the communicator is of no use then.
+  bool accepted() const;
+
+  /// Throws as accepted() unless `result`, of `call`, is a success or still to come.
+  void check(ncclResult_t result, const char* call) const;
+
+  /// The GPU drops whatever has not ended.
+  void abort();
+
+ private:
+  void leave();
+
+  const std::shared_ptr<const Device> device_;
+  const NcclTable& nccl_;
+  ncclComm_t handle_ = nullptr;
+};
+
+}  // namespace pycomm::nccl

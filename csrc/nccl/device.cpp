@@ -1,0 +1,92 @@
+#include "nccl/device.h"
+
+#include <utility>
+
+#include "core/error.h"
+
+namespace pycomm::nccl {
+namespace {
+
+cudaStream_t stream_at(StreamAddress address) { return reinterpret_cast<cudaStream_t>(address); }
+
+}  // namespace
+
+Device::Device(const Places& places, int ordinal_in)
+    : cuda(CudaTable::load(places.cuda_folders)), ordinal(ordinal_in) {
+  if (const int count = cuda.device_count(); ordinal < 0 || ordinal >= count) {
+    throw CommError("there is no GPU " + std::to_string(ordinal) + " among the " +
+                    std::to_string(count) + " of this process.");
+  }
+  const Current current(*this);
+  char text[20] = "";
+  cuda.check(cuda.cudaDeviceGetPCIBusId(text, sizeof(text), ordinal), "cudaDeviceGetPCIBusId");
+  bus_id = text;
+  try {
+    nccl.emplace(NcclTable::load(places.nccl_folders));
+  } catch (const CommError& error) {
+    nccl_problem = error.what();
+  }
+  int lowest = 0;
+  int highest = 0;  // the smaller number
+  cuda.check(cuda.cudaDeviceGetStreamPriorityRange(&lowest, &highest),
+             "cudaDeviceGetStreamPriorityRange");
+  // Non-blocking: not ordered with the default stream but by our events.
+  cuda.check(cuda.cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, highest),
+             "cudaStreamCreateWithPriority");
+}
+
+// What fails here fails because the GPU, or all of CUDA, is gone before us.
+Device::~Device() { cuda.cudaStreamDestroy(stream); }
+
+Device::Current::Current(const Device& device) : device_(device) {
+  device.cuda.check(device.cuda.cudaGetDevice(&before_), "cudaGetDevice");
+  if (before_ != device.ordinal) {
+    device.cuda.check(device.cuda.cudaSetDevice(device.ordinal), "cudaSetDevice");
+  }
+}
+
+Device::Current::~Current() {
+  if (before_ != device_.ordinal) device_.cuda.cudaSetDevice(before_);
+}
+
+Event::Event(std::shared_ptr<const Device> device) : device_(std::move(device)) {
+  const Device::Current current(*device_);
+  device_->cuda.check(device_->cuda.cudaEventCreateWithFlags(&event_, cudaEventDisableTiming),
+                      "cudaEventCreateWithFlags");
+}
+
+Event::~Event() { device_->cuda.cudaEventDestroy(event_); }
+
+void Event::record(cudaStream_t stream) {
+  const Device::Current current(*device_);
+  device_->cuda.check(device_->cuda.cudaEventRecord(event_, stream), "cudaEventRecord");
+}
+
+void Event::order_before(cudaStream_t stream) const {
+  const Device::Current current(*device_);
+  device_->cuda.check(device_->cuda.cudaStreamWaitEvent(stream, event_, 0), "cudaStreamWaitEvent");
+}
+
+bool Event::passed() const {
+  const Device::Current current(*device_);
+  const cudaError_t result = device_->cuda.cudaEventQuery(event_);
+  if (result == cudaErrorNotReady) {
+    device_->cuda.cudaGetLastError();  // it is none
+    return false;
+  }
+  device_->cuda.check(result, "cudaEventQuery");
+  return true;
+}
+
+Call::Call(std::shared_ptr<const Device> device, StreamAddress stream)
+    : device_(std::move(device)) {
+  ready_.record(stream_at(stream));
+}
+
+void Call::order_before(StreamAddress stream) { done_.order_before(stream_at(stream)); }
+
+void Call::begin() { ready_.order_before(device_->stream); }
+
+void Call::end() { done_.record(device_->stream); }
+
+}  // namespace pycomm::nccl

@@ -1,0 +1,89 @@
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "core/device_call.h"
+#include "nccl/cuda_table.h"
+#include "nccl/launch_order.h"
+#include "nccl/nccl_table.h"
+#include "nccl/report.h"
+
+namespace pycomm::nccl {
+
+/// The GPU of this process, and what all groups' calls on it share.
+class Device {
+ public:
+  /// @throws CommError  no CUDA runtime, no driver, or no such GPU.
+  Device(const Places& places, int ordinal);
+  ~Device();
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  /// Makes the GPU the calling thread's current one, as long as it lives.
+  class Current {
+   public:
+    explicit Current(const Device& device);
+    ~Current();
+    Current(const Current&) = delete;
+    Current& operator=(const Current&) = delete;
+
+   private:
+    const Device& device_;
+    int before_ = 0;
+  };
+
+  const CudaTable cuda;
+  const int ordinal;
+  /// What NCCL knows it by.
+  std::string bus_id;
+  /// Empty, and why, where there is no usable NCCL: the other ranks have to hear of it.
+  std::optional<NcclTable> nccl;
+  std::string nccl_problem;
+  /// On which all groups' calls run, before anything else on the GPU.
+  cudaStream_t stream = nullptr;
+  /// Of the progress thread.
+  LaunchOrder order;
+};
+
+/// A point in the work of a stream.
+class Event {
+ public:
+  explicit Event(std::shared_ptr<const Device> device);
+  ~Event();
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+
+  void record(cudaStream_t stream);
+  /// What is put on `stream` from now on waits for what was recorded last.
+  void order_before(cudaStream_t stream) const;
+  /// Whether the GPU has come by.
+  /// @throws CommError  a kernel has failed: the GPU is lost to this process.
+  bool passed() const;
+
+ private:
+  const std::shared_ptr<const Device> device_;
+  cudaEvent_t event_ = nullptr;
+};
+
+/// What passes between the issuer of a call and the progress thread that launches it.
+class Call final : public DeviceCall {
+ public:
+  /// The call comes after what is on `stream` by now.
+  Call(std::shared_ptr<const Device> device, StreamAddress stream);
+
+  void order_before(StreamAddress stream) override;
+  bool finished() const override { return done_.passed(); }
+
+  /// The launch, on the device's stream, lies between these two.
+  void begin();
+  void end();
+
+ private:
+  const std::shared_ptr<const Device> device_;
+  Event ready_{device_};
+  Event done_{device_};
+};
+
+}  // namespace pycomm::nccl

@@ -1,0 +1,28 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace pycomm::nccl {
+
+/// Where the GPU plane's libraries may lie, beside the places the dynamic loader knows.
+struct Places {
+  std::vector<std::string> cuda_folders;
+  std::vector<std::string> nccl_folders;
+  /// libpycomm_cuda.so.
+  std::string kernels;
+};
+
+/// What of the GPU plane is here. Each text is one line, or two where a problem has a remedy.
+struct Report {
+  std::string headers;  // that this build was typed from
+  std::string runtime;
+  std::string driver;  // and its GPUs
+  std::string nccl;
+  std::string kernels;
+};
+
+/// Look for everything. Loads the libraries, asks the driver for its GPUs, and starts nothing.
+Report report(const Places& places);
+
+}  // namespace pycomm::nccl

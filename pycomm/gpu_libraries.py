@@ -1,0 +1,29 @@
+"""Where the libraries of the GPU plane may lie. None is loaded before it is asked for."""
+
+import importlib.util
+from pathlib import Path
+
+from pycomm import _core
+
+
+def report() -> _core.GpuReport:
+    """What of the GPU plane this process has: headers, CUDA runtime, driver, NCCL and kernels.
+
+    Loads CUDA's runtime and NCCL, unless the process has already.
+    """
+    return _core.gpu_report(
+        _in_wheels("cu13/lib", "cuda_runtime/lib"),
+        _in_wheels("nccl/lib"),
+        str(Path(__file__).with_name("libpycomm_cuda.so")),
+    )
+
+
+def _in_wheels(*folders: str) -> list[str]:
+    """Those of ``folders`` that NVIDIA's wheels have made, where the dynamic loader never looks.
+
+    The wheels share one namespace package, which may be spread over several site-packages.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    places = (spec.submodule_search_locations if spec is not None else None) or []
+    candidates = [Path(place) / folder for place in places for folder in folders]
+    return [str(folder) for folder in candidates if folder.is_dir()]

@@ -1,0 +1,469 @@
+// The stand-in for libcudart.
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <set>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "double/gpu.h"
+#include "double/kernels.h"
+
+// CUDA's own names for what it hands out.
+struct CUstream_st {
+  int device;
+  int priority;
+  bool held = false;
+  std::deque<gpu_double::Step> steps;
+};
+
+struct CUevent_st {
+  int device;
+  std::uint64_t recorded = 0;
+  std::uint64_t passed = 0;
+};
+
+namespace gpu_double {
+namespace {
+
+constexpr int kDevices = 8;
+constexpr int kHighestPriority = -5;
+constexpr std::size_t kMemoryBytes = std::size_t{64} << 20;
+constexpr std::size_t kAlignment = 512;
+/// A starved stream moves when nothing else can and a host thread waits for the GPU, or when
+/// nothing else could for so long: longer than any host thread needs to issue its next call.
+constexpr auto kPatience = std::chrono::milliseconds(100);
+
+[[noreturn]] void die(const char* what) {
+  std::perror(what);
+  std::abort();
+}
+
+/// Memory mapped twice: where the host must not reach, and where steps do.
+class Memory {
+ public:
+  Memory() {
+    const int file = memfd_create("gpu double", MFD_CLOEXEC);
+    if (file < 0 || ftruncate(file, kMemoryBytes) != 0) die("gpu double: memfd");
+    host_ = map(file, PROT_NONE);
+    steps_ = map(file, PROT_READ | PROT_WRITE);
+    close(file);
+  }
+
+  void* allocate(std::size_t bytes) {
+    bytes = (std::max<std::size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
+    std::size_t place = 0;
+    for (const auto& [offset, length] : blocks_) {
+      if (offset - place >= bytes) break;
+      place = offset + length;
+    }
+    if (place + bytes > kMemoryBytes) return nullptr;
+    blocks_[place] = bytes;
+    std::memset(steps_ + place, 0xEE, bytes);  // nobody may count on zeros
+    return host_ + place;
+  }
+  bool free(const void* address) {
+    const auto block =
+        blocks_.find(static_cast<std::size_t>(static_cast<const std::byte*>(address) - host_));
+    if (block == blocks_.end()) return false;
+    std::memset(steps_ + block->first, 0xDD, block->second);
+    blocks_.erase(block);
+    return true;
+  }
+  std::byte* reachable(const void* address) const {
+    const auto* const at = static_cast<const std::byte*>(address);
+    const bool on_device = at >= host_ && at < host_ + kMemoryBytes;
+    return on_device ? steps_ + (at - host_) : const_cast<std::byte*>(at);
+  }
+  std::size_t blocks() const { return blocks_.size(); }
+
+ private:
+  static std::byte* map(int file, int protection) {
+    void* const at = mmap(nullptr, kMemoryBytes, protection, MAP_SHARED, file, 0);
+    if (at == MAP_FAILED) die("gpu double: mmap");
+    return static_cast<std::byte*>(at);
+  }
+
+  std::byte* host_;
+  std::byte* steps_;
+  std::map<std::size_t, std::size_t> blocks_;  // bytes, by offset
+};
+
+/// All GPUs. Lives as long as the process, as its thread does.
+class World {
+ public:
+  static World& get() {
+    static auto* const world = new World;
+    return *world;
+  }
+
+  template <typename Action>
+  auto locked(Action action) {
+    std::lock_guard lock(mutex_);
+    if constexpr (std::is_void_v<decltype(action())>) {
+      action();
+      changed_.notify_all();
+    } else {
+      auto result = action();
+      changed_.notify_all();
+      return result;
+    }
+  }
+
+  // Under the lock.
+  Memory memory;
+  std::set<cudaStream_t> streams;
+  std::set<cudaEvent_t> events;
+  std::vector<std::unique_ptr<CUevent_st>> old_events;
+  int communicators = 0;
+  std::array<int, kDevices> waiting_hosts{};
+  int starved = kNobody;
+  std::pair<std::string, int> forgotten{"", kNobody};
+  std::string errors;
+  std::array<int, kDevices> nccl_versions{};
+  std::array<int, kDevices> nccl_errors{};
+
+ private:
+  World() {
+    std::thread([this] { run(); }).detach();
+  }
+
+  enum class Whose { kFree, kWaitedFor, kStarved };
+
+  void run() {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      const auto patient_until = std::chrono::steady_clock::now() + kPatience;
+      cudaStream_t stream = nullptr;
+      for (bool expired = false; stream == nullptr;) {
+        stream = choose(Whose::kFree);
+        if (stream == nullptr) stream = choose(Whose::kWaitedFor);
+        if (stream != nullptr) break;
+        if (choose(Whose::kStarved) == nullptr) {
+          changed_.wait(lock);
+          break;  // patience begins anew
+        }
+        if (expired)
+          stream = choose(Whose::kStarved);
+        else
+          expired = changed_.wait_until(lock, patient_until) == std::cv_status::timeout;
+      }
+      if (stream != nullptr) move(stream);
+      lock.unlock();  // let the host in
+      lock.lock();
+    }
+  }
+
+  /// Any stream that can move; null: none of those asked for.
+  cudaStream_t choose(Whose whose) {
+    std::vector<cudaStream_t> able;
+    for (cudaStream_t const stream : streams) {
+      if (stream->steps.empty() || stream->held) continue;
+      // Even of a starved one: others may wait for its step to come to the head.
+      const bool ready = stream->steps.front().ready();
+      const bool is_waited_for = waiting_hosts[static_cast<std::size_t>(stream->device)] > 0;
+      const bool is_meant =
+          stream->priority != starved
+              ? whose == Whose::kFree
+              : whose == Whose::kStarved || (whose == Whose::kWaitedFor && is_waited_for);
+      if (ready && is_meant) able.push_back(stream);
+    }
+    return able.empty() ? nullptr : able[random_() % able.size()];
+  }
+
+  static void move(cudaStream_t stream) {
+    const Step step = std::move(stream->steps.front());
+    stream->steps.pop_front();
+    step.run();
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::mt19937 random_{1};
+};
+
+thread_local int device_of_thread = 0;
+thread_local cudaError_t last_error = cudaSuccess;
+
+cudaError_t fail(cudaError_t error) { return last_error = error; }
+
+bool always() { return true; }
+
+bool known(cudaStream_t stream) { return World::get().streams.count(stream) != 0; }
+
+}  // namespace
+
+void push(cudaStream_t stream, Step step) {
+  World::get().locked([&] { stream->steps.push_back(std::move(step)); });
+}
+
+void change(const std::function<void()>& change) {
+  World::get().locked([&] { change(); });
+}
+
+void* reachable(const void* address) { return World::get().memory.reachable(address); }
+
+void blame(const std::string& what) { World::get().errors += what + "\n"; }
+
+int current_device() { return device_of_thread; }
+
+int device_of(cudaStream_t stream) { return stream->device; }
+
+void* allocate(std::size_t bytes) {
+  return World::get().locked([&] { return World::get().memory.allocate(bytes); });
+}
+
+bool free(void* address) {
+  return World::get().locked([&] { return World::get().memory.free(address); });
+}
+
+void starve(int priority) {
+  World::get().locked([&] { World::get().starved = priority; });
+}
+
+void hold(cudaStream_t stream, bool held) {
+  World::get().locked([&] { stream->held = held; });
+}
+
+void forget(const std::string& function, int priority) {
+  World::get().locked([&] { World::get().forgotten = {function, priority}; });
+}
+
+bool forgotten(const char* function, int priority) {
+  return World::get().forgotten == std::pair<std::string, int>(function, priority);
+}
+
+std::string errors() {
+  return World::get().locked([] { return std::exchange(World::get().errors, ""); });
+}
+
+Census census() {
+  World& world = World::get();
+  return world.locked([&] {
+    return Census{static_cast<int>(world.streams.size()), static_cast<int>(world.events.size()),
+                  static_cast<int>(world.memory.blocks()), world.communicators};
+  });
+}
+
+void forgive() {
+  World& world = World::get();
+  world.locked([&] {
+    for (const cudaEvent_t event : world.events) world.old_events.emplace_back(event);
+    world.events.clear();
+    world.communicators = 0;
+  });
+}
+
+void count_communicators(int more) { World::get().communicators += more; }
+
+void set_nccl_version(int device, int version) {
+  World::get().nccl_versions.at(static_cast<std::size_t>(device)) = version;
+}
+
+int nccl_version(int device) {
+  return World::get().nccl_versions.at(static_cast<std::size_t>(device));
+}
+
+void set_nccl_error(int device, int error) {
+  World::get().locked(
+      [&] { World::get().nccl_errors.at(static_cast<std::size_t>(device)) = error; });
+}
+
+int nccl_error(int device) { return World::get().nccl_errors.at(static_cast<std::size_t>(device)); }
+
+}  // namespace gpu_double
+
+using gpu_double::always;
+using gpu_double::fail;
+using gpu_double::known;
+using gpu_double::World;
+
+extern "C" {
+
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = gpu_double::kDevices;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= gpu_double::kDevices) return fail(cudaErrorInvalidDevice);
+  gpu_double::device_of_thread = device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = gpu_double::device_of_thread;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetPCIBusId(char* text, int length, int device) {
+  std::snprintf(text, static_cast<std::size_t>(length), "0000:%02x:00.0", 16 + device);
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetStreamPriorityRange(int* lowest, int* highest) {
+  *lowest = 0;
+  *highest = gpu_double::kHighestPriority;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() { return std::exchange(gpu_double::last_error, cudaSuccess); }
+
+const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorNotReady ? "cudaErrorNotReady" : "an error of the double";
+}
+
+const char* cudaGetErrorString(cudaError_t) { return "the double refuses"; }
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int priority) {
+  World::get().locked([&] {
+    *stream = new CUstream_st{gpu_double::device_of_thread, priority, false, {}};
+    World::get().streams.insert(*stream);
+  });
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  return World::get().locked([&] {
+    if (!known(stream)) return fail(cudaErrorInvalidResourceHandle);
+    if (!stream->steps.empty()) gpu_double::blame("a stream was destroyed with work on it");
+    World::get().streams.erase(stream);
+    delete stream;
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  return World::get().locked(
+      [&] { return stream->steps.empty() ? cudaSuccess : fail(cudaErrorNotReady); });
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  int& hosts = World::get().waiting_hosts[static_cast<std::size_t>(stream->device)];
+  World::get().locked([&] { ++hosts; });
+  while (cudaStreamQuery(stream) != cudaSuccess) {
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+  }
+  World::get().locked([&] { --hosts; });
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  World::get().locked([&] {
+    *event = new CUevent_st{gpu_double::device_of_thread};
+    World::get().events.insert(*event);
+  });
+  return cudaSuccess;
+}
+
+// As with CUDA, an event that steps still need lives on behind its handle: here for good.
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  return World::get().locked([&] {
+    if (gpu_double::forgotten("cudaEventDestroy")) return cudaSuccess;
+    if (World::get().events.erase(event) == 0) return fail(cudaErrorInvalidResourceHandle);
+    World::get().old_events.emplace_back(event);
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  return World::get().locked([&] {
+    if (!known(stream) || event->device != stream->device ||
+        stream->device != gpu_double::device_of_thread) {
+      return fail(cudaErrorInvalidResourceHandle);
+    }
+    stream->steps.push_back({always, [event, number = ++event->recorded] {
+                               event->passed = std::max(event->passed, number);
+                             }});
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  return World::get().locked([&] {
+    if (!known(stream)) return fail(cudaErrorInvalidResourceHandle);
+    if (gpu_double::forgotten("cudaStreamWaitEvent", stream->priority)) return cudaSuccess;
+    const std::uint64_t number = event->recorded;  // what is recorded later does not count
+    stream->steps.push_back({[event, number] { return event->passed >= number; }, [] {}});
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  return World::get().locked(
+      [&] { return event->passed >= event->recorded ? cudaSuccess : fail(cudaErrorNotReady); });
+}
+
+cudaError_t cudaMalloc(void** address, std::size_t bytes) {
+  *address = gpu_double::allocate(bytes);
+  return *address != nullptr ? cudaSuccess : fail(cudaErrorMemoryAllocation);
+}
+
+cudaError_t cudaFree(void* address) {
+  return address == nullptr || gpu_double::free(address) ? cudaSuccess
+                                                         : fail(cudaErrorInvalidValue);
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
+                            cudaStream_t stream) {
+  gpu_double::push(stream, {always, [=] {
+                              std::memcpy(gpu_double::reachable(to), gpu_double::reachable(from),
+                                          bytes);
+                            }});
+  return cudaSuccess;
+}
+
+// The kernels of libpycomm_cuda.so run on the CPU; its machine code is taken, and not looked at.
+
+cudaError_t cudaLibraryLoadData(cudaLibrary_t* library, const void* code, cudaJitOption*, void**,
+                                unsigned, cudaLibraryOption*, void**, unsigned) {
+  *library = reinterpret_cast<cudaLibrary_t>(const_cast<void*>(code));
+  return cudaSuccess;
+}
+
+cudaError_t cudaLibraryGetKernel(cudaKernel_t* kernel, cudaLibrary_t, const char* name) {
+  const int index = gpu_double::kernel_named(name);
+  if (index < 0) return fail(cudaErrorSymbolNotFound);
+  *kernel = reinterpret_cast<cudaKernel_t>(static_cast<std::intptr_t>(index + 1));
+  return cudaSuccess;
+}
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
+                                void** parameters) {
+  const int index = static_cast<int>(reinterpret_cast<std::intptr_t>(kernel)) - 1;
+  if (config->blockDim.x != gpu_double::kernel_threads() || config->dynamicSmemBytes != 0) {
+    return fail(cudaErrorInvalidConfiguration);
+  }
+  // The parameters are valid during this call alone.
+  auto arguments = gpu_double::kernel_arguments(index, parameters[0]);
+  gpu_double::push(config->stream, {always, [=, blocks = config->gridDim.x] {
+                                      gpu_double::run_kernel(index, blocks, *arguments);
+                                    }});
+  return cudaSuccess;
+}
+
+}  // extern "C"
