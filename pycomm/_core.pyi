@@ -91,6 +91,15 @@ class Buffer:
 class Work:
     def wait(self) -> None: ...
     def done(self) -> bool: ...
+    def settled(self) -> bool:
+        """Whether its memory is free: the operation is over, on a GPU too."""
+
+    def order_before(self, current_stream: Callable[[int], int]) -> None:
+        """What is put on the stream ``current_stream(device)`` from now on waits for the GPU.
+
+        Does nothing for operations on the host. After ``wait()``.
+        """
+
     @property
     def seconds(self) -> float: ...
 
@@ -102,6 +111,8 @@ class Channel:
     """Point-to-point messages between hosts; made by ``pycomm._mpi``."""
 
 class Group:
+    """``place`` is a GPU and the stream on which it is called; None: the host."""
+
     @property
     def rank(self) -> int: ...
     @property
@@ -128,6 +139,7 @@ class Group:
         algorithm: Algorithm = ...,
         shape: Sequence[int] | None = None,
         name: str = "",
+        place: tuple[int, int] | None = None,
         timeout_s: float = 0.0,
         async_op: bool = False,
     ) -> Work | None: ...
@@ -145,6 +157,7 @@ class Group:
         postscale: float = 1.0,
         shape: Sequence[int] | None = None,
         name: str = "",
+        place: tuple[int, int] | None = None,
         timeout_s: float = 0.0,
         async_op: bool = False,
     ) -> Work | None:
@@ -162,6 +175,7 @@ class Group:
         postscale: float = 1.0,
         shape: Sequence[int] | None = None,
         name: str = "",
+        place: tuple[int, int] | None = None,
         timeout_s: float = 0.0,
         async_op: bool = False,
     ) -> Work | None:
@@ -176,6 +190,7 @@ class Group:
         *,
         shape: Sequence[int] | None = None,
         name: str = "",
+        place: tuple[int, int] | None = None,
         timeout_s: float = 0.0,
         async_op: bool = False,
     ) -> Work | None: ...
@@ -189,6 +204,7 @@ class Group:
         output_counts: Sequence[int] = (),
         shape: Sequence[int] | None = None,
         name: str = "",
+        place: tuple[int, int] | None = None,
         timeout_s: float = 0.0,
         async_op: bool = False,
     ) -> Work | None: ...
@@ -203,6 +219,7 @@ class Group:
         output_counts: Sequence[int] = (),
         shape: Sequence[int] | None = None,
         name: str = "",
+        place: tuple[int, int] | None = None,
         timeout_s: float = 0.0,
         async_op: bool = False,
     ) -> Work | None:
@@ -217,6 +234,7 @@ class Group:
         *,
         shape: Sequence[int] | None = None,
         name: str = "",
+        place: tuple[int, int] | None = None,
         timeout_s: float = 0.0,
         async_op: bool = False,
     ) -> Work | None:
@@ -232,6 +250,7 @@ class Group:
         output_counts: Sequence[int] = (),
         shape: Sequence[int] | None = None,
         name: str = "",
+        place: tuple[int, int] | None = None,
         timeout_s: float = 0.0,
         async_op: bool = False,
     ) -> Work | None:
@@ -305,6 +324,7 @@ class World:
         arena_bytes: int = 0,
         cost: CostModel = ...,
         algorithm: Algorithm = ...,
+        gpu_places: GpuPlaces = ...,
     ) -> None:
         """Find the other ranks. ``arena_bytes=0`` reserves as much as the host has memory.
 
@@ -323,7 +343,11 @@ class World:
         """Leave together with all other ranks, then free what can be freed."""
 
 def loopback_worlds(
-    hosts: Sequence[int], *, timeout_s: float = 60.0, piece_bytes: int = 524288
+    hosts: Sequence[int],
+    *,
+    timeout_s: float = 60.0,
+    piece_bytes: int = 524288,
+    gpu_places: GpuPlaces = ...,
 ) -> list[World]:
     """Worlds whose ranks are threads of this process; rank i lies on pretend host ``hosts[i]``.
 
@@ -431,7 +455,17 @@ class GpuReport:
     @property
     def kernels(self) -> str: ...
 
-def gpu_report(cuda_folders: Sequence[str], nccl_folders: Sequence[str], kernels: str) -> GpuReport:
+class GpuPlaces:
+    """Where CUDA, NCCL and our kernels may lie, beside where the loader looks."""
+
+    def __init__(
+        self,
+        cuda_folders: Sequence[str] = (),
+        nccl_folders: Sequence[str] = (),
+        kernels: str = "",
+    ) -> None: ...
+
+def gpu_report(places: GpuPlaces) -> GpuReport:
     """Look for CUDA and NCCL; loads the libraries and starts nothing."""
 
 def simd_level() -> str: ...

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from pycomm import device
 from pycomm._core import Algorithm, DType, Group, ReduceOp
 from pycomm.errors import InvalidArgumentError
 
@@ -65,11 +66,11 @@ def _dtype(
 ) -> DType:
     if not isinstance(t, Tensor):
         refuse(call, group, f"{argument} is a {type(t).__name__}. Pass a torch.Tensor.")
-    if not t.is_cpu:
+    if not device.supported(t):
         refuse(
             call,
             group,
-            f"{argument} is on {t.device}, and pycomm moves CPU tensors only.\n"
+            f"{argument} is on {t.device}, and pycomm moves CPU and CUDA tensors only.\n"
             f"  Pass {argument}.cpu() and copy the result back.",
         )
     if t.is_nested:
@@ -236,11 +237,19 @@ def splits_of(call: str, argument: str, splits: Sequence[int], group: Group) -> 
     return counts
 
 
-def same_dtype(call: str, output: Tensor, input: Tensor, group: Group) -> None:
+def fits_input(call: str, output: Tensor, input: Tensor, group: Group) -> None:
+    """Refuse an output of another dtype than ``input``, or on another device."""
     if output.dtype is not input.dtype:
         refuse(
             call,
             group,
             f"output has {output.dtype} and input has {input.dtype}.\n"
             f"  Pass an output of dtype={input.dtype}.",
+        )
+    if output.device != input.device:
+        refuse(
+            call,
+            group,
+            f"output is on {output.device} and input is on {input.device}.\n"
+            f"  Pass both on one device: output.to('{input.device}') receives it.",
         )

@@ -11,7 +11,12 @@ def report() -> _core.GpuReport:
 
     Loads CUDA's runtime and NCCL, unless the process has already.
     """
-    return _core.gpu_report(
+    return _core.gpu_report(places())
+
+
+def places() -> _core.GpuPlaces:
+    """Where this installation has them."""
+    return _core.GpuPlaces(
         _in_wheels("cu13/lib", "cuda_runtime/lib"),
         _in_wheels("nccl/lib"),
         str(Path(__file__).with_name("libpycomm_cuda.so")),

@@ -90,10 +90,12 @@ def given_output(
         )
     elif output.dtype is not input.dtype:
         problem = f"output has {output.dtype} and input has {input.dtype}."
+    elif output.device != input.device:
+        problem = f"output is on {output.device} and input is on {input.device}."
     elif not output.is_contiguous():
         problem = f"output of shape {tuple(output.shape)} has strides {output.stride()}."
     if problem:
-        remedy = f"torch.empty({shapes[0]}, dtype={input.dtype})"
+        remedy = f"input.new_empty({shapes[0]})"
         refuse(call, group, f"{problem}\n  Pass a contiguous output: {remedy}.")
 
 

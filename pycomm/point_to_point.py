@@ -52,7 +52,7 @@ def send(
     any other tensor, which overlap.
     """
     group = group_of(group)
-    dtype = movable("send", "tensor", tensor, group)
+    dtype = _outgoing("send", tensor, group)
     memory = dense(tensor)
     group.send(
         memory.data_ptr(),
@@ -114,7 +114,7 @@ def isend(
     descriptor there.
     """
     group = group_of(group)
-    dtype = movable("isend", "tensor", tensor, group)
+    dtype = _outgoing("isend", tensor, group)
     memory = dense(tensor)
     work = group.isend(
         memory.data_ptr(),
@@ -254,8 +254,20 @@ def recv_object(
         ) from mistake
 
 
-def _incoming(call: str, tensor: Tensor, group: Group) -> DType:
+def _outgoing(call: str, tensor: Tensor, group: Group) -> DType:
     dtype = movable(call, "tensor", tensor, group)
+    if not tensor.is_cpu:
+        refuse(
+            call,
+            group,
+            f"tensor is on {tensor.device}, and messages carry CPU tensors only.\n"
+            "  Pass tensor.cpu(), and copy what is received to the GPU.",
+        )
+    return dtype
+
+
+def _incoming(call: str, tensor: Tensor, group: Group) -> DType:
+    dtype = _outgoing(call, tensor, group)
     writable(call, "tensor", tensor, group)
     if not tensor.is_contiguous():
         refuse(

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from pycomm import _core, cost, failure, mpi_library, tensor_calls
+from pycomm import _core, cost, failure, gpu_libraries, mpi_library, tensor_calls
 from pycomm.errors import CommError, InvalidArgumentError, MismatchError, NotInitializedError
 from pycomm.launch import detect
 from pycomm.rendezvous import Rendezvous, meet, through_comm
@@ -277,6 +277,7 @@ def _connect(
         # Rank 0's file counts: all ranks must choose alike.
         cost=cost.CostModel(**cards[0]["cost"]).to_core(),
         algorithm=tuning.algorithm,
+        gpu_places=gpu_libraries.places(),
     )
 
 

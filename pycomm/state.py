@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pycomm import device
 from pycomm._core import Group
 from pycomm.arguments import MOVABLE, root_rank
 from pycomm.collectives import broadcast_
@@ -105,7 +106,10 @@ def broadcast_optimizer_state(
     structure = broadcast_bytes(call, structure, root, group)
     layouts = broadcast_object([_layout(t) for t in tensors], root, group=group)
     if group.rank != root:
-        tensors = [torch.empty_strided(*sizes, dtype=dtype) for *sizes, dtype in layouts]
+        tensors = [
+            torch.empty_strided(*sizes, dtype=dtype, device=device.like_remote(kind))
+            for *sizes, dtype, kind in layouts
+        ]
     for tensor in tensors:
         broadcast_(tensor, root, group=group)
 
@@ -157,16 +161,20 @@ def _distinct(pairs: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
             raise InvalidArgumentError(
                 f"'{name}' has no shape yet. Run one batch through the lazy module first."
             )
-        if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.dtype not in MOVABLE:
+        if not _is_movable(tensor):
             raise InvalidArgumentError(
                 f"'{name}' is a {tensor.dtype} tensor on {tensor.device} with layout "
-                f"{tensor.layout}, and pycomm moves dense CPU tensors only."
+                f"{tensor.layout}, and pycomm moves dense CPU and CUDA tensors only."
             )
         memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() == 0 or memory not in seen_memory:
             seen_memory.add(memory)
             tensors[name] = tensor
     return tensors
+
+
+def _is_movable(tensor: Tensor) -> bool:
+    return device.supported(tensor) and tensor.layout is torch.strided and tensor.dtype in MOVABLE
 
 
 def _describe(tensor: Tensor) -> str:
@@ -233,8 +241,8 @@ def _broadcast_any_strides(tensor: Tensor, root: int, group: Group) -> None:
         tensor.copy_(wire)
 
 
-def _layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
-    return tensor.shape, tensor.stride(), tensor.dtype
+def _layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, str]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device.type
 
 
 class _TensorsApart(pickle.Pickler):
@@ -268,10 +276,10 @@ def _take_apart(obj: Any) -> tuple[bytes, list[Tensor]]:
     pickler = _TensorsApart(file)
     pickler.dump(obj)
     for tensor in pickler.tensors:
-        if not tensor.is_cpu or tensor.layout is not torch.strided or tensor.dtype not in MOVABLE:
+        if not _is_movable(tensor):
             raise InvalidArgumentError(
                 f"the state holds a {tensor.dtype} tensor on {tensor.device} with layout "
-                f"{tensor.layout}, and pycomm moves dense CPU tensors only."
+                f"{tensor.layout}, and pycomm moves dense CPU and CUDA tensors only."
             )
     # Strides are kept where the elements fill their memory (channels-last), as torch.clone does.
     tensors = [t.detach() for t in pickler.tensors]

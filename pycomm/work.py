@@ -3,14 +3,18 @@
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
+from pycomm import device
+
 T = TypeVar("T")
 
 
 class CoreWork(Protocol):
-    """What the core returns for an operation in flight."""
+    """What the core returns for an operation in flight; ``_core.pyi`` says what each does."""
 
     def wait(self) -> None: ...
     def done(self) -> bool: ...
+    def settled(self) -> bool: ...
+    def order_before(self, current_stream: Callable[[int], int]) -> None: ...
     @property
     def seconds(self) -> float: ...
 
@@ -28,7 +32,7 @@ class Work(Generic[T]):
     __slots__ = ("_core_work", "_finish", "_result", "_tensors", "_waited")
 
     def __init__(self, core_work: CoreWork, tensors: object, finish: Callable[[], T]) -> None:
-        for over in [work for work in tuple(_abandoned) if work.done()]:
+        for over in [work for work in tuple(_abandoned) if work.settled()]:
             _abandoned.pop(over, None)
         self._core_work = core_work
         self._tensors = tensors
@@ -39,11 +43,15 @@ class Work(Generic[T]):
     def wait(self) -> T:
         """Block until the operation is over; return what the blocking call would have returned.
 
+        On a GPU the operation is over once it was launched: the caller's current stream then waits
+        for the GPU, and the host does not.
+
         Raises:
             MismatchError, CommTimeoutError, PeerLostError: as the blocking call would have. May
                 be called again, and then returns or raises the same.
         """
         self._core_work.wait()
+        self._core_work.order_before(device.current_stream)
         if not self._waited:
             self._result = self._finish()
             self._waited = True
@@ -62,7 +70,7 @@ class Work(Generic[T]):
     def __del__(self) -> None:
         # __init__ may not have got this far.
         core_work = getattr(self, "_core_work", None)
-        if core_work is not None and not core_work.done():
+        if core_work is not None and not core_work.settled():
             _abandoned[core_work] = self._tensors
 
 
@@ -78,6 +86,13 @@ class Together:
 
     def done(self) -> bool:
         return all(work.done() for work in self._works)
+
+    def settled(self) -> bool:
+        return all(work.settled() for work in self._works)
+
+    def order_before(self, current_stream: Callable[[int], int]) -> None:
+        for work in self._works:
+            work.order_before(current_stream)
 
     @property
     def seconds(self) -> float:

@@ -106,7 +106,7 @@ BAD_CALLS = {
     ),
     "device": (
         lambda g: all_reduce_(torch.ones(2, device="meta"), group=g),
-        r"t is on meta, and pycomm moves CPU tensors only.*Pass t.cpu\(\)",
+        r"t is on meta, and pycomm moves CPU and CUDA tensors only.*Pass t.cpu\(\)",
     ),
     "layout": (
         lambda g: all_reduce_(torch.eye(2).to_sparse(), group=g),

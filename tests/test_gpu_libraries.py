@@ -23,12 +23,12 @@ from pycomm import _core
 first, *places = json.loads(sys.argv[1])
 if first:
     ctypes.CDLL(first)  # as PyTorch would
-report = _core.gpu_report(*places)
+report = _core.gpu_report(_core.GpuPlaces(*places))
 fields = ("headers", "runtime", "driver", "nccl", "kernels")
 print(json.dumps({name: getattr(report, name) for name in fields}))
 """
 
-BUILT = not _core.gpu_report([], [], "").headers.startswith("not in this build")
+BUILT = not _core.gpu_report(_core.GpuPlaces()).headers.startswith("not in this build")
 built = pytest.mark.skipif(not BUILT, reason="built without the headers of CUDA and NCCL")
 
 
@@ -95,7 +95,7 @@ def stand_in_nccl(folder: Path, version: int, without: str = "") -> Path:
 def test_a_build_without_the_headers_says_what_to_install() -> None:
     if BUILT:
         pytest.skip("this one was built with them")
-    report = _core.gpu_report([], [], "")
+    report = _core.gpu_report(_core.GpuPlaces())
     assert "Install a PyTorch for CUDA" in report.headers
     assert report.nccl == report.runtime == "not looked for: see GPU headers"
 

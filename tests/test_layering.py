@@ -22,7 +22,7 @@ CSRC_LAYERS = [
 
 # Each line may import the lines before it, never its own neighbours.
 PYTHON_LAYERS = [
-    {"errors", "_core"},
+    {"errors", "_core", "device"},
     {
         "launch",
         "mpi_library",

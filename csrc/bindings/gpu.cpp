@@ -1,7 +1,6 @@
 #include <pybind11/stl.h>
 
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "bindings/bindings.h"
@@ -12,7 +11,13 @@ namespace pycomm {
 namespace py = pybind11;
 
 void bind_gpu(py::module_& module) {
+  using nccl::Places;
   using nccl::Report;
+  py::class_<Places>(module, "GpuPlaces",
+                     "Where CUDA, NCCL and our kernels may lie, beside where the loader looks.")
+      .def(py::init<std::vector<std::string>, std::vector<std::string>, std::string>(),
+           py::arg("cuda_folders") = std::vector<std::string>(),
+           py::arg("nccl_folders") = std::vector<std::string>(), py::arg("kernels") = "");
   py::class_<Report>(module, "GpuReport",
                      "What of the GPU plane is here; each text says what, or why not and what to "
                      "do.")
@@ -23,12 +28,11 @@ void bind_gpu(py::module_& module) {
       .def_readonly("kernels", &Report::kernels);
   module.def(
       "gpu_report",
-      [](std::vector<std::string> cuda_folders, std::vector<std::string> nccl_folders,
-         std::string kernels) {
+      [](const Places& places) {
         const py::gil_scoped_release no_gil;
-        return nccl::report({std::move(cuda_folders), std::move(nccl_folders), std::move(kernels)});
+        return nccl::report(places);
       },
-      py::arg("cuda_folders"), py::arg("nccl_folders"), py::arg("kernels"),
+      py::arg("places"),
       "Look for CUDA and NCCL; loads the libraries and starts nothing.");
 }
 

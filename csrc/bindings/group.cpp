@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "bindings/bindings.h"
@@ -30,16 +31,21 @@ std::int64_t whole_number(const Group& group, const char* call, const char* argu
                              ". Pass a whole number of at most 64 bits.");
 }
 
+/// A GPU and the stream on which it is called; none: the host.
+using Place = std::optional<std::pair<int, StreamAddress>>;
+
 /// What all collectives have in common.
 struct Call {
   Group& group;
   Operation operation;
 
-  Call(Group& group, Kind kind, const py::object& shape, std::string&& name, double timeout_s)
+  Call(Group& group, Kind kind, const py::object& shape, std::string&& name, const Place& place,
+       double timeout_s)
       : group(group) {
     operation.kind = kind;
     operation.name = std::move(name);
     operation.timeout_s = timeout_s;
+    if (place) std::tie(operation.device, operation.stream) = *place;
     if (shape.is_none()) return;
     const auto dims = py::reinterpret_borrow<py::sequence>(shape);
     operation.shape.count = 0;
@@ -84,9 +90,9 @@ void set_memory(Operation& operation, std::uintptr_t input, std::uintptr_t outpu
 std::shared_ptr<Work> all_reduce(Group& group, std::uintptr_t input, std::uintptr_t output,
                                  std::size_t count, DType dtype, ReduceOp op, std::int64_t divisor,
                                  double prescale, double postscale, Algorithm algorithm,
-                                 const py::object& shape, std::string name, double timeout_s,
-                                 bool async_op) {
-  Call call(group, Kind::kAllReduce, shape, std::move(name), timeout_s);
+                                 const py::object& shape, std::string name, const Place& place,
+                                 double timeout_s, bool async_op) {
+  Call call(group, Kind::kAllReduce, shape, std::move(name), place, timeout_s);
   set_memory(call.operation, input, output, count, dtype);
   set_reduction(call.operation, {op, divisor, prescale, postscale});
   call.operation.algorithm = algorithm;
@@ -96,9 +102,9 @@ std::shared_ptr<Work> all_reduce(Group& group, std::uintptr_t input, std::uintpt
 std::shared_ptr<Work> reduce(Group& group, std::uintptr_t input, std::uintptr_t output,
                              std::size_t count, DType dtype, ReduceOp op, int root,
                              std::int64_t divisor, double prescale, double postscale,
-                             const py::object& shape, std::string name, double timeout_s,
-                             bool async_op) {
-  Call call(group, Kind::kReduce, shape, std::move(name), timeout_s);
+                             const py::object& shape, std::string name, const Place& place,
+                             double timeout_s, bool async_op) {
+  Call call(group, Kind::kReduce, shape, std::move(name), place, timeout_s);
   set_memory(call.operation, input, output, count, dtype);
   set_reduction(call.operation, {op, divisor, prescale, postscale});
   call.operation.root = root;
@@ -108,9 +114,9 @@ std::shared_ptr<Work> reduce(Group& group, std::uintptr_t input, std::uintptr_t 
 std::shared_ptr<Work> reduce_scatter(Group& group, std::uintptr_t input, std::uintptr_t output,
                                      std::size_t count, DType dtype, ReduceOp op,
                                      std::int64_t divisor, double prescale, double postscale,
-                                     const py::object& shape, std::string name, double timeout_s,
-                                     bool async_op) {
-  Call call(group, Kind::kReduceScatter, shape, std::move(name), timeout_s);
+                                     const py::object& shape, std::string name, const Place& place,
+                                     double timeout_s, bool async_op) {
+  Call call(group, Kind::kReduceScatter, shape, std::move(name), place, timeout_s);
   set_memory(call.operation, input, output, count, dtype);
   set_reduction(call.operation, {op, divisor, prescale, postscale});
   return call.issue(async_op);
@@ -120,8 +126,9 @@ std::shared_ptr<Work> reduce_scatter(Group& group, std::uintptr_t input, std::ui
 template <Kind kind>
 std::shared_ptr<Work> from_root(Group& group, std::uintptr_t input, std::uintptr_t output,
                                 std::size_t count, DType dtype, int root, const py::object& shape,
-                                std::string name, double timeout_s, bool async_op) {
-  Call call(group, kind, shape, std::move(name), timeout_s);
+                                std::string name, const Place& place, double timeout_s,
+                                bool async_op) {
+  Call call(group, kind, shape, std::move(name), place, timeout_s);
   set_memory(call.operation, input, output, count, dtype);
   call.operation.root = root;
   return call.issue(async_op);
@@ -130,8 +137,9 @@ std::shared_ptr<Work> from_root(Group& group, std::uintptr_t input, std::uintptr
 std::shared_ptr<Work> all_gather(Group& group, std::uintptr_t input, std::uintptr_t output,
                                  std::size_t count, DType dtype,
                                  std::vector<std::size_t> output_counts, const py::object& shape,
-                                 std::string name, double timeout_s, bool async_op) {
-  Call call(group, Kind::kAllGather, shape, std::move(name), timeout_s);
+                                 std::string name, const Place& place, double timeout_s,
+                                 bool async_op) {
+  Call call(group, Kind::kAllGather, shape, std::move(name), place, timeout_s);
   set_memory(call.operation, input, output, count, dtype);
   call.operation.output_counts = std::move(output_counts);
   return call.issue(async_op);
@@ -140,8 +148,9 @@ std::shared_ptr<Work> all_gather(Group& group, std::uintptr_t input, std::uintpt
 std::shared_ptr<Work> gather(Group& group, std::uintptr_t input, std::uintptr_t output,
                              std::size_t count, DType dtype, int root,
                              std::vector<std::size_t> output_counts, const py::object& shape,
-                             std::string name, double timeout_s, bool async_op) {
-  Call call(group, Kind::kGather, shape, std::move(name), timeout_s);
+                             std::string name, const Place& place, double timeout_s,
+                             bool async_op) {
+  Call call(group, Kind::kGather, shape, std::move(name), place, timeout_s);
   set_memory(call.operation, input, output, count, dtype);
   call.operation.root = root;
   call.operation.output_counts = std::move(output_counts);
@@ -152,8 +161,9 @@ std::shared_ptr<Work> all_to_all(Group& group, std::uintptr_t input, std::uintpt
                                  std::size_t count, DType dtype,
                                  std::vector<std::size_t> input_counts,
                                  std::vector<std::size_t> output_counts, const py::object& shape,
-                                 std::string name, double timeout_s, bool async_op) {
-  Call call(group, Kind::kAllToAll, shape, std::move(name), timeout_s);
+                                 std::string name, const Place& place, double timeout_s,
+                                 bool async_op) {
+  Call call(group, Kind::kAllToAll, shape, std::move(name), place, timeout_s);
   set_memory(call.operation, input, output, count, dtype);
   call.operation.input_counts = std::move(input_counts);
   call.operation.output_counts = std::move(output_counts);
@@ -161,7 +171,7 @@ std::shared_ptr<Work> all_to_all(Group& group, std::uintptr_t input, std::uintpt
 }
 
 std::shared_ptr<Work> barrier(Group& group, double timeout_s, bool async_op) {
-  return Call(group, Kind::kBarrier, py::none(), "", timeout_s).issue(async_op);
+  return Call(group, Kind::kBarrier, py::none(), "", std::nullopt, timeout_s).issue(async_op);
 }
 
 }  // namespace
@@ -192,6 +202,7 @@ void bind_group(py::module_& module) {
   const auto output_counts = py::arg("output_counts") = no_counts;
   const auto no_shape = py::arg("shape") = py::none();
   const auto no_name = py::arg("name") = "";
+  const auto on_host = py::arg("place") = py::none();
   const auto timeout = py::arg("timeout_s") = 0.0;
   const auto async_op = py::arg("async_op") = false;
   py::class_<Group, std::shared_ptr<Group>>(
@@ -205,22 +216,23 @@ void bind_group(py::module_& module) {
       .def_property_readonly("memory_bytes", &Group::memory_bytes,
                              "What this rank reserves for the group beside its buckets.")
       .def("all_reduce", &all_reduce, input, output, count, dtype, op, py::kw_only(), divisor,
-           prescale, postscale, py::arg("algorithm") = Algorithm::kAuto, no_shape, no_name, timeout,
-           async_op)
+           prescale, postscale, py::arg("algorithm") = Algorithm::kAuto, no_shape, no_name, on_host,
+           timeout, async_op)
       .def("reduce", &reduce, input, output, count, dtype, op, root, py::kw_only(), divisor,
-           prescale, postscale, no_shape, no_name, timeout, async_op)
+           prescale, postscale, no_shape, no_name, on_host, timeout, async_op)
       .def("reduce_scatter", &reduce_scatter, input, output, count, dtype, op, py::kw_only(),
-           divisor, prescale, postscale, no_shape, no_name, timeout, async_op)
+           divisor, prescale, postscale, no_shape, no_name, on_host, timeout, async_op)
       .def("broadcast", &from_root<Kind::kBroadcast>, input, output, count, dtype, root,
-           py::kw_only(), no_shape, no_name, timeout, async_op)
+           py::kw_only(), no_shape, no_name, on_host, timeout, async_op)
       .def("scatter", &from_root<Kind::kScatter>, input, output, count, dtype, root, py::kw_only(),
-           no_shape, no_name, timeout, async_op)
+           no_shape, no_name, on_host, timeout, async_op)
       .def("all_gather", &all_gather, input, output, count, dtype, py::kw_only(), output_counts,
-           no_shape, no_name, timeout, async_op)
+           no_shape, no_name, on_host, timeout, async_op)
       .def("gather", &gather, input, output, count, dtype, root, py::kw_only(), output_counts,
-           no_shape, no_name, timeout, async_op)
+           no_shape, no_name, on_host, timeout, async_op)
       .def("all_to_all", &all_to_all, input, output, count, dtype, py::kw_only(),
-           py::arg("input_counts") = no_counts, output_counts, no_shape, no_name, timeout, async_op)
+           py::arg("input_counts") = no_counts, output_counts, no_shape, no_name, on_host, timeout,
+           async_op)
       .def("barrier", &barrier, py::kw_only(), timeout, async_op)
       .def(
           "allocate",

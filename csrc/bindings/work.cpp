@@ -25,6 +25,18 @@ void bind_work(py::module_& module) {
           },
           "Block until the operation is over; raises what a blocking call would have raised.")
       .def("done", &Work::done, "Whether the operation is over, with an error or without.")
+      .def("settled", &Work::settled,
+           "Whether its memory is free: the operation is over, on a GPU too.")
+      .def(
+          "order_before",
+          [](Work& work, const py::function& current_stream) {
+            if (work.device_call() == nullptr) return;
+            const auto stream = current_stream(work.device_call()->device()).cast<StreamAddress>();
+            work.device_call()->order_before(stream);
+          },
+          py::arg("current_stream"),
+          "What is put on the stream current_stream(device) from now on waits for the GPU; nothing "
+          "for operations on the host. After wait().")
       .def_property_readonly("seconds", &Work::seconds,
                              "From the operation's start to its end; valid once done().");
 }

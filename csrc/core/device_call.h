@@ -13,6 +13,9 @@ class DeviceCall {
  public:
   virtual ~DeviceCall() = default;
 
+  /// The GPU, as CUDA numbers them here.
+  virtual int device() const = 0;
+
   /// What is put on `stream` from now on waits until the GPU has finished the call. Does not wait
   /// itself. Only after the operation has ended without an error.
   virtual void order_before(StreamAddress stream) = 0;

@@ -8,6 +8,16 @@
 
 namespace pycomm {
 
+bool Work::settled() const {
+  if (!done()) return false;
+  if (device_call_ == nullptr || error_ != nullptr) return true;
+  try {
+    return device_call_->finished();
+  } catch (const CommError&) {
+    return true;  // the GPU is lost, and with it the memory
+  }
+}
+
 void Work::wait(const InterruptCheck& check_interrupt) {
   if (in_forked_child() && !done()) {  // its end would be noted in the parent's memory only
     throw CommError(

@@ -24,6 +24,9 @@ class Work {
 
   bool done() const { return done_.load(std::memory_order_acquire); }
 
+  /// Whether the operation is over and its memory free: a GPU has finished with it, too.
+  bool settled() const;
+
   /// Block until the operation is over; rethrows what ended it. An interrupted wait leaves the
   /// operation running.
   void wait(const InterruptCheck& check_interrupt);

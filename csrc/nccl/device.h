@@ -73,6 +73,7 @@ class Call final : public DeviceCall {
   /// The call comes after what is on `stream` by now.
   Call(std::shared_ptr<const Device> device, StreamAddress stream);
 
+  int device() const override { return device_->ordinal; }
   void order_before(StreamAddress stream) override;
   bool finished() const override { return done_.passed(); }
 

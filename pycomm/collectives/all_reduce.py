@@ -11,6 +11,7 @@ from pycomm import tensor_calls
 from pycomm._core import Algorithm, Group, ReduceOp
 from pycomm.arguments import algorithm_named, check_scales, reducible, seconds
 from pycomm.collectives.autograd import blocking_only, followed, linear, linear_only
+from pycomm.device import place_of
 from pycomm.memory import dense, laid_out_like, memory_order, writable
 from pycomm.runtime import group_of
 from pycomm.work import Work, nothing, outcome
@@ -85,13 +86,17 @@ def all_reduce(
     """
     group = group_of(group)
     ordinary = (
-        timeout_s is None
+        type(t) is Tensor
+        and t.is_cpu
+        and t.layout is torch.strided
+        and not t.requires_grad
+        and timeout_s is None
         and algorithm is None
         and prescale == 1
         and postscale == 1
         and not async_op
     )
-    if ordinary and type(t) is Tensor and t.layout is torch.strided and not t.requires_grad:
+    if ordinary:
         like_t = torch.empty_like(t)
         if tensor_calls.all_reduce(group, t, like_t, op):
             return like_t
@@ -123,6 +128,7 @@ def all_reduce(
         postscale=postscale,
         algorithm=_AUTO if algorithm is None else algorithm_named("all_reduce", algorithm, group),
         shape=t.shape,
+        place=place_of(output),
         timeout_s=seconds("all_reduce", timeout_s, group),
         async_op=async_op,
     )
@@ -198,6 +204,7 @@ def all_reduce_(
         algorithm=_AUTO if algorithm is None else algorithm_named("all_reduce_", algorithm, group),
         shape=t.shape,
         name=memory_order("all_reduce_", "t", t, group),
+        place=place_of(t),
         timeout_s=seconds("all_reduce_", timeout_s, group),
         async_op=async_op,
     )

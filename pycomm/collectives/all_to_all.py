@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from pycomm._core import DType, Group
-from pycomm.arguments import divided, movable, refuse, same_dtype, seconds, splits_of
+from pycomm.arguments import divided, fits_input, movable, refuse, seconds, splits_of
 from pycomm.collectives.autograd import blocking_only, followed, linear
+from pycomm.device import place_of
 from pycomm.memory import dense, refuse_any_overlap, writable
 from pycomm.runtime import group_of
 from pycomm.tensor_calls import shortened
@@ -85,7 +86,7 @@ def all_to_all(
         )
     source = dense(t)
     rows = t.shape[0] if output_rows is None else sum(output_rows)
-    output = torch.empty((rows, *t.shape[1:]), dtype=t.dtype)
+    output = t.new_empty((rows, *t.shape[1:]))
     work = _start(source, output, dtype, input_rows, output_rows, group, limit_s, async_op)
     return outcome(work, (source, output), lambda: output)
 
@@ -146,7 +147,7 @@ def all_to_all_into(
     dtype = movable(call, "input", input, group)
     movable(call, "output", output, group)
     writable(call, "output", output, group)
-    same_dtype(call, output, input, group)
+    fits_input(call, output, input, group)
     input_rows = output_rows = None
     if input_splits is None and output_splits is None:
         divided(call, "input", input, group)
@@ -161,7 +162,7 @@ def all_to_all_into(
             group,
             f"output has shape {tuple(output.shape)} and strides {output.stride()}, and the result "
             f"has shape {(needed, *input.shape[1:])}.\n"
-            f"  Pass torch.empty({(needed, *input.shape[1:])}, dtype={input.dtype}).",
+            f"  Pass input.new_empty({(needed, *input.shape[1:])}).",
         )
     refuse_any_overlap(call, output, input, group)
     source = dense(input)
@@ -192,6 +193,7 @@ def _start(
             source.numel() // group.size,
             dtype,
             shape=source.shape,
+            place=place_of(output),
             timeout_s=timeout_s,
             async_op=async_op,
         )
@@ -204,6 +206,7 @@ def _start(
         input_counts=[rows * row for rows in input_rows],
         output_counts=[rows * row for rows in output_rows],
         shape=(_ANY, *source.shape[1:]),
+        place=place_of(output),
         timeout_s=timeout_s,
         async_op=async_op,
     )

@@ -15,6 +15,7 @@ from pycomm.collectives.autograd import (
     linear,
     linear_only,
 )
+from pycomm.device import place_of
 from pycomm.memory import dense, laid_out_like, memory_order, writable
 from pycomm.runtime import group_of
 from pycomm.tensor_calls import shortened
@@ -74,7 +75,7 @@ def broadcast(
             lambda t: broadcast(t, root, group=group, timeout_s=timeout_s),
             lambda gradient: _sum_on_root(gradient, root, group, timeout_s),
         )
-    wire = torch.empty(t.shape, dtype=t.dtype)
+    wire = t.new_empty(t.shape)
     source = dense(t) if group.rank == root else wire
     work = group.broadcast(
         source.data_ptr(),
@@ -83,6 +84,7 @@ def broadcast(
         dtype,
         root,
         shape=t.shape,
+        place=place_of(wire),
         timeout_s=seconds("broadcast", timeout_s, group),
         async_op=async_op,
     )
@@ -142,6 +144,7 @@ def broadcast_(
         root_rank("broadcast_", root, group),
         shape=t.shape,
         name=memory_order("broadcast_", "t", t, group),
+        place=place_of(t),
         timeout_s=seconds("broadcast_", timeout_s, group),
         async_op=async_op,
     )
@@ -241,6 +244,7 @@ def reduce(
         prescale=prescale,
         postscale=postscale,
         shape=t.shape,
+        place=place_of(source),
         timeout_s=seconds("reduce", timeout_s, group),
         async_op=async_op,
     )
@@ -315,6 +319,7 @@ def reduce_(
         postscale=postscale,
         shape=t.shape,
         name=memory_order("reduce_", "t", t, group),
+        place=place_of(t),
         timeout_s=seconds("reduce_", timeout_s, group),
         async_op=async_op,
     )

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from pycomm import device
 from pycomm._core import DType, Group
-from pycomm.arguments import MOVABLE, movable, refuse, root_rank, same_dtype, seconds
+from pycomm.arguments import MOVABLE, fits_input, movable, refuse, root_rank, seconds
 from pycomm.collectives.autograd import blocking_only, followed, linear
 from pycomm.errors import InvalidArgumentError
 from pycomm.memory import dense, memory_order, refuse_overlap, writable
@@ -78,7 +79,7 @@ def gather(
 
         return linear(t, function, transpose)
     source = dense(t)
-    output = torch.empty((group.size, *t.shape), dtype=t.dtype) if group.rank == root else None
+    output = t.new_empty((group.size, *t.shape)) if group.rank == root else None
     work = group.gather(
         source.data_ptr(),
         0 if output is None else output.data_ptr(),
@@ -86,6 +87,7 @@ def gather(
         dtype,
         root,
         shape=t.shape,
+        place=device.place_of(source),
         timeout_s=seconds("gather", timeout_s, group),
         async_op=async_op,
     )
@@ -140,7 +142,7 @@ def scatter(
     group = group_of(group)
     root = root_rank("scatter", root, group)
     limit_s = seconds("scatter", timeout_s, group)
-    card = torch.zeros(3 + MAX_DIMS, dtype=torch.int64)
+    card = torch.zeros(4 + MAX_DIMS, dtype=torch.int64)
     mistake: InvalidArgumentError | None = None
     if group.rank == root:
         try:
@@ -149,14 +151,20 @@ def scatter(
             mistake = raised
             card[:2] = torch.tensor([_REFUSED, len(str(mistake).encode())])
     _broadcast_of_scatter(card, root, group, limit_s)
-    code, to_follow, dims, *sizes = card.tolist()
+    code, to_follow, on_gpu, dims, *sizes = card.tolist()
     if code == _REFUSED:
         _raise_everywhere(mistake, to_follow, root, group, limit_s)
     dtype, shape = DType(code), tuple(sizes[:dims])
+    # Where the rows go: whatever t is on the other ranks, it is not looked at.
+    if t is not None and group.rank == root:
+        new_empty = t.new_empty
+    else:
+        place = device.like_remote("cuda" if on_gpu else "cpu")
+        new_empty = torch.empty(0, dtype=_TORCH_DTYPES[dtype], device=place).new_empty
 
     def scattered(t: Tensor | None) -> Tensor | Work[Tensor]:
         source = None if t is None else dense(t)
-        output = torch.empty(shape, dtype=_TORCH_DTYPES[dtype])
+        output = new_empty(shape)
         work = group.scatter(
             0 if source is None else source.data_ptr(),
             output.data_ptr(),
@@ -164,6 +172,7 @@ def scatter(
             dtype,
             root,
             shape=shape,
+            place=device.place_of(output),
             timeout_s=limit_s,
             async_op=async_op,
         )
@@ -181,7 +190,7 @@ def scatter(
         return gather(gradient, root, group=group, timeout_s=timeout_s)
 
     # On the other ranks autograd needs something to follow: an input of no elements.
-    nobody = torch.empty(0, dtype=_TORCH_DTYPES[dtype], requires_grad=True)
+    nobody = new_empty(0, requires_grad=True)
     return linear(t if t is not None and group.rank == root else nobody, function, transpose)
 
 
@@ -243,7 +252,7 @@ def scatter_into(
         if input is None:
             refuse(call, group, "input is None on the root. Pass the tensor to cut up.")
         movable(call, "input", input, group)
-        same_dtype(call, output, input, group)
+        fits_input(call, output, input, group)
         if tuple(input.shape) != (group.size, *output.shape):
             refuse(
                 call,
@@ -260,6 +269,7 @@ def scatter_into(
         dtype,
         root,
         shape=output.shape,
+        place=device.place_of(output),
         timeout_s=seconds(call, timeout_s, group),
         async_op=async_op,
     )
@@ -296,8 +306,8 @@ def _fill_card(card: Tensor, t: Tensor | None, group: Group, async_op: bool) -> 
     _check_rows(t, group)
     if followed(t):
         blocking_only("scatter", group, async_op)
-    card[:3] = torch.tensor([dtype.value, followed(t), t.dim() - 1])
-    card[3 : 2 + t.dim()] = torch.tensor(t.shape[1:])
+    card[:4] = torch.tensor([dtype.value, followed(t), t.is_cuda, t.dim() - 1])
+    card[4 : 3 + t.dim()] = torch.tensor(t.shape[1:])
 
 
 def _raise_everywhere(

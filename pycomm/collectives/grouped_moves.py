@@ -17,6 +17,7 @@ from pycomm.collectives.packs import (
     packs_of,
 )
 from pycomm.collectives.shards import reduce_scatter
+from pycomm.device import place_of
 from pycomm.runtime import group_of
 from pycomm.work import CoreWork, Work
 
@@ -76,6 +77,7 @@ def broadcast_grouped_(
             pack.dtype,
             root,
             name=pack.name,
+            place=place_of(output),
             timeout_s=limit_s,
             async_op=async_op,
         )
@@ -83,7 +85,7 @@ def broadcast_grouped_(
     if group.rank == root:
         flats = [pack.flat().detach() for pack in packs]
     else:
-        flats = [torch.empty(sum(pack.lengths()), dtype=pack.tensors[0].dtype) for pack in packs]
+        flats = [pack.tensors[0].new_empty(sum(pack.lengths())) for pack in packs]
     return in_place(packs, flats, start, group, limit_s, async_op)
 
 
@@ -139,6 +141,7 @@ def all_gather_grouped(
             source.numel(),
             pack.dtype,
             name=pack.name,
+            place=place_of(output),
             timeout_s=limit_s,
             async_op=async_op,
         )

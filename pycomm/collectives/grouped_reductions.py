@@ -20,6 +20,7 @@ from pycomm.collectives.packs import (
     packs_of,
 )
 from pycomm.collectives.shards import all_gather
+from pycomm.device import place_of
 from pycomm.runtime import group_of
 from pycomm.work import CoreWork, Work
 
@@ -222,6 +223,7 @@ def reduce_scatter_grouped(
             prescale=prescale,
             postscale=postscale,
             name=pack.name,
+            place=place_of(output),
             timeout_s=limit_s,
             async_op=async_op,
         )
@@ -260,6 +262,7 @@ def _all_reduction(
             prescale=prescale,
             postscale=postscale,
             name=pack.name,
+            place=place_of(output),
             timeout_s=timeout_s,
             async_op=async_op,
         )

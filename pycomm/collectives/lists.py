@@ -11,6 +11,7 @@ from pycomm.arguments import movable, refuse, root_rank, seconds
 from pycomm.collectives.all_to_all import all_to_all
 from pycomm.collectives.autograd import blocking_only, followed, linear
 from pycomm.collectives.gather_scatter import MAX_DIMS
+from pycomm.device import place_of
 from pycomm.memory import dense
 from pycomm.runtime import group_of
 from pycomm.work import CoreWork, Work, outcome
@@ -64,7 +65,7 @@ def all_gather_list(
     limit_s = seconds(call, timeout_s, group)
     shapes = _shapes_of_all(call, t, group, limit_s)
     counts = [math.prod(shape) for shape in shapes]
-    output = torch.empty(sum(counts), dtype=t.dtype)
+    output = t.new_empty(sum(counts))
 
     def start(source: Tensor) -> CoreWork | None:
         return group.all_gather(
@@ -74,6 +75,7 @@ def all_gather_list(
             dtype,
             output_counts=counts,
             name=call,
+            place=place_of(output),
             timeout_s=limit_s,
             async_op=async_op,
         )
@@ -151,7 +153,7 @@ def gather_list(
     shapes = _shapes_of_all(call, t, group, limit_s)
     counts = [math.prod(shape) for shape in shapes]
     source = dense(t)
-    output = torch.empty(sum(counts), dtype=t.dtype) if group.rank == root else None
+    output = t.new_empty(sum(counts)) if group.rank == root else None
     work = group.gather(
         source.data_ptr(),
         0 if output is None else output.data_ptr(),
@@ -160,6 +162,7 @@ def gather_list(
         root,
         output_counts=counts,
         name=call,
+        place=place_of(source),
         timeout_s=limit_s,
         async_op=async_op,
     )

@@ -1,9 +1,9 @@
-"""Tensors packed by dtype, so that one operation moves many of them.
+"""Tensors packed by dtype and device, so that one operation moves many of them.
 
-The tensors of a dtype are laid end to end, moved together, and cut apart again. The operation's
-name lists their shapes, so that its signature covers them all: ranks whose lists differ get a
-``MismatchError``. Packing costs two passes over the tensors, a call with many small ones saves
-their latencies.
+The tensors of a dtype and device are laid end to end, moved together, and cut apart again. The
+operation's name lists their shapes, so that its signature covers them all: ranks whose lists differ
+get a ``MismatchError``. Packing costs two passes over the tensors, a call with many small ones
+saves their latencies.
 """
 
 from collections.abc import Callable, Iterable, Sequence, Sized
@@ -20,7 +20,7 @@ from pycomm.work import CoreWork, Together, Work, outcome
 
 
 class Pack(NamedTuple):
-    """The tensors of one dtype in a list of ``of``."""
+    """The tensors of one dtype and device in a list of ``of``."""
 
     of: int
     dtype: DType
@@ -55,17 +55,17 @@ def packs_of(
     group: Group,
     dtype_of: Callable[[str, Tensor], DType],
 ) -> list[Pack]:
-    """One for each dtype, in the order of their first tensors."""
+    """One for each dtype and device, in the order of their first tensors."""
     if isinstance(tensors, Tensor):
         refuse(
             call, group, "tensors is a Tensor. Pass a list of tensors, or call the form for one."
         )
     if not isinstance(tensors, Sized) or not isinstance(tensors, Iterable):
         refuse(call, group, f"tensors is a {type(tensors).__name__}. Pass a list of tensors.")
-    packs: dict[DType, Pack] = {}
+    packs: dict[tuple[DType, torch.device], Pack] = {}
     for index, t in enumerate(tensors):
         dtype = dtype_of(f"tensors[{index}]", t)
-        pack = packs.setdefault(dtype, Pack(len(tensors), dtype, [], []))
+        pack = packs.setdefault((dtype, t.device), Pack(len(tensors), dtype, [], []))
         pack.places.append(index)
         pack.tensors.append(t)
     return list(packs.values())

@@ -2,7 +2,6 @@
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
@@ -15,6 +14,7 @@ from pycomm.collectives.autograd import (
     linear,
     linear_only,
 )
+from pycomm.device import place_of
 from pycomm.memory import dense, given_output, refuse_overlap, writable
 from pycomm.runtime import group_of
 from pycomm.tensor_calls import shortened
@@ -72,13 +72,14 @@ def all_gather(
 
         return linear(t, lambda t: all_gather(t, group=group, timeout_s=timeout_s), transpose)
     source = dense(t)
-    output = torch.empty((group.size, *t.shape), dtype=t.dtype)
+    output = t.new_empty((group.size, *t.shape))
     work = group.all_gather(
         source.data_ptr(),
         output.data_ptr(),
         t.numel(),
         dtype,
         shape=t.shape,
+        place=place_of(output),
         timeout_s=seconds("all_gather", timeout_s, group),
         async_op=async_op,
     )
@@ -147,6 +148,7 @@ def all_gather_into(
         input.numel(),
         dtype,
         shape=input.shape,
+        place=place_of(output),
         timeout_s=seconds(call, timeout_s, group),
         async_op=async_op,
     )
@@ -221,7 +223,7 @@ def reduce_scatter(
             ),
         )
     source = dense(t)
-    output = torch.empty((rows, *t.shape[1:]), dtype=t.dtype)
+    output = t.new_empty((rows, *t.shape[1:]))
     work = group.reduce_scatter(
         source.data_ptr(),
         output.data_ptr(),
@@ -231,6 +233,7 @@ def reduce_scatter(
         prescale=prescale,
         postscale=postscale,
         shape=t.shape,
+        place=place_of(output),
         timeout_s=seconds("reduce_scatter", timeout_s, group),
         async_op=async_op,
     )
@@ -315,6 +318,7 @@ def reduce_scatter_into(
         prescale=prescale,
         postscale=postscale,
         shape=input.shape,
+        place=place_of(output),
         timeout_s=seconds(call, timeout_s, group),
         async_op=async_op,
     )

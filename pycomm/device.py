@@ -1,0 +1,32 @@
+"""Where a tensor lies, as the core wants to know it: in the host's memory, or on a GPU."""
+
+import torch
+from torch import Tensor
+
+# Of a GPU: its index here, and the stream (an address) whose work comes before the call.
+Place = tuple[int, int]
+
+
+def supported(t: Tensor) -> bool:
+    """Whether ``t`` is on a device whose memory the core can reach."""
+    return t.is_cpu or t.is_cuda
+
+
+def place_of(t: Tensor) -> Place | None:
+    """Where a collective on ``t`` takes place; None is the host."""
+    if t.is_cpu:
+        return None
+    index = t.get_device()
+    return index, current_stream(index)
+
+
+def current_stream(index: int) -> int:
+    """The stream that this thread's work for a GPU goes to."""
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+def like_remote(device_type: str) -> torch.device:
+    """The device of this rank for what lies on one of ``device_type`` on another rank."""
+    if device_type == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(device_type)
