@@ -106,20 +106,23 @@ def lay_out(
     dtypes = [dtype for dtype, _ in core]
     counts = [slot.param.numel() * scalars for slot, (_, scalars) in zip(slots, core, strict=True)]
     first_bucket_cap_bytes = min(bucket_cap_bytes, FIRST_BUCKET_CAP_BYTES)
+    buckets = _core.plan_buckets(
+        dtypes, counts, chosen.order, bucket_cap_bytes, first_bucket_cap_bytes
+    )
+    store = _core.HostBuckets(group, buckets, counts)
     reducer = _core.Reducer(
         group,
         names=mine.trained,
         dtypes=dtypes,
         counts=counts,
         expected_firings=[max(slot.firings, 1) for slot in slots],
-        buckets=_core.plan_buckets(
-            dtypes, counts, chosen.order, bucket_cap_bytes, first_bucket_cap_bytes
-        ),
+        buckets=buckets,
+        store=store,
         overlap=overlap,
     )
     _keep_heap()
-    for number, bucket in enumerate(reducer.buckets):
-        memory = reducer.memory(number)
+    for number, bucket in enumerate(buckets):
+        memory = store.memory(number)
         for index, offset in zip(bucket.parameters, bucket.offsets, strict=True):
             param = slots[index].param
             offset_bytes = offset * param.element_size() // core[index][1]

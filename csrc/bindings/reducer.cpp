@@ -9,6 +9,7 @@
 #include "bindings/bindings.h"
 #include "core/error.h"
 #include "reducer/bucket_plan.h"
+#include "reducer/host_buckets.h"
 
 namespace pycomm {
 
@@ -33,7 +34,8 @@ std::shared_ptr<Reducer> make_reducer(std::shared_ptr<Group> group,
                                       const std::vector<DType>& dtypes,
                                       const std::vector<std::size_t>& counts,
                                       const std::vector<std::uint32_t>& expected_firings,
-                                      std::vector<Bucket> buckets, bool overlap) {
+                                      std::vector<Bucket> buckets,
+                                      std::shared_ptr<BucketStore> store, bool overlap) {
   const auto specs = specs_of(dtypes, counts);
   std::vector<Reducer::Parameter> parameters;
   for (std::size_t i = 0; i < specs.size(); ++i) {
@@ -43,13 +45,14 @@ std::shared_ptr<Reducer> make_reducer(std::shared_ptr<Group> group,
     const py::gil_scoped_release no_gil;  // it may wait for buckets in flight
     delete reducer;
   };
-  return {new Reducer(std::move(group), std::move(parameters), std::move(buckets), overlap),
+  return {new Reducer(std::move(group), std::move(parameters), std::move(buckets), std::move(store),
+                      overlap),
           destroy};
 }
 
-void wait(Reducer& reducer) {
+void wait(Reducer& reducer, StreamAddress stream) {
   const py::gil_scoped_release no_gil;
-  reducer.wait(interrupt_check());
+  reducer.wait(interrupt_check(), stream);
 }
 
 }  // namespace
@@ -73,30 +76,40 @@ void bind_reducer(py::module_& module) {
       py::arg("dtypes"), py::arg("counts"), py::arg("order"), py::arg("bucket_cap_bytes"),
       py::arg("first_bucket_cap_bytes"));
 
+  py::class_<BucketStore, std::shared_ptr<BucketStore>>(module, "BucketStore",
+                                                        "The memory of a reducer's buckets.");
+  py::class_<HostBuckets, BucketStore, std::shared_ptr<HostBuckets>>(
+      module, "HostBuckets", "Buckets in this rank's arena.")
+      .def(py::init<std::shared_ptr<Group>, const std::vector<Bucket>&,
+                    const std::vector<std::size_t>&>(),
+           py::arg("group"), py::arg("buckets"), py::arg("counts"))
+      .def(
+          "memory",
+          [](const HostBuckets& store, std::size_t bucket) { return Buffer{store.memory(bucket)}; },
+          py::arg("bucket"));
+
+  const auto stream = py::arg("stream") = 0;
   // Only wait() and the destructor block. The rest keeps the GIL: it counts and queues, and
   // ready() may fold its share of a bucket, a fraction of a millisecond.
   py::class_<Reducer, std::shared_ptr<Reducer>>(module, "Reducer")
       .def(py::init(&make_reducer), py::arg("group"), py::kw_only(), py::arg("names"),
            py::arg("dtypes"), py::arg("counts"), py::arg("expected_firings"), py::arg("buckets"),
-           py::arg("overlap"))
+           py::arg("store"), py::arg("overlap"))
       .def_property_readonly("buckets", &Reducer::buckets)
       .def_property_readonly("launched", &Reducer::launched)
-      .def(
-          "memory",
-          [](const Reducer& reducer, std::size_t bucket) { return Buffer{reducer.memory(bucket)}; },
-          py::arg("bucket"))
       .def("begin", &Reducer::begin, py::arg("op"), py::arg("divisor"), py::arg("label"))
       .def(
           "fill",
-          [](Reducer& reducer, std::size_t parameter, std::uintptr_t gradient) {
-            reducer.fill(parameter, reinterpret_cast<const std::byte*>(gradient));
+          [](Reducer& reducer, std::size_t parameter, std::uintptr_t gradient,
+             StreamAddress stream) {
+            reducer.fill(parameter, reinterpret_cast<const std::byte*>(gradient), stream);
           },
-          py::arg("parameter"), py::arg("gradient"))
-      .def("ready", &Reducer::ready, py::arg("parameter"))
+          py::arg("parameter"), py::arg("gradient"), stream)
+      .def("ready", &Reducer::ready, py::arg("parameter"), stream)
       .def("hold", &Reducer::hold, py::arg("parameter"))
       .def("unfired", &Reducer::unfired)
-      .def("finish", &Reducer::finish)
-      .def("wait", &wait)
+      .def("finish", &Reducer::finish, stream)
+      .def("wait", &wait, stream)
       .def("used", &Reducer::used, py::arg("parameter"));
 }
 
