@@ -78,6 +78,7 @@ def library(folder: Path, soname: str, bodies: dict[str, str]) -> Path:
 def stand_in_cudart(folder: Path, runtime: int, driver: int, count: str) -> Path:
     """A libcudart of this version; `count` is the body of cudaGetDeviceCount."""
     names = functions_of("cuda_table.h", "PYCOMM_CUDA_FUNCTIONS")
+    names += functions_of("cuda_table.h", "PYCOMM_CUDA_OVERLOADED_FUNCTIONS")
     names += functions_of("cuda_table.h", "PYCOMM_CUDA_LIBRARY_FUNCTIONS") * (runtime >= 12080)
     versions = {"cudaRuntimeGetVersion": runtime, "cudaDriverGetVersion": driver}
     bodies = dict.fromkeys(names, "return 0;")

@@ -30,6 +30,7 @@ Task<> run_collective(Context& context, const Operation& operation) {
       return reduce_scatter(context, operation);
     case Kind::kAllToAll:
       return all_to_all(context, operation);
+    case Kind::kAllocateOnDevice:  // never: it is not the host's
     case Kind::kBarrier:
     case Kind::kShutdown:
       break;

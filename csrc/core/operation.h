@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/device_call.h"
+#include "core/device_memory.h"
 #include "core/dtype.h"
 #include "core/reduce_op.h"
 
@@ -25,6 +26,7 @@ enum class Kind : std::uint8_t {
   kScatter = 7,
   kReduceScatter = 8,
   kAllToAll = 9,
+  kAllocateOnDevice = 10,
 };
 
 constexpr bool reduces(Kind kind) {
@@ -85,6 +87,8 @@ struct Shape {
 ///   kReduceScatter   p * n                    n; as above
 ///   kAllToAll        p * n                    p * n, elsewhere
 ///
+/// kAllocateOnDevice gives each rank `device_memory` of `count` bytes, which may differ.
+///
 /// With `input_counts` or `output_counts` block r has that many elements instead of n, blocks lie
 /// end to end, and `count` is what this rank brings.
 struct Operation {
@@ -118,6 +122,7 @@ struct Operation {
   StreamAddress stream = 0;
   /// Set by the group if there is a device.
   std::shared_ptr<DeviceCall> device_call;
+  std::shared_ptr<DeviceMemory> device_memory;  // of kAllocateOnDevice
 };
 
 }  // namespace pycomm

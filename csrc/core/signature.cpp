@@ -43,6 +43,10 @@ std::uint64_t hash_of_counts(const Operation& operation) {
   return state;
 }
 
+bool has_elements(Kind kind) {
+  return kind != Kind::kBarrier && kind != Kind::kShutdown && kind != Kind::kAllocateOnDevice;
+}
+
 bool has_root(Kind kind) {
   return kind == Kind::kBroadcast || kind == Kind::kReduce || kind == Kind::kGather ||
          kind == Kind::kScatter;
@@ -72,7 +76,7 @@ void Signature::assign(const Operation& operation, std::uint64_t sequence_in,
   sequence = sequence_in;
   history = history_in;
   counts_hash = hash_of_counts(operation);
-  count = counts_hash == 0 ? operation.count : 0;
+  count = counts_hash == 0 && has_elements(operation.kind) ? operation.count : 0;
   divisor = operation.divisor;
   prescale = operation.prescale;
   postscale = operation.postscale;
@@ -113,7 +117,7 @@ std::string Signature::describe() const {
   std::string text = name_of(kind);
   const std::string given = name_of_call(*this);
   if (!given.empty()) text += " '" + given + "'";
-  if (kind == Kind::kBarrier || kind == Kind::kShutdown) return text;
+  if (!has_elements(kind)) return text;
   text += counts_hash == 0 ? " of " + std::to_string(count) : " of blocks of different lengths of";
   text += std::string(" ") + name_of(dtype);
   if (dim_count >= 0) {

@@ -70,6 +70,8 @@ constexpr const char* name_of(Kind kind) {
       return "reduce_scatter";
     case Kind::kAllToAll:
       return "all_to_all";
+    case Kind::kAllocateOnDevice:
+      return "allocate_on_device";
   }
   return "unknown operation";
 }

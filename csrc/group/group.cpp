@@ -388,6 +388,7 @@ void Group::end_current(std::exception_ptr error) {
   const double seconds = current_ ? current_->seconds() : 0;
   current_.reset();
   const auto work = std::move(pending_.work);
+  pending_.operation.device_memory.reset();
   state_.fetch_and(~kRunning, std::memory_order_acq_rel);  // advance() looks at the queue again
   work->complete(std::move(error), seconds);
 }

@@ -73,6 +73,23 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   /// It returns to the arena when the last reference dies.
   std::shared_ptr<ArenaBlock> allocate(std::size_t bytes);
 
+  /// Zeroed memory on this rank's GPU, for buckets: from where NCCL, which this group makes known
+  /// to it, sends and receives without a copy. It is zeroed on `stream`: order others behind it.
+  ///
+  /// A collective operation of the group like any other, so that all ranks make their memory known
+  /// in one order, and with nothing of the group's on the GPU; waits for them. The sizes may
+  /// differ: where they do, NCCL's symmetric kernels have no use for the memory. A collective uses
+  /// such memory on every rank or on none, and at the same place in it.
+  ///
+  /// Dropping the last reference never waits: the progress thread frees the memory once no call of
+  /// this group is on the GPU and the GPU is idle for a moment. Whoever drops it after shutdown(),
+  /// or after the group, frees it there and then.
+  ///
+  /// @throws CommError  no such GPU, no NCCL, or not so much memory; RefusedError as GPU calls do.
+  std::shared_ptr<DeviceMemory> allocate_on_device(std::size_t bytes, int device,
+                                                   StreamAddress stream,
+                                                   const InterruptCheck& check_interrupt);
+
   /// What this rank reserves for the group beside its buckets: its page, staging and message slots.
   std::size_t memory_bytes() const { return memory_->bytes(); }
 
@@ -142,6 +159,8 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   bool begin_turn();
   void end_turn();
   std::shared_ptr<Work> enqueue(Operation operation);
+  /// Let the progress thread look at the group once more, for memory that was dropped.
+  void wake();
   /// Hand the queue to the progress thread.
   void submit();
   void run_here(const Operation& operation, const InterruptCheck& check_interrupt,

@@ -9,7 +9,7 @@
 namespace pycomm::nccl {
 namespace {
 
-constexpr auto kLongestGoodbye = std::chrono::seconds(10);
+constexpr auto kPatience = std::chrono::seconds(10);
 constexpr auto kNap = std::chrono::milliseconds(1);
 
 }  // namespace
@@ -36,15 +36,22 @@ Communicator::~Communicator() {
 
 void Communicator::leave() {
   check(nccl_.ncclCommFinalize(handle_), "ncclCommFinalize");
-  const auto deadline = std::chrono::steady_clock::now() + kLongestGoodbye;
-  while (!accepted()) {
-    if (std::chrono::steady_clock::now() > deadline) return abort();
-    std::this_thread::sleep_for(kNap);
-  }
+  settle();
   nccl_.ncclCommDestroy(std::exchange(handle_, nullptr));
 }
 
+void Communicator::settle() const {
+  const auto deadline = std::chrono::steady_clock::now() + kPatience;
+  while (!accepted()) {
+    if (std::chrono::steady_clock::now() > deadline) {
+      throw CommTimeoutError("NCCL: nothing has become of a call for 10 s.");
+    }
+    std::this_thread::sleep_for(kNap);
+  }
+}
+
 bool Communicator::accepted() const {
+  if (handle_ == nullptr) throw CommError("NCCL: the communicator was aborted.");
   ncclResult_t state = ncclSuccess;
   check(nccl_.ncclCommGetAsyncError(handle_, &state), "ncclCommGetAsyncError");
   check(state, "a call before");

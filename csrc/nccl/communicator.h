@@ -21,6 +21,7 @@ class Communicator {
 
   ncclComm_t handle() const { return handle_; }
   const Device& device() const { return *device_; }
+  const std::shared_ptr<const Device>& shared_device() const { return device_; }
 
   /// NCCL has begun with what was asked of it last. (It is non-blocking: a call that returns
   /// ncclInProgress has put nothing on the stream yet.)
@@ -40,6 +41,11 @@ class Communicator {
   /// @throws PeerLostError  NCCL has lost another rank.
   /// @throws CommError      any other error; the communicator is of no use then.
   bool accepted() const;
+
+  /// Waits, in this thread, until accepted(): for what only this rank takes part in, or all are
+  /// known to.
+  /// @throws CommError  also if NCCL takes longer than ten seconds.
+  void settle() const;
 
   /// Throws as accepted() unless `result`, of `call`, is a success or still to come.
   void check(ncclResult_t result, const char* call) const;

@@ -24,6 +24,7 @@ CudaTable CudaTable::load(const std::vector<std::string>& folders) {
                     "name another file in PYCOMM_CUDART_LIBRARY.");                      \
   }
   PYCOMM_CUDA_FUNCTIONS(PYCOMM_CUDA_REQUIRE)
+  PYCOMM_CUDA_OVERLOADED_FUNCTIONS(PYCOMM_CUDA_REQUIRE)
   PYCOMM_CUDA_LIBRARY_FUNCTIONS(PYCOMM_CUDA_RESOLVE)
 #undef PYCOMM_CUDA_REQUIRE
 #undef PYCOMM_CUDA_RESOLVE

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <string>
 #include <vector>
 
@@ -9,30 +10,37 @@
 #include "nccl/versions.h"
 
 // The CUDA runtime: every function that pycomm calls, found at run time. Their types are those of
-// the header, so that a changed signature does not compile. Only functions that cuda_runtime.h,
-// which nccl.h includes, does not overload can be named here.
+// the header, so that a changed signature does not compile.
 
 namespace pycomm::nccl {
 
 #define PYCOMM_CUDA_FUNCTIONS(X)      \
   X(cudaDeviceGetPCIBusId)            \
   X(cudaDeviceGetStreamPriorityRange) \
+  X(cudaDeviceSynchronize)            \
   X(cudaDriverGetVersion)             \
   X(cudaEventCreateWithFlags)         \
   X(cudaEventDestroy)                 \
   X(cudaEventQuery)                   \
   X(cudaEventRecord)                  \
+  X(cudaFree)                         \
   X(cudaGetDevice)                    \
   X(cudaGetDeviceCount)               \
   X(cudaGetErrorName)                 \
   X(cudaGetErrorString)               \
   X(cudaGetLastError)                 \
   X(cudaLaunchKernelExC)              \
+  X(cudaMemsetAsync)                  \
   X(cudaRuntimeGetVersion)            \
   X(cudaSetDevice)                    \
   X(cudaStreamCreateWithPriority)     \
   X(cudaStreamDestroy)                \
   X(cudaStreamWaitEvent)
+
+/// Those that cuda_runtime.h, which nccl.h includes, overloads: their types are written out.
+#define PYCOMM_CUDA_OVERLOADED_FUNCTIONS(X) X(cudaMalloc)
+using cudaMallocType = cudaError_t(void**, std::size_t);
+using MallocIsOfThatType = decltype(static_cast<cudaMallocType*>(&::cudaMalloc));
 
 /// Since 12.8; null before. Without them no kernel of ours can be loaded.
 #define PYCOMM_CUDA_LIBRARY_FUNCTIONS(X) \
@@ -52,6 +60,9 @@ struct CudaTable {
 #define PYCOMM_CUDA_MEMBER(function) decltype(&::function) function = nullptr;
   PYCOMM_CUDA_FUNCTIONS(PYCOMM_CUDA_MEMBER)
   PYCOMM_CUDA_LIBRARY_FUNCTIONS(PYCOMM_CUDA_MEMBER)
+#undef PYCOMM_CUDA_MEMBER
+#define PYCOMM_CUDA_MEMBER(function) function##Type* function = nullptr;
+  PYCOMM_CUDA_OVERLOADED_FUNCTIONS(PYCOMM_CUDA_MEMBER)
 #undef PYCOMM_CUDA_MEMBER
 
   bool loads_kernels() const {

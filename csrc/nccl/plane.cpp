@@ -16,6 +16,8 @@
 #include "nccl/communicator.h"
 #include "nccl/device.h"
 #include "nccl/launch.h"
+#include "nccl/memory.h"
+#include "nccl/registry.h"
 
 namespace pycomm::nccl {
 namespace {
@@ -54,6 +56,18 @@ class Place {
   const std::uint64_t proposal_;
 };
 
+/// While a call is on its way to NCCL.
+class Launching {
+ public:
+  explicit Launching(bool& flag) : flag_(flag) { flag_ = true; }
+  ~Launching() { flag_ = false; }
+  Launching(const Launching&) = delete;
+  Launching& operator=(const Launching&) = delete;
+
+ private:
+  bool& flag_;
+};
+
 class NcclGroup final : public GpuGroup {
  public:
   NcclGroup(std::shared_ptr<Device> device, std::uint64_t id)
@@ -61,7 +75,7 @@ class NcclGroup final : public GpuGroup {
   ~NcclGroup() override;
 
   Task<> run(Context& context, const Operation& operation) override;
-  bool in_flight() const override { return !launched_.empty(); }
+  bool in_flight() const override { return !launched_.empty() || registry_.has_abandoned(); }
   void poll() override;
   void abort() override;
 
@@ -73,13 +87,16 @@ class NcclGroup final : public GpuGroup {
     double timeout_s;
   };
 
+  Task<> carry_out(Context& context, const Operation& operation);
   Task<> connect(Context& context);
   Card own_card(int rank) const;
 
   const std::shared_ptr<Device> device_;
   const std::uint64_t id_;
+  Registry registry_;  // its memory outlives the communicator
   std::unique_ptr<Communicator> communicator_;
   std::deque<Launched> launched_;  // in the order of the stream
+  bool launching_ = false;
 };
 
 Task<> NcclGroup::run(Context& context, const Operation& operation) {
@@ -91,12 +108,18 @@ Task<> NcclGroup::run(Context& context, const Operation& operation) {
   if (communicator_ == nullptr) co_await connect(context);
   Place::Next next(place);
   co_await until(next);
+  const Launching launching(launching_);
+  Communicator::Accepted accepted(*communicator_);
+  co_await until(accepted);  // memory may be on its way out
+  if (operation.kind == Kind::kAllocateOnDevice) {
+    co_await registry_.add(context, *communicator_, operation.device_memory);
+    co_return;
+  }
   {
     const Device::Current current(*device_);
     call->begin();
     launch(*communicator_, operation, context.rank, context.size());
   }
-  Communicator::Accepted accepted(*communicator_);
   co_await until(accepted);
   call->end();
   launched_.push_back({call, description, began, operation.timeout_s});
@@ -148,7 +171,10 @@ Task<> NcclGroup::connect(Context& context) {
 
 void NcclGroup::poll() {
   while (!launched_.empty() && launched_.front().call->finished()) launched_.pop_front();
-  if (launched_.empty()) return;
+  if (launched_.empty()) {
+    if (!launching_ && communicator_ != nullptr) registry_.drop_abandoned(*communicator_);
+    return;
+  }
   const Launched& first = launched_.front();
   communicator_->accepted();
   const double seconds = std::chrono::duration<double>(Clock::now() - first.began).count();
@@ -164,6 +190,7 @@ void NcclGroup::poll() {
 void NcclGroup::abort() {
   if (communicator_ != nullptr) communicator_->abort();
   launched_.clear();
+  registry_.clear();
 }
 
 NcclGroup::~NcclGroup() {
@@ -172,6 +199,7 @@ NcclGroup::~NcclGroup() {
       poll();
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
+    if (communicator_ != nullptr) registry_.withdraw(*communicator_);
   } catch (const CommError&) {
     abort();
   }
@@ -186,7 +214,11 @@ class CudaPlane final : public Plane {
       throw InvalidArgumentError(std::string(name_of(operation.kind)) + ": " + problem);
     }
     operation.algorithm = Algorithm::kNccl;
-    operation.device_call = std::make_shared<Call>(device(operation), operation.stream);
+    const auto gpu = device(operation);
+    if (operation.kind == Kind::kAllocateOnDevice) {
+      operation.device_memory = std::make_shared<Memory>(gpu, operation.count, operation.stream);
+    }
+    operation.device_call = std::make_shared<Call>(gpu, operation.stream);
   }
 
   std::unique_ptr<GpuGroup> join(std::uint64_t id) override {

@@ -34,10 +34,10 @@ class GpuGroup {
   /// @throws RefusedError  they cannot be connected.
   virtual Task<> run(Context& context, const Operation& operation) = 0;
 
-  /// Whether the GPU has yet to finish a call.
+  /// Whether the GPU has yet to finish a call, or nobody holds some of the group's memory any more.
   virtual bool in_flight() const = 0;
 
-  /// Look at what is in flight.
+  /// Look at what is in flight; give back memory that nobody holds, when nothing is.
   /// @throws CommTimeoutError, PeerLostError, CommError  the group is finished: abort().
   virtual void poll() = 0;
 
@@ -51,10 +51,11 @@ class Plane {
   virtual ~Plane() = default;
 
   /// Prepare an operation whose tensors lie on a GPU, for GpuGroup::run: set what the ranks have to
-  /// agree on, and note which of the work on the caller's stream it comes after.
+  /// agree on, and note which of the work on the caller's stream it comes after. For
+  /// kAllocateOnDevice allocate its memory, zeroed on that stream.
   ///
   /// @throws InvalidArgumentError  NCCL cannot do this, or the process uses another GPU.
-  /// @throws CommError  no CUDA runtime or no driver.
+  /// @throws CommError  no CUDA runtime, no driver or no memory.
   virtual void issue(Operation& operation) = 0;
 
   /// The GPU's half of a group; `issue` has returned once.

@@ -105,6 +105,7 @@ inline std::vector<std::string> run_gpu_ranks_catching(
   CHECK_EQUAL(gpu_double::errors(), "");
   const auto left = gpu_double::census();
   CHECK_EQUAL(left.communicators, 0);
+  CHECK_EQUAL(left.registrations, 0);
   CHECK_EQUAL(left.events, 0);
   CHECK_EQUAL(left.streams, 0);
   CHECK_EQUAL(left.allocations, 0);

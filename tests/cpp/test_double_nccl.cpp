@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "core/error.h"
+#include "gpu_checks.h"
 #include "gpu_ranks.h"
 
 using pycomm::DType;
@@ -15,55 +16,11 @@ using pycomm::Group;
 using pycomm::Kind;
 using pycomm::Operation;
 using pycomm::ReduceOp;
-using Floats = std::vector<float>;
 
 namespace {
 
 const std::vector<std::vector<int>> kPlacements = {{0},    {0, 0},       {0, 0, 0},
                                                    {0, 1}, {0, 0, 0, 1}, {0, 1, 0, 1}};
-
-/// Whole numbers, different on each rank, with exact sums.
-Floats values(int rank, std::size_t count) {
-  Floats made(count);
-  for (std::size_t i = 0; i < count; ++i) made[i] = static_cast<float>(rank * 1000 + int(i) % 97);
-  return made;
-}
-
-Floats sums(int size, std::size_t count) {
-  Floats sum(count);
-  for (int rank = 0; rank < size; ++rank) {
-    const Floats one = values(rank, count);
-    for (std::size_t i = 0; i < count; ++i) sum[i] += one[i];
-  }
-  return sum;
-}
-
-void no_check() {}
-
-int highest_priority() {
-  int lowest = 0;
-  int highest = 0;
-  cudaDeviceGetStreamPriorityRange(&lowest, &highest);
-  return highest;
-}
-
-/// What the body's failed check said; "" if none did.
-std::string failure_of(const std::function<void()>& body) {
-  try {
-    body();
-  } catch (const check::Failure& failure) {
-    return failure.what();
-  }
-  return "";
-}
-
-void check_all(const std::vector<std::string>& errors, const std::string& part) {
-  for (const std::string& error : errors) {
-    if (error.find(part) == std::string::npos) {
-      throw check::Failure("an error without \"" + part + "\": \"" + error + "\"");
-    }
-  }
-}
 
 void cpu_all_reduce_works(Group& group) {
   float one = 1;

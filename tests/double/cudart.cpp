@@ -130,12 +130,14 @@ class World {
   std::set<cudaEvent_t> events;
   std::vector<std::unique_ptr<CUevent_st>> old_events;
   int communicators = 0;
+  int registrations = 0;
   std::array<int, kDevices> waiting_hosts{};
   int starved = kNobody;
   std::pair<std::string, int> forgotten{"", kNobody};
   std::string errors;
   std::array<int, kDevices> nccl_versions{};
   std::array<int, kDevices> nccl_errors{};
+  std::array<bool, kDevices> without_windows{};
 
  private:
   World() {
@@ -255,7 +257,8 @@ Census census() {
   World& world = World::get();
   return world.locked([&] {
     return Census{static_cast<int>(world.streams.size()), static_cast<int>(world.events.size()),
-                  static_cast<int>(world.memory.blocks()), world.communicators};
+                  static_cast<int>(world.memory.blocks()), world.communicators,
+                  world.registrations};
   });
 }
 
@@ -265,10 +268,22 @@ void forgive() {
     for (const cudaEvent_t event : world.events) world.old_events.emplace_back(event);
     world.events.clear();
     world.communicators = 0;
+    world.registrations = 0;
   });
 }
 
 void count_communicators(int more) { World::get().communicators += more; }
+
+void count_registrations(int more) { World::get().registrations += more; }
+
+void set_nccl_windows(int device, bool known) {
+  World::get().locked(
+      [&] { World::get().without_windows.at(static_cast<std::size_t>(device)) = !known; });
+}
+
+bool nccl_windows(int device) {
+  return !World::get().without_windows.at(static_cast<std::size_t>(device));
+}
 
 void set_nccl_version(int device, int version) {
   World::get().nccl_versions.at(static_cast<std::size_t>(device)) = version;
@@ -426,6 +441,32 @@ cudaError_t cudaMalloc(void** address, std::size_t bytes) {
 cudaError_t cudaFree(void* address) {
   return address == nullptr || gpu_double::free(address) ? cudaSuccess
                                                          : fail(cudaErrorInvalidValue);
+}
+
+cudaError_t cudaMemsetAsync(void* address, int value, std::size_t bytes, cudaStream_t stream) {
+  if (World::get().locked([] { return gpu_double::forgotten("cudaMemsetAsync"); })) {
+    return cudaSuccess;
+  }
+  gpu_double::push(stream,
+                   {always, [=] { std::memset(gpu_double::reachable(address), value, bytes); }});
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceSynchronize() {
+  const int device = gpu_double::device_of_thread;
+  int& hosts = World::get().waiting_hosts[static_cast<std::size_t>(device)];
+  const auto idle = [&] {
+    return World::get().locked([&] {
+      const auto& streams = World::get().streams;
+      return std::all_of(streams.begin(), streams.end(), [&](cudaStream_t stream) {
+        return stream->device != device || stream->steps.empty();
+      });
+    });
+  };
+  World::get().locked([&] { ++hosts; });
+  while (!idle()) std::this_thread::sleep_for(std::chrono::microseconds(100));
+  World::get().locked([&] { --hosts; });
+  return cudaSuccess;
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,

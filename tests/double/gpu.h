@@ -70,12 +70,19 @@ struct Census {
   int events;
   int allocations;
   int communicators;
+  int registrations;  // of memory, with communicators
 };
 Census census();
 /// Count nothing that exists now.
 void forgive();
 /// By whoever makes and frees communicators.
 void count_communicators(int more);
+/// By whoever makes memory known to communicators and makes them forget it.
+void count_registrations(int more);
+
+/// Whether NCCL knows windows between the GPUs; if not, on this GPU.
+void set_nccl_windows(int device, bool known);
+bool nccl_windows(int device);
 
 /// The version that the stand-in for NCCL claims on a GPU.
 void set_nccl_version(int device, int version);

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -51,15 +52,31 @@ struct Batch {
 
 struct Member;
 
+/// Memory that a communicator knows.
+struct Known {
+  const void* address;
+  std::size_t bytes;
+};
+
+/// How many communicators know memory, by its address.
+std::map<const void*, int>& known_memory() {
+  static auto* const all = new std::map<const void*, int>;
+  return *all;
+}
+
 /// The ranks of a communicator.
 struct Clique {
   explicit Clique(int size)
       : members(static_cast<std::size_t>(size)), heads(static_cast<std::size_t>(size)) {}
-  std::vector<Member*> members;               // null: has not joined
-  std::vector<std::shared_ptr<Batch>> heads;  // what each rank's stream has come to
+  std::vector<Member*> members;                   // null: has not joined
+  std::vector<std::shared_ptr<Batch>> heads;      // what each rank's stream has come to
+  std::vector<std::vector<std::size_t>> windows;  // what each rank registers, in order
 
   bool complete() const {
     return std::find(members.begin(), members.end(), nullptr) == members.end();
+  }
+  bool has_window(std::size_t number) const {
+    return windows.size() > number && windows[number].size() == members.size();
   }
 };
 
@@ -79,8 +96,33 @@ struct Member {
   std::vector<std::pair<cudaStream_t, std::shared_ptr<Batch>>> asked;
   std::map<int, double> factors;  // of operators
   int next_operator = ncclNumOps;
+  std::map<void*, Known> known;  // by handle
+  std::size_t windows = 0;       // asked for
+  struct {
+    ncclWindow_t* handle = nullptr;
+    Known memory{};
+  } window;  // being registered, if there is a handle
 
-  bool in_progress() const { return !clique->complete() || polls > 0; }
+  bool waits_for_others() const {
+    return !clique->complete() || (window.handle != nullptr && !clique->has_window(windows - 1));
+  }
+  bool in_progress() const { return waits_for_others() || polls > 0; }
+  bool is_busy() const { return in_progress() || steps > 0 || !asked.empty(); }
+
+  void* know(const Known& memory) {
+    ++known_memory()[memory.address];
+    gpu_double::count_registrations(1);
+    void* const handle = new char;
+    known[handle] = memory;
+    return handle;
+  }
+  void forget(void* handle) {
+    if (--known_memory()[known.at(handle).address] == 0) {
+      known_memory().erase(known.at(handle).address);
+    }
+    known.erase(handle);
+    delete static_cast<char*>(handle);
+  }
 };
 
 pycomm::DType dtype_of(ncclDataType_t type) {
@@ -318,6 +360,14 @@ ncclResult_t enqueue(ncclComm_t communicator, cudaStream_t stream, Call call) {
 void begin(const std::shared_ptr<Member>& member) {
   decltype(member->asked) begun;
   change([&] {  // steps of calls before are being counted off
+    if (ncclWindow_t* const handle = std::exchange(member->window.handle, nullptr)) {
+      const auto& sizes = member->clique->windows[member->windows - 1];
+      if (std::adjacent_find(sizes.begin(), sizes.end(), std::not_equal_to<>()) != sizes.end()) {
+        fail(*member->clique, "the ranks' windows differ in size");
+      } else if (gpu_double::nccl_windows(member->device)) {
+        *handle = static_cast<ncclWindow_t>(member->know(member->window.memory));
+      }
+    }
     begun.swap(member->asked);
     member->steps += static_cast<int>(begun.size());
   });
@@ -342,6 +392,9 @@ ncclResult_t free_communicator(ncclComm_t communicator, bool aborts) {
     Member& member = *communicator->member;
     if (!aborts && member.steps > 0) blame("a communicator was destroyed with calls on the GPU");
     if (!member.factors.empty()) blame("a communicator was freed before its operators");
+    if (!aborts && !member.known.empty()) blame("a communicator that knows memory was destroyed");
+    if (aborts) gpu_double::count_registrations(-static_cast<int>(member.known.size()));
+    while (!member.known.empty()) member.forget(member.known.begin()->first);
     member.aborted = true;
     member.asked.clear();
     gpu_double::count_communicators(-1);
@@ -394,7 +447,7 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t communicator, ncclResult_t* error)
   const auto& member = communicator->member;
   bool begins = false;
   change([&] {
-    if (member->clique->complete() && member->polls > 0) begins = --member->polls == 0;
+    if (!member->waits_for_others() && member->polls > 0) begins = --member->polls == 0;
     *error = member->error != ncclSuccess ? member->error
              : member->in_progress()      ? ncclInProgress
                                           : ncclSuccess;
@@ -497,13 +550,76 @@ ncclResult_t ncclRecv(void* output, size_t count, ncclDataType_t type, int peer,
   return enqueue(communicator, stream, {What::kRecv, nullptr, output, count, type, ncclSum, peer});
 }
 
+#ifndef DOUBLE_OF_NCCL_2_18  // what came later
+
 ncclResult_t ncclMemAlloc(void** address, size_t bytes) {
   *address = gpu_double::allocate(bytes);
   return *address != nullptr ? ncclSuccess : ncclSystemError;
 }
 
 ncclResult_t ncclMemFree(void* address) {
+  change([&] {
+    if (known_memory().count(address) != 0) blame("memory was freed that a communicator knows");
+  });
   return gpu_double::free(address) ? ncclSuccess : ncclInvalidArgument;
 }
+
+ncclResult_t ncclCommWindowRegister(ncclComm_t communicator, void* address, size_t bytes,
+                                    ncclWindow_t* window, int) {
+  Member& member = *communicator->member;
+  *window = nullptr;
+  change([&] {
+    if (member.is_busy()) blame("a window was registered with a call on the GPU");
+    auto& windows = member.clique->windows;
+    if (windows.size() <= member.windows) windows.resize(member.windows + 1);
+    windows[member.windows++].push_back(bytes);
+    member.window = {window, {address, bytes}};
+    member.polls = 2;
+  });
+  return ncclInProgress;
+}
+
+ncclResult_t ncclCommRegister(ncclComm_t communicator, void* address, size_t bytes, void** handle) {
+  Member& member = *communicator->member;
+  change([&] {
+    if (member.is_busy()) blame("a buffer was registered with a call on the GPU");
+    *handle = member.know({address, bytes});
+  });
+  return ncclSuccess;
+}
+
+}  // extern "C"
+
+namespace {
+
+ncclResult_t deregister(const char* function, ncclComm_t communicator, void* handle) {
+  Member& member = *communicator->member;
+  ncclResult_t result = ncclSuccess;
+  change([&] {
+    if (gpu_double::forgotten(function)) return;
+    if (member.is_busy()) blame("memory was deregistered with a call on the GPU");
+    if (member.known.count(handle) == 0) {
+      result = ncclInvalidArgument;
+      return blame("memory was deregistered that was not registered");
+    }
+    member.forget(handle);
+    gpu_double::count_registrations(-1);
+  });
+  return result;
+}
+
+}  // namespace
+
+extern "C" {
+
+ncclResult_t ncclCommDeregister(ncclComm_t communicator, void* handle) {
+  return deregister("ncclCommDeregister", communicator, handle);
+}
+
+ncclResult_t ncclCommWindowDeregister(ncclComm_t communicator, ncclWindow_t window) {
+  return deregister("ncclCommWindowDeregister", communicator, window);
+}
+
+#endif
 
 }  // extern "C"
