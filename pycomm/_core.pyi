@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 class DType(enum.Enum):
     BOOL = 0
@@ -392,6 +392,30 @@ class HostBuckets(BucketStore):
     def __init__(self, group: Group, buckets: Sequence[Bucket], counts: Sequence[int]) -> None: ...
     def memory(self, bucket: int) -> Buffer: ...
 
+class DeviceMemory:
+    """Memory on a GPU, with the ``__cuda_array_interface__`` of an array of bytes."""
+
+    @property
+    def device(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+    def __len__(self) -> int: ...
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+class GpuBuckets(BucketStore):
+    """Buckets on a GPU, zeroed on ``stream``. Collective."""
+
+    def __init__(
+        self,
+        group: Group,
+        buckets: Sequence[Bucket],
+        counts: Sequence[int],
+        device: int,
+        stream: int,
+    ) -> None: ...
+    def memory(self, bucket: int) -> DeviceMemory: ...
+
 class Reducer:
     """Counts gradients as they become final and reduces each bucket once it is full.
 
@@ -419,7 +443,11 @@ class Reducer:
 
     def begin(self, op: ReduceOp, divisor: int, label: int) -> None: ...
     def fill(self, parameter: int, gradient: int, stream: int = 0) -> None:
-        """Copy the gradient at this address, which has the memory layout of its view."""
+        """Copy the gradient at this address, which has the memory layout of its view.
+
+        On a GPU it is copied when its bucket is launched, and has to stay until then; at address 0
+        it lies in the bucket.
+        """
 
     def ready(self, parameter: int, stream: int = 0) -> None: ...
     def hold(self, parameter: int) -> None: ...

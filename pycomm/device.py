@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from pycomm._core import DeviceMemory
+
 # Of a GPU: its index here, and the stream (an address) whose work comes before the call.
 Place = tuple[int, int]
 
@@ -23,6 +25,16 @@ def place_of(t: Tensor) -> Place | None:
 def current_stream(index: int) -> int:
     """The stream that this thread's work for a GPU goes to."""
     return torch.cuda.current_stream(index).cuda_stream
+
+
+def used_on_current_stream(t: Tensor) -> None:
+    """Keep the memory of a CUDA tensor, once freed, from others until the stream has come by."""
+    t.record_stream(torch.cuda.current_stream(t.get_device()))
+
+
+def bytes_of(memory: DeviceMemory) -> Tensor:
+    """GPU memory of the core as a tensor of bytes, which keeps it alive."""
+    return torch.as_tensor(memory, device=torch.device("cuda", memory.device))
 
 
 def like_remote(device_type: str) -> torch.device:

@@ -9,6 +9,7 @@
 #include "bindings/bindings.h"
 #include "core/error.h"
 #include "reducer/bucket_plan.h"
+#include "reducer/gpu_buckets.h"
 #include "reducer/host_buckets.h"
 
 namespace pycomm {
@@ -50,6 +51,19 @@ std::shared_ptr<Reducer> make_reducer(std::shared_ptr<Group> group,
           destroy};
 }
 
+std::shared_ptr<GpuBuckets> make_gpu_buckets(std::shared_ptr<Group> group,
+                                             const std::vector<Bucket>& buckets,
+                                             const std::vector<std::size_t>& counts, int device,
+                                             StreamAddress stream) {
+  const py::gil_scoped_release no_gil;
+  return std::make_shared<GpuBuckets>(std::move(group), buckets, counts, device, stream,
+                                      interrupt_check());
+}
+
+std::uintptr_t address_of(const DeviceMemory& memory) {
+  return reinterpret_cast<std::uintptr_t>(memory.data());
+}
+
 void wait(Reducer& reducer, StreamAddress stream) {
   const py::gil_scoped_release no_gil;
   reducer.wait(interrupt_check(), stream);
@@ -87,6 +101,30 @@ void bind_reducer(py::module_& module) {
           "memory",
           [](const HostBuckets& store, std::size_t bucket) { return Buffer{store.memory(bucket)}; },
           py::arg("bucket"));
+
+  py::class_<DeviceMemory, std::shared_ptr<DeviceMemory>>(
+      module, "DeviceMemory",
+      "Memory on a GPU, with the __cuda_array_interface__ of an array of bytes.")
+      .def_property_readonly("device", &DeviceMemory::device)
+      .def_property_readonly("address", &address_of)
+      .def("__len__", &DeviceMemory::bytes)
+      .def_property_readonly("__cuda_array_interface__", [](const DeviceMemory& memory) {
+        // Version 3 of the interface; without a stream there is nothing for the consumer to wait
+        // for.
+        py::dict interface;
+        interface["shape"] = py::make_tuple(memory.bytes());
+        interface["typestr"] = "|u1";
+        interface["data"] = py::make_tuple(address_of(memory), /*read_only=*/false);
+        interface["strides"] = py::none();
+        interface["stream"] = py::none();
+        interface["version"] = 3;
+        return interface;
+      });
+  py::class_<GpuBuckets, BucketStore, std::shared_ptr<GpuBuckets>>(
+      module, "GpuBuckets", "Buckets on a GPU, zeroed on `stream`. Collective.")
+      .def(py::init(&make_gpu_buckets), py::arg("group"), py::arg("buckets"), py::arg("counts"),
+           py::arg("device"), py::arg("stream"))
+      .def("memory", &GpuBuckets::memory, py::arg("bucket"));
 
   const auto stream = py::arg("stream") = 0;
   // Only wait() and the destructor block. The rest keeps the GIL: it counts and queues, and

@@ -17,6 +17,7 @@
 #include "nccl/device.h"
 #include "nccl/launch.h"
 #include "nccl/memory.h"
+#include "nccl/pack.h"
 #include "nccl/registry.h"
 
 namespace pycomm::nccl {
@@ -221,6 +222,16 @@ class CudaPlane final : public Plane {
     operation.device_call = std::make_shared<Call>(gpu, operation.stream);
   }
 
+  void copy(DType dtype, std::span<const cuda::Segment> segments, StreamAddress stream) override {
+    packer_->copy(dtype, segments, stream);
+  }
+
+  void order(StreamAddress earlier, StreamAddress later) override {
+    Event event(device_);
+    event.record(stream_at(earlier));
+    event.order_before(stream_at(later));
+  }
+
   std::unique_ptr<GpuGroup> join(std::uint64_t id) override {
     std::lock_guard lock(mutex_);
     return std::make_unique<NcclGroup>(device_, id);
@@ -229,7 +240,10 @@ class CudaPlane final : public Plane {
  private:
   std::shared_ptr<Device> device(const Operation& operation) {
     std::lock_guard lock(mutex_);
-    if (device_ == nullptr) device_ = std::make_shared<Device>(places_, operation.device);
+    if (device_ == nullptr) {
+      device_ = std::make_shared<Device>(places_, operation.device);
+      packer_ = std::make_unique<Packer>(device_, places_.kernels);
+    }
     if (device_->ordinal != operation.device) {
       throw InvalidArgumentError(
           std::string(name_of(operation.kind)) + ": the tensor is on GPU " +
@@ -242,7 +256,8 @@ class CudaPlane final : public Plane {
 
   const Places places_;
   std::mutex mutex_;
-  std::shared_ptr<Device> device_;
+  std::shared_ptr<Device> device_;  // from the first `issue` on
+  std::unique_ptr<Packer> packer_;
 };
 
 }  // namespace

@@ -2,12 +2,14 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 
 #include "collectives/context.h"
 #include "core/device_call.h"
 #include "core/error.h"
 #include "core/operation.h"
 #include "core/task.h"
+#include "kernels/cuda/kernels.h"
 #include "nccl/report.h"
 
 // All that the layers above know of GPUs. docs/adr/0012 says how the calls on them fit in.
@@ -57,6 +59,12 @@ class Plane {
   /// @throws InvalidArgumentError  NCCL cannot do this, or the process uses another GPU.
   /// @throws CommError  no CUDA runtime, no driver or no memory.
   virtual void issue(Operation& operation) = 0;
+
+  /// Copy pieces of the GPU's memory, as Packer does. After `issue`.
+  virtual void copy(DType dtype, std::span<const cuda::Segment> segments, StreamAddress stream) = 0;
+
+  /// What is put on `later` from now on waits for what is on `earlier` by now. After `issue`.
+  virtual void order(StreamAddress earlier, StreamAddress later) = 0;
 
   /// The GPU's half of a group; `issue` has returned once.
   /// @param id  the same on all its ranks, and no other group's that shares a rank with it.

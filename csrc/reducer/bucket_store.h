@@ -20,11 +20,14 @@ struct Contribution {
 };
 
 /// The memory of a reducer's buckets, and what moves in it: the reducer says when. A pass is
-/// (fill* launch)* finish wait used*; buckets are launched in their order. `stream` is that of the
-/// caller's GPU work, and nothing where buckets lie in the host's memory.
+/// begin (fill* launch)* finish wait used*; buckets are launched in their order. `stream` is that
+/// of the caller's GPU work, and nothing where buckets lie in the host's memory.
 class BucketStore {
  public:
   virtual ~BucketStore() = default;
+
+  /// What was filled and not launched, by a pass that was abandoned, does not count.
+  virtual void begin() {}
 
   /// The gradient of a slot has been computed, at `gradient`, where it lies without gaps in the
   /// order of the bucket's view. It stays there until the bucket was launched; null: it lies in the
@@ -39,8 +42,8 @@ class BucketStore {
   /// Go on with what was launched, if the calling thread is to do it.
   virtual void advance() {}
 
-  /// All buckets were launched.
-  virtual void finish() {}
+  /// All buckets were launched. `pass` is its name for errors and signatures.
+  virtual void finish(const std::string& pass) = 0;
 
   /// Block until what was launched is over; rethrows what ended one. What is on `stream` from now
   /// on comes after it.
@@ -55,6 +58,9 @@ class BucketStore {
   virtual void give_up() = 0;
 
  protected:
+  /// Whoever gives up does not ask how an operation ended.
+  static void wait_out(Work& work);
+
   BucketStore() = default;
   BucketStore(const BucketStore&) = delete;
   BucketStore& operator=(const BucketStore&) = delete;

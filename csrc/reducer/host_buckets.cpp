@@ -130,12 +130,7 @@ bool HostBuckets::in_flight() const {
 void HostBuckets::give_up() {
   turn_.reset();
   for (State& bucket : state_) {
-    if (!bucket.work) continue;
-    try {
-      bucket.work->wait([] {});
-    } catch (const CommError&) {
-      // Whoever gives up does not ask how its operations ended.
-    }
+    if (bucket.work) wait_out(*bucket.work);
   }
 }
 

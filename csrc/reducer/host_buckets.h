@@ -29,6 +29,7 @@ class HostBuckets final : public BucketStore {
   void launch(std::size_t bucket, const Contribution& contribution, Operation operation,
               StreamAddress stream) override;
   void advance() override;
+  void finish(const std::string&) override {}  // the flags go with the buckets
   void wait(const InterruptCheck& check_interrupt, StreamAddress stream) override;
   bool used(std::size_t bucket, std::size_t slot) const override;
   bool in_flight() const override;

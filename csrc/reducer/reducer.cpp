@@ -68,6 +68,7 @@ void Reducer::begin(ReduceOp op, std::int64_t divisor, std::int64_t label) {
          "checkpoint and start again.");
   }
   reset();
+  store_->begin();
   op_ = op;
   divisor_ = divisor;
   label_ = label;
@@ -131,14 +132,16 @@ void Reducer::launch_next(StreamAddress stream) {
   operation.dtype = bucket.dtype;
   operation.op = op_;
   operation.divisor = divisor_;
-  operation.name = "backward " + std::to_string(label_) + " of its step, " + state_[b].description;
+  operation.name = pass() + ", " + state_[b].description;
   store_->launch(b, contribution, std::move(operation), stream);
   ++launched_;
 }
 
+std::string Reducer::pass() const { return "backward " + std::to_string(label_) + " of its step"; }
+
 void Reducer::finish(StreamAddress stream) {
   while (launched_ < buckets_.size()) launch_next(stream);
-  store_->finish();
+  store_->finish(pass());
   for (std::size_t i = 0; i < fired_.size(); ++i) {
     parameters_[i].expected_firings = std::max(parameters_[i].expected_firings, fired_[i].firings);
   }

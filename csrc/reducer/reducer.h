@@ -92,6 +92,8 @@ class Reducer {
     std::string description;
   };
 
+  /// For errors and signatures.
+  std::string pass() const;
   void launch_next(StreamAddress stream);
   void reset();
   [[noreturn]] void fail(const std::string& reason);
