@@ -42,3 +42,8 @@ def like_remote(device_type: str) -> torch.device:
     if device_type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(device_type)
+
+
+def empty_like_remote(device_type: str, dtype: torch.dtype) -> Tensor:
+    """A tensor of no elements there."""
+    return torch.empty(0, dtype=dtype, device=like_remote(device_type))
