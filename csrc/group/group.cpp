@@ -368,6 +368,7 @@ void Group::watch_gpus() {
 }
 
 void Group::abandon() {
+  post_office_.abandon();  // on all ranks before the group's own GPUs: leaving waits for the others
   std::deque<Pending> left;
   const auto error = std::make_exception_ptr(CommError(
       "pycomm was shut down: what had not ended by then was abandoned, and nothing can be started. "

@@ -1,5 +1,7 @@
 #include "group/post_office.h"
 
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
 #include <new>
 #include <utility>
@@ -18,6 +20,10 @@ constexpr int kLooksAtOnce = 128;
 
 /// What a leaving rank had sent before may still be on its way.
 constexpr auto kGrace = std::chrono::seconds(1);
+
+/// What two ranks' messages are called in the order of launches, where groups have their tags.
+constexpr std::uint64_t kIsPair = std::uint64_t{1} << 63;
+constexpr int kRankBits = 20;
 
 constexpr const char* kAbandoned =
     "pycomm was shut down: a send or recv that had not ended by then was abandoned. Wait for every "
@@ -69,7 +75,14 @@ PostOffice::PostOffice(Group& group) : group_(group) {
       links.push_back(rings_.back().get());
     }
   }
-  exchange_ = std::make_unique<Exchange>(group.rank(), std::move(links));
+  exchange_ = std::make_unique<Exchange>(group.rank(), std::move(links), [this](int peer) {
+    const auto low = static_cast<std::uint64_t>(std::min(peer, group_.rank()));
+    const auto high = static_cast<std::uint64_t>(std::max(peer, group_.rank()));
+    const std::uint64_t id = kIsPair |
+                             static_cast<std::uint64_t>(group_.context_.tag) << 2 * kRankBits |
+                             low << kRankBits | high;
+    return group_.process_->gpu_plane().join({id, group_.rank(), peer, !is_remote(peer)});
+  });
 }
 
 bool PostOffice::is_remote(int peer) const {
@@ -110,8 +123,14 @@ std::shared_ptr<PostOffice::Item> PostOffice::accept(const Transfer& transfer,
                                                      double timeout_s) const {
   auto item = std::make_shared<Item>();
   static_cast<Transfer&>(*item) = transfer;
+  item->began = Clock::now();
   item->timeout_s = timeout_s > 0 ? timeout_s : group_.process_->options.timeout_s;
-  item->work = std::make_shared<TransferWork>(group_.process_->page().doorbell);
+  if (transfer.device >= 0) {
+    const bool sends = transfer.direction == Transfer::Direction::kSend;
+    item->device_call = group_.process_->gpu_plane().record(sends ? "send" : "recv",
+                                                            transfer.device, transfer.stream);
+  }
+  item->work = std::make_shared<TransferWork>(group_.process_->page().doorbell, item->device_call);
   return item;
 }
 
@@ -126,7 +145,7 @@ void PostOffice::check_usable() const {
 }
 
 bool PostOffice::run_at_once(const Transfer& transfer) {
-  if (transfer.bytes() > Frame::kEagerBytes) return false;
+  if (transfer.device >= 0 || transfer.bytes() > Frame::kEagerBytes) return false;
   std::lock_guard lock(mutex_);
   check_usable();
   try {
@@ -161,9 +180,22 @@ bool PostOffice::drive() {
   try {
     const bool moved = exchange_->advance();
     complete_done();
+    // What concerns GPUs is for the progress thread, and this may be another one.
+    if (exchange_->gpus().has_news()) group_.process_->page().doorbell.ring();
     return moved;
   } catch (...) {
     fail(first_unfinished());
+    return true;
+  }
+}
+
+bool PostOffice::drive_gpus() {
+  try {
+    const bool moved = exchange_->advance_gpus();
+    complete_done();
+    return moved;
+  } catch (...) {
+    if (!failed_) fail(first_unfinished());
     return true;
   }
 }
@@ -172,7 +204,7 @@ void PostOffice::complete_done() {
   for (const auto& transfer : exchange_->take_done()) {
     const auto& item = static_cast<const Item&>(*transfer);
     item.work->source = item.peer;
-    item.work->complete(nullptr, item.seconds());
+    item.work->complete(item.error, item.seconds());
   }
 }
 
@@ -189,9 +221,10 @@ int PostOffice::run(const Transfer& transfer, double timeout_s,
                     const InterruptCheck& check_interrupt,
                     const std::function<void()>& before_waiting) {
   check_arguments(transfer);
-  // The channel is the progress thread's.
+  // The channel and the GPU are the progress thread's.
   const bool any_source = transfer.peer == Transfer::kAnySource;
-  const bool drives_itself = !courier_ || (!any_source && !is_remote(transfer.peer));
+  const bool drives_itself =
+      transfer.device < 0 && (!courier_ || (!any_source && !is_remote(transfer.peer)));
   if (drives_itself && !any_source && run_at_once(transfer)) return transfer.peer;
   if (before_waiting) before_waiting();
   const auto item = accept(transfer, timeout_s);
@@ -229,6 +262,7 @@ int PostOffice::run(const Transfer& transfer, double timeout_s,
     if (exchange_->has_unsent()) submit();
   }
   work.wait(checked);
+  if (work.device_call() != nullptr) work.device_call()->order_before(transfer.stream);
   return work.source;
 }
 
@@ -255,13 +289,14 @@ Progressive::State PostOffice::advance() {
     }
   }
   moved |= drive();
+  moved |= drive_gpus();
   if (moved) return State::kAdvanced;
   // After a failure a last frame may be on its way: it tells a peer on another host why.
   if (exchange_->idle() && (!courier_ || courier_->idle())) {
     engine_drives_ = false;
     return State::kIdle;
   }
-  return courier_ ? State::kPolling : State::kWaiting;
+  return courier_ || exchange_->gpus().must_be_polled() ? State::kPolling : State::kWaiting;
 }
 
 void PostOffice::check() {
@@ -316,9 +351,13 @@ void PostOffice::check(Item& item) {
     char waited[32];
     std::snprintf(waited, sizeof(waited), "%.1f s", item.seconds());
     const bool sends = item.direction == Transfer::Direction::kSend;
+    std::string awaited = exchange_->gpus().obstacle(item);
+    if (awaited.empty()) {
+      awaited = (item.peer < 0 ? "any rank" : "rank " + std::to_string(item.peer)) +
+                (sends ? " to receive it" : " to send it");
+    }
     throw CommTimeoutError(describe(item) + ": timeout after " + waited + ", waiting for " +
-                           (item.peer < 0 ? "any rank" : "rank " + std::to_string(item.peer)) +
-                           (sends ? " to receive it" : " to send it") +
+                           awaited +
                            ".\n  Read that rank's log first; if it is only slow, raise the timeout "
                            "(timeout_s of the call or of init, or PYCOMM_TIMEOUT_S).");
   }
@@ -337,6 +376,13 @@ void PostOffice::fail(const std::string& call) {
     lasting = group_.failure_;
   }
   end_all(lasting);
+  exchange_->give_up_gpus();
+  if (exchange_->gpus().idle() || group_.process_->stopped()) return;
+  try {
+    submit();
+  } catch (const CommError&) {
+    // Shut down meanwhile: the GPU is left with the group.
+  }
 }
 
 void PostOffice::end_all(const std::exception_ptr& error) {
@@ -352,8 +398,8 @@ void PostOffice::end_all(const std::exception_ptr& error) {
 
 void PostOffice::abandon() {
   std::lock_guard lock(mutex_);
-  if (failed_) return;
-  end_all(std::make_exception_ptr(CommError(kAbandoned)));
+  if (!failed_) end_all(std::make_exception_ptr(CommError(kAbandoned)));
+  exchange_->leave_gpus();
 }
 
 }  // namespace pycomm

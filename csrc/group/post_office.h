@@ -29,8 +29,10 @@ class TransferWork : public Work {
 };
 
 /// Point-to-point messages of one group. They keep no order with its collectives, so neither waits
-/// for the other. A blocking call between ranks of one host is driven by the thread that makes it,
-/// all others by the progress thread. An error finishes the group, as one of a collective does.
+/// for the other; but on GPUs both are launched in one order (nccl/launch_order.h). A blocking call
+/// between ranks of one host is driven by the thread that makes it, all others, and what is on
+/// GPUs, by the progress thread. A message between GPUs is over once it was launched. An error
+/// finishes the group, as one of a collective does.
 class PostOffice : public Progressive {
  public:
   /// How much of each rank's memory for the group it needs, behind the staging.
@@ -60,8 +62,6 @@ class PostOffice : public Progressive {
 
   struct Item : Transfer {
     std::shared_ptr<TransferWork> work;
-    Clock::time_point began = Clock::now();
-    double timeout_s = 0;
     std::optional<Clock::time_point> left_since;  // its peer has called shutdown()
 
     double seconds() const { return std::chrono::duration<double>(Clock::now() - began).count(); }
@@ -76,6 +76,8 @@ class PostOffice : public Progressive {
   void check_usable() const;
   void post(const std::shared_ptr<Item>& item);
   bool drive();
+  /// The same for messages between GPUs, for the progress thread.
+  bool drive_gpus();
   void complete_done();
   void check_peers_and_deadlines();
   void check(Item& item);

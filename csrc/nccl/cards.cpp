@@ -21,15 +21,19 @@ void Card::set_bus_id(const std::string& text) { put(bus_id, text); }
 
 void Card::set_problem(const std::string& text) { put(problem, text); }
 
-std::string problem_of(const std::vector<Card>& cards, const Placement& placement) {
+std::string problem_of(const std::vector<Card>& cards, const Placement& placement,
+                       const std::vector<int>& ranks) {
+  const auto name = [&](std::size_t index) {
+    return std::to_string(ranks.empty() ? static_cast<int>(index) : ranks[index]);
+  };
   for (std::size_t rank = 0; rank < cards.size(); ++rank) {
     if (cards[rank].problem[0] == '\0') continue;
-    return "rank " + std::to_string(rank) + " cannot use NCCL: " + cards[rank].problem.data();
+    return "rank " + name(rank) + " cannot use NCCL: " + cards[rank].problem.data();
   }
   for (std::size_t rank = 1; rank < cards.size(); ++rank) {
     if (cards[rank].nccl_version == cards[0].nccl_version) continue;
-    return "rank 0 has NCCL " + nccl_version_text(cards[0].nccl_version) + " and rank " +
-           std::to_string(rank) + " has " + nccl_version_text(cards[rank].nccl_version) +
+    return "rank " + name(0) + " has NCCL " + nccl_version_text(cards[0].nccl_version) +
+           " and rank " + name(rank) + " has " + nccl_version_text(cards[rank].nccl_version) +
            ", which do not talk to each other.\n  Install the same PyTorch on all hosts, or name "
            "one NCCL in PYCOMM_NCCL_LIBRARY on every rank; `python -m pycomm info` shows which is "
            "found.";
@@ -39,8 +43,7 @@ std::string problem_of(const std::vector<Card>& cards, const Placement& placemen
     const std::string bus_id = cards[rank].bus_id.data();
     const auto [user, is_new] = users.try_emplace({placement.host_of[rank], bus_id}, rank);
     if (is_new) continue;
-    return "ranks " + std::to_string(user->second) + " and " + std::to_string(rank) +
-           " both use GPU " + bus_id +
+    return "ranks " + name(user->second) + " and " + name(rank) + " both use GPU " + bus_id +
            " of one host, and NCCL takes one rank a GPU.\n  Call "
            "torch.cuda.set_device(pycomm.local_rank()) before making CUDA tensors, and start no "
            "more ranks on a host than it has GPUs.";

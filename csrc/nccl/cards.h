@@ -21,6 +21,8 @@ struct Card {
 
 /// Why GPUs with these cards, by rank, cannot be connected, with the remedy; empty: they can. All
 /// ranks hold the same cards, so they come to the same answer.
-std::string problem_of(const std::vector<Card>& cards, const Placement& placement);
+/// @param ranks  what they are called; none: 0, 1, ...
+std::string problem_of(const std::vector<Card>& cards, const Placement& placement,
+                       const std::vector<int>& ranks = {});
 
 }  // namespace pycomm::nccl

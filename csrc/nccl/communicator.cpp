@@ -24,7 +24,31 @@ Communicator::Communicator(std::shared_ptr<const Device> device, const ncclUniqu
   check(nccl_.ncclCommInitRankConfig(&handle_, size, id, rank, &config), "ncclCommInitRankConfig");
 }
 
+Communicator::Communicator(Communicator& parent)
+    : device_(parent.device_), nccl_(parent.nccl_), parent_(&parent) {}
+
+std::unique_ptr<Communicator> Communicator::shrink(std::vector<int> excluded, bool has_failed) {
+  if (nccl_.ncclCommShrink == nullptr) {
+    throw CommError("NCCL " + nccl_version_text(nccl_.version) + " (" + nccl_.library.path() +
+                    ") has no ncclCommShrink, so the ranks that are left cannot go on without the "
+                    "lost ones.\n  Start the job again from its last checkpoint, or install NCCL "
+                    "2.27 or newer.");
+  }
+  if (excluded.empty()) {
+    throw InvalidArgumentError("shrink: no ranks are excluded.\n  Name the lost ones.");
+  }
+  std::unique_ptr<Communicator> child(new Communicator(*this));
+  const Device::Current current(*device_);
+  // Without a configuration it gets this one's: non-blocking, too.
+  check(nccl_.ncclCommShrink(handle_, excluded.data(), static_cast<int>(excluded.size()),
+                             &child->handle_, nullptr,
+                             has_failed ? NCCL_SHRINK_ABORT : NCCL_SHRINK_DEFAULT),
+        "ncclCommShrink");
+  return child;
+}
+
 Communicator::~Communicator() {
+  if (parent_ != nullptr) parent_->abort();  // ends NCCL's thread that would write the handle
   if (handle_ == nullptr) return;
   const Device::Current current(*device_);
   try {
@@ -51,6 +75,10 @@ void Communicator::settle() const {
 }
 
 bool Communicator::accepted() const {
+  if (parent_ != nullptr) {
+    if (!parent_->accepted()) return false;
+    parent_ = nullptr;
+  }
   if (handle_ == nullptr) throw CommError("NCCL: the communicator was aborted.");
   ncclResult_t state = ncclSuccess;
   check(nccl_.ncclCommGetAsyncError(handle_, &state), "ncclCommGetAsyncError");

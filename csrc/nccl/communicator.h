@@ -2,6 +2,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "core/task.h"
 #include "nccl/device.h"
@@ -38,6 +39,16 @@ class Communicator {
     const Communicator& communicator_;
   };
 
+  /// Begins to connect those ranks that are left without `excluded` (ranks of this communicator),
+  /// numbered in the order they have here: for recovery. All of them call it, the excluded ones
+  /// must not. Wait for the result's Accepted; until then this communicator has to live. It is of
+  /// no use afterwards, and its memory is not known to the new one.
+  ///
+  /// @param has_failed  calls may hang on the GPU: NCCL drops them first. If not, none is there.
+  /// @throws InvalidArgumentError  nobody is excluded.
+  /// @throws CommError  this NCCL is too old for it, or its error is of a kind that lasts.
+  std::unique_ptr<Communicator> shrink(std::vector<int> excluded, bool has_failed);
+
   /// @throws PeerLostError  NCCL has lost another rank.
   /// @throws CommError      any other error; the communicator is of no use then.
   bool accepted() const;
@@ -54,11 +65,14 @@ class Communicator {
   void abort();
 
  private:
+  explicit Communicator(Communicator& parent);
   void leave();
 
   const std::shared_ptr<const Device> device_;
   const NcclTable& nccl_;
   ncclComm_t handle_ = nullptr;
+  /// Of one that has begun to shrink: writes the handle, and tells when.
+  mutable Communicator* parent_ = nullptr;
 };
 
 }  // namespace pycomm::nccl

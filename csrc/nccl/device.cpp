@@ -1,5 +1,6 @@
 #include "nccl/device.h"
 
+#include <cstring>
 #include <utility>
 
 #include "core/error.h"
@@ -31,6 +32,27 @@ Device::Device(const Places& places, int ordinal_in)
 
 // What fails here fails because the GPU, or all of CUDA, is gone before us.
 Device::~Device() { cuda.cudaStreamDestroy(stream); }
+
+Card Device::card(bool makes_id) const {
+  Card card;
+  card.set_bus_id(bus_id);
+  if (!nccl) {
+    card.set_problem(nccl_problem);
+    return card;
+  }
+  card.nccl_version = nccl->version;
+  ncclUniqueId id{};
+  static_assert(sizeof(id.internal) == sizeof(card.unique_id));
+  if (makes_id) {
+    const ncclResult_t result = nccl->ncclGetUniqueId(&id);
+    if (result != ncclSuccess) {
+      card.set_problem(std::string("ncclGetUniqueId failed: ") + nccl->ncclGetErrorString(result) +
+                       ". NCCL_DEBUG=WARN makes NCCL say more.");
+    }
+  }
+  std::memcpy(card.unique_id.data(), id.internal, sizeof(id.internal));
+  return card;
+}
 
 Device::Current::Current(const Device& device) : device_(device) {
   device.cuda.check(device.cuda.cudaGetDevice(&before_), "cudaGetDevice");

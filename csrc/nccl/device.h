@@ -5,6 +5,7 @@
 #include <string>
 
 #include "core/device_call.h"
+#include "nccl/cards.h"
 #include "nccl/cuda_table.h"
 #include "nccl/launch_order.h"
 #include "nccl/nccl_table.h"
@@ -33,6 +34,10 @@ class Device {
     const Device& device_;
     int before_ = 0;
   };
+
+  /// What this rank shows the others.
+  /// @param makes_id  it is the one that brings the unique id.
+  Card card(bool makes_id) const;
 
   const CudaTable cuda;
   const int ordinal;

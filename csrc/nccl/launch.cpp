@@ -257,4 +257,16 @@ void launch(const Communicator& communicator, const Operation& operation, int ra
   exchange(communicator, operation, rank, size);
 }
 
+void launch(const Communicator& communicator, const std::vector<GpuMessage>& batch, int peer) {
+  Exchange messages(communicator, /*element_bytes=*/1);
+  for (const GpuMessage& message : batch) {
+    if (message.sends) {
+      messages.send(peer, message.memory, message.bytes);
+    } else {
+      messages.receive(peer, message.memory, message.bytes);
+    }
+  }
+  messages.finish();
+}
+
 }  // namespace pycomm::nccl

@@ -1,9 +1,11 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "core/operation.h"
 #include "nccl/communicator.h"
+#include "nccl/plane.h"
 
 namespace pycomm::nccl {
 
@@ -19,5 +21,8 @@ std::string problem_of(const Operation& operation);
 /// moves as bytes. gather, scatter, all_to_all, and an all_gather of different lengths are sends
 /// and receives of one NCCL group.
 void launch(const Communicator& communicator, const Operation& operation, int rank, int size);
+
+/// The same for a batch of messages with `peer`, in one NCCL group.
+void launch(const Communicator& communicator, const std::vector<GpuMessage>& batch, int peer);
 
 }  // namespace pycomm::nccl

@@ -1,8 +1,12 @@
 #pragma once
 
+#include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
+#include <vector>
 
 #include "collectives/context.h"
 #include "core/device_call.h"
@@ -47,6 +51,50 @@ class GpuGroup {
   virtual void abort() = 0;
 };
 
+/// Half of a message between GPUs, as this rank has it.
+struct GpuMessage {
+  bool sends;
+  std::byte* memory;
+  std::size_t bytes;
+  std::shared_ptr<DeviceCall> call;  // Plane::record
+  std::string description;           // for errors
+  std::chrono::steady_clock::time_point began;
+  double timeout_s;
+};
+
+/// The messages between this rank's GPU and another one's. Both ranks launch them in batches: the
+/// same halves in the same order, each batch one NCCL group, so that messages in both directions do
+/// not wait for each other. A batch is to the launch order what a collective of a group of two
+/// would be. Belongs to the progress thread.
+class GpuPair {
+ public:
+  /// Waits for what is in flight, each message as long as it may take, then aborts it.
+  virtual ~GpuPair() = default;
+
+  /// Begin with the next batch: what this rank has to tell the other one before it, which is its
+  /// proposal for the launch order and, until they are connected, its card. launch() has to follow.
+  virtual std::vector<std::byte> propose() = 0;
+
+  /// Launch a batch, which both ranks know by now. Over once it was launched. The pair's first
+  /// batch also connects the GPUs.
+  /// @param theirs  what the other rank has proposed.
+  /// @throws RefusedError  the GPUs cannot be connected, which both ranks find.
+  virtual Task<> launch(std::vector<GpuMessage> batch, std::vector<std::byte> theirs) = 0;
+
+  /// As those of GpuGroup.
+  virtual bool in_flight() const = 0;
+  virtual void poll() = 0;
+  virtual void abort() = 0;
+};
+
+/// Which two ranks of which group.
+struct Pairing {
+  std::uint64_t id;  // as a group's
+  int rank;          // this one
+  int peer;          // may be this one as well
+  bool same_host;
+};
+
 /// This process's use of a GPU: that of its first CUDA tensor. Calls from any thread.
 class Plane {
  public:
@@ -60,6 +108,10 @@ class Plane {
   /// @throws CommError  no CUDA runtime, no driver or no memory.
   virtual void issue(Operation& operation) = 0;
 
+  /// The same for one end of a message.
+  virtual std::shared_ptr<DeviceCall> record(const char* call, int device,
+                                             StreamAddress stream) = 0;
+
   /// Copy pieces of the GPU's memory, as Packer does. After `issue`.
   virtual void copy(DType dtype, std::span<const cuda::Segment> segments, StreamAddress stream) = 0;
 
@@ -69,6 +121,8 @@ class Plane {
   /// The GPU's half of a group; `issue` has returned once.
   /// @param id  the same on all its ranks, and no other group's that shares a rank with it.
   virtual std::unique_ptr<GpuGroup> join(std::uint64_t id) = 0;
+  /// That of two ranks' messages; `record` has returned once.
+  virtual std::unique_ptr<GpuPair> join(const Pairing& pairing) = 0;
 };
 
 /// Loads nothing yet.

@@ -18,7 +18,8 @@ void copy(std::byte* target, const std::byte* source, std::size_t bytes) {
 
 }  // namespace
 
-Exchange::Exchange(int rank, std::vector<Link*> links) : rank_(rank) {
+Exchange::Exchange(int rank, std::vector<Link*> links, GpuMail::Connect connect)
+    : rank_(rank), gpus_(rank, std::move(connect)) {
   for (Link* link : links) peers_.push_back({link, {}, {}, {}, {}, {}, 0, 0});
 }
 
@@ -42,8 +43,8 @@ void Exchange::post(TransferPtr transfer) {
 
 bool Exchange::send_at_once(const Transfer& transfer) {
   Peer& peer = at(transfer.peer);
-  if (transfer.bytes() > Frame::kEagerBytes || peer.eager_messages == Frame::kEagerMessages ||
-      !peer.outbox.empty()) {
+  if (transfer.device >= 0 || transfer.bytes() > Frame::kEagerBytes ||
+      peer.eager_messages == Frame::kEagerMessages || !peer.outbox.empty()) {
     return false;
   }
   Frame frame = transfer.frame(Frame::Kind::kMessage);
@@ -113,8 +114,12 @@ void Exchange::take_in(int from, const Frame& frame, const std::byte* payload) {
       return;
     }
     case Frame::Kind::kRequest: {
-      const auto send = peer.sends.extract(frame.id);
-      peer.streams.push_back(send.mapped());
+      const TransferPtr send = peer.sends.extract(frame.id).mapped();
+      if (send->device >= 0) {
+        gpus_.matched(from, send);
+      } else {
+        peer.streams.push_back(send);
+      }
       return;
     }
     case Frame::Kind::kData: {
@@ -134,6 +139,10 @@ void Exchange::take_in(int from, const Frame& frame, const std::byte* payload) {
     case Frame::Kind::kCredit:
       peer.eager_messages -= frame.count;
       return;
+    case Frame::Kind::kBatch:
+      return take_batch(from, frame, payload);
+    case Frame::Kind::kProposal:
+      return gpus_.answered(from, {payload, payload + frame.payload_bytes});
   }
 }
 
@@ -146,7 +155,10 @@ void Exchange::fulfil(const TransferPtr& receive, int from, const Frame& frame,
   Peer& peer = at(from);
   receive->peer = from;
   receive->id = frame.id;
-  if (frame.eager) {
+  if (frame.on_gpu && rank_ <= from) {
+    if (from == rank_) gpus_.matched(from, peer.sends.extract(frame.id).mapped());
+    gpus_.matched(from, receive);
+  } else if (frame.eager) {
     take_eager(peer, receive->memory, payload, frame.payload_bytes);
     finish(receive);
   } else if (frame.address != Frame::kNowhere) {
@@ -155,6 +167,16 @@ void Exchange::fulfil(const TransferPtr& receive, int from, const Frame& frame,
     peer.receives[frame.id] = receive;
     peer.outbox.push_back({receive->frame(Frame::Kind::kRequest), nullptr});
   }
+}
+
+void Exchange::take_batch(int from, const Frame& frame, const std::byte* payload) {
+  Peer& peer = at(from);
+  std::vector<TransferPtr> batch;
+  for (std::uint64_t i = 0; i < frame.count; ++i) {
+    const auto [id, mine_to_send] = GpuMail::entry(payload, i);
+    batch.push_back((mine_to_send ? peer.sends : peer.receives).extract(id).mapped());
+  }
+  gpus_.ordered(from, std::move(batch), GpuMail::proposal(payload, frame));
 }
 
 void Exchange::take_eager(Peer& peer, std::byte* target, const std::byte* payload,
@@ -191,9 +213,12 @@ void Exchange::refuse(const Transfer& receive, int from, const Frame& frame) {
                      ": it got another message. Rank " + std::to_string(from) + " sent " +
                      frame.elements() + " with tag " + std::to_string(frame.tag) + ", rank " +
                      std::to_string(rank_) + " receives " +
-                     receive.frame(Frame::Kind::kMessage).elements() +
-                     ".\n  Both calls must have the same shape and dtype; messages of one sender "
-                     "and tag are received in the order they were sent.";
+                     receive.frame(Frame::Kind::kMessage).elements() + ".\n  " +
+                     (frame.on_gpu != (receive.device >= 0)
+                          ? "A message has its tensors on GPUs at both ends, or at none: pass "
+                            "t.cuda(), or t.cpu(), at both."
+                          : "Both calls must have the same shape and dtype; messages of one sender "
+                            "and tag are received in the order they were sent.");
   text.resize(std::min(text.size(), Frame::kEagerBytes));
   Frame refused = receive.frame(Frame::Kind::kRefused);
   refused.payload_bytes = text.size();
@@ -205,9 +230,9 @@ void Exchange::refuse(const Transfer& receive, int from, const Frame& frame) {
 bool Exchange::push_outbox(Peer& peer) {
   bool moved = false;
   for (; !peer.outbox.empty(); peer.outbox.pop_front()) {
-    auto& [frame, send] = peer.outbox.front();
-    std::span<const std::byte> payload;
-    if (send) {
+    auto& [frame, send, more] = peer.outbox.front();
+    std::span<const std::byte> payload = more;
+    if (send && send->device < 0) {
       frame.eager =
           send->bytes() <= Frame::kEagerBytes && peer.eager_messages < Frame::kEagerMessages;
       if (frame.eager) {
@@ -215,8 +240,8 @@ bool Exchange::push_outbox(Peer& peer) {
       } else {
         frame.address = peer.link->address_for_peer(send->memory, send->bytes());
       }
-      frame.payload_bytes = payload.size();
     }
+    frame.payload_bytes = payload.size();
     if (!peer.link->push(frame, payload)) return moved;
     moved = true;
     if (!send) continue;
@@ -226,6 +251,15 @@ bool Exchange::push_outbox(Peer& peer) {
     } else {
       peer.sends[send->id] = send;
     }
+  }
+  return moved;
+}
+
+bool Exchange::advance_gpus() {
+  const bool moved = gpus_.advance();
+  for (auto& [to, frame, payload] : gpus_.take_letters()) {
+    at(to).outbox.push_back({frame, nullptr, std::move(payload)});
+    push_outbox(at(to));
   }
   return moved;
 }
@@ -258,6 +292,11 @@ void Exchange::finish(const TransferPtr& transfer) {
   done_.push_back(transfer);
 }
 
+std::vector<std::shared_ptr<Transfer>> Exchange::take_done() {
+  for (const TransferPtr& transfer : gpus_.take_done()) finish(transfer);
+  return std::exchange(done_, {});
+}
+
 std::vector<std::shared_ptr<Transfer>> Exchange::unfinished() const {
   std::vector<TransferPtr> all(posted_.begin(), posted_.end());
   for (const Peer& peer : peers_) {
@@ -269,11 +308,13 @@ std::vector<std::shared_ptr<Transfer>> Exchange::unfinished() const {
     for (const auto& [id, receive] : peer.receives) all.push_back(receive);
     for (const Reading& reading : peer.readings) all.push_back(reading.receive);
   }
+  gpus_.append_unfinished(all);
   return all;
 }
 
 bool Exchange::idle() const {
-  return posted_.empty() && std::all_of(peers_.begin(), peers_.end(), [](const Peer& peer) {
+  return posted_.empty() && gpus_.idle() &&
+         std::all_of(peers_.begin(), peers_.end(), [](const Peer& peer) {
            return peer.outbox.empty() && peer.streams.empty() && peer.sends.empty() &&
                   peer.receives.empty() && peer.readings.empty();
          });
@@ -290,6 +331,7 @@ void Exchange::clear() {
   unexpected_.clear();
   done_.clear();
   for (Peer& peer : peers_) peer = {peer.link, {}, {}, {}, {}, {}, 0, 0};
+  gpus_.forget();
 }
 
 }  // namespace pycomm

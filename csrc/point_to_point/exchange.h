@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "point_to_point/frame.h"
+#include "point_to_point/gpu_mail.h"
 #include "point_to_point/link.h"
 #include "point_to_point/transfer.h"
 
@@ -24,8 +25,9 @@ namespace pycomm {
 /// descriptors are kept until a receive wants them. See Frame for the protocol and its bounds.
 class Exchange {
  public:
-  /// @param links  by group rank, this rank's own among them.
-  Exchange(int rank, std::vector<Link*> links);
+  /// @param links    by group rank, this rank's own among them.
+  /// @param connect  for messages between GPUs.
+  Exchange(int rank, std::vector<Link*> links, GpuMail::Connect connect);
 
   /// Never waits. @throws MismatchError  as advance().
   void post(std::shared_ptr<Transfer> transfer);
@@ -42,15 +44,26 @@ class Exchange {
   ///         any more.
   bool advance();
 
+  /// The same for what is on GPUs. For the progress thread alone, whose the GPUs are.
+  /// @throws CommTimeoutError, PeerLostError, CommError  as advance().
+  bool advance_gpus();
+  const GpuMail& gpus() const { return gpus_; }
+  /// Leave the other ranks' GPUs, once they have come to all that was launched. For the progress
+  /// thread.
+  void leave_gpus() { gpus_.leave(); }
+  /// The group is finished: the next advance_gpus() aborts what is on this rank's.
+  void give_up_gpus() { gpus_.give_up(); }
+
   /// Transfers that are done and were not taken yet.
-  std::vector<std::shared_ptr<Transfer>> take_done() { return std::exchange(done_, {}); }
+  std::vector<std::shared_ptr<Transfer>> take_done();
   /// All that were posted and are not done.
   std::vector<std::shared_ptr<Transfer>> unfinished() const;
   /// Nothing is posted, and nothing left to tell the peers.
   bool idle() const;
   /// Something is left to tell the peers for which there was no room.
   bool has_unsent() const;
-  /// Forget everything: no memory of the transfers is touched any more.
+  /// Forget everything: no memory of the transfers is touched any more, except by a GPU where that
+  /// was launched.
   void clear();
 
  private:
@@ -65,7 +78,8 @@ class Exchange {
 
   struct Outgoing {
     Frame frame;
-    TransferPtr send;  // of a kMessage
+    TransferPtr send;                     // of a kMessage
+    std::vector<std::byte> payload = {};  // of others
   };
   struct Reading {
     TransferPtr receive;
@@ -91,6 +105,8 @@ class Exchange {
   /// Give a message to the receive it matches.
   void fulfil(const TransferPtr& receive, int peer, const Frame& frame, const std::byte* payload);
   void take_eager(Peer& peer, std::byte* target, const std::byte* payload, std::size_t bytes);
+  /// The lower rank has said which messages come next.
+  void take_batch(int from, const Frame& frame, const std::byte* payload);
   bool read_on(Peer& peer);
   [[noreturn]] void refuse(const Transfer& receive, int peer, const Frame& frame);
   bool push_outbox(Peer& peer);
@@ -104,6 +120,7 @@ class Exchange {
   std::list<Arrived> unexpected_;  // messages without a receive, oldest first
   std::vector<TransferPtr> done_;
   std::uint64_t next_id_ = 0;
+  GpuMail gpus_;
 };
 
 }  // namespace pycomm

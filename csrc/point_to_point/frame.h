@@ -19,8 +19,19 @@ namespace pycomm {
 ///                                           <---   kReceived, after reading the arena; or
 ///                                                  kRefused: its receive is for something else
 ///                                           <---   kCredit: room for as many small payloads more
+///
+/// What lies on GPUs never travels in frames: see GpuMail, whose frames kBatch and kProposal are.
 struct Frame {
-  enum class Kind : std::uint8_t { kMessage, kRequest, kData, kReceived, kRefused, kCredit };
+  enum class Kind : std::uint8_t {
+    kMessage,
+    kRequest,
+    kData,
+    kReceived,
+    kRefused,
+    kCredit,
+    kBatch,
+    kProposal
+  };
   static constexpr std::uint64_t kNowhere = ~std::uint64_t{0};
   /// A payload up to this long travels with its kMessage, whether anybody waits for it or not.
   static constexpr std::size_t kEagerBytes = 1024;
@@ -32,10 +43,11 @@ struct Frame {
   DType dtype = DType::kUint8;
   std::int8_t dim_count = -1;
   bool eager = false;
+  bool on_gpu = false;
   std::int32_t tag = 0;
   /// Names a message of its sender.
   std::uint64_t id = 0;
-  /// Elements; kCredit: messages.
+  /// Elements; kCredit, kBatch: messages.
   std::uint64_t count = 0;
   /// Where the receiver can read all of it, or kNowhere.
   std::uint64_t address = kNowhere;
@@ -43,10 +55,10 @@ struct Frame {
   std::array<std::int64_t, Shape::kMaxDims> dims{};
 
   bool same_elements(const Frame& other) const {
-    return dtype == other.dtype && count == other.count && dim_count == other.dim_count &&
-           dims == other.dims;
+    return on_gpu == other.on_gpu && dtype == other.dtype && count == other.count &&
+           dim_count == other.dim_count && dims == other.dims;
   }
-  /// "4096 float32, shape (64, 64)".
+  /// "4096 float32, shape (64, 64), on a GPU".
   std::string elements() const;
 };
 

@@ -7,6 +7,7 @@ Frame Transfer::frame(Frame::Kind kind) const {
   frame.kind = kind;
   frame.dtype = dtype;
   frame.dim_count = static_cast<std::int8_t>(shape.count);
+  frame.on_gpu = device >= 0;
   frame.tag = tag;
   frame.id = id;
   frame.count = count;

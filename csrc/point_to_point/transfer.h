@@ -1,9 +1,13 @@
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
+#include <memory>
 #include <string>
 
+#include "core/device_call.h"
 #include "core/dtype.h"
 #include "core/operation.h"
 #include "point_to_point/frame.h"
@@ -26,11 +30,21 @@ struct Transfer {
   std::size_t count = 0;
   Shape shape;
   std::byte* memory = nullptr;  // only read by a send
+  /// The GPU, as CUDA numbers them here, on which the memory is; -1: the host's.
+  int device = -1;
+  /// What is on this stream when the message is issued comes before it.
+  StreamAddress stream = 0;
+
+  // Set by the group.
+  std::shared_ptr<DeviceCall> device_call;  // if there is a device
+  std::chrono::steady_clock::time_point began;
+  double timeout_s = 0;
 
   // For the exchange.
   std::uint64_t id = 0;
   std::size_t moved_bytes = 0;
   bool done = false;
+  std::exception_ptr error;  // with which it is done, and which the group survives
 
   std::size_t bytes() const { return count * size_of(dtype); }
   bool accepts(int source, int its_tag) const {

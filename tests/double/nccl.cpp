@@ -71,6 +71,7 @@ struct Clique {
   std::vector<Member*> members;                   // null: has not joined
   std::vector<std::shared_ptr<Batch>> heads;      // what each rank's stream has come to
   std::vector<std::vector<std::size_t>> windows;  // what each rank registers, in order
+  std::map<std::vector<int>, std::shared_ptr<Clique>> without;  // these ranks
 
   bool complete() const {
     return std::find(members.begin(), members.end(), nullptr) == members.end();
@@ -102,9 +103,14 @@ struct Member {
     ncclWindow_t* handle = nullptr;
     Known memory{};
   } window;  // being registered, if there is a handle
+  struct {
+    ncclComm_t* handle = nullptr;
+    std::shared_ptr<Member> member;
+  } child;  // being made, if there is a handle
 
   bool waits_for_others() const {
-    return !clique->complete() || (window.handle != nullptr && !clique->has_window(windows - 1));
+    return !clique->complete() || (window.handle != nullptr && !clique->has_window(windows - 1)) ||
+           (child.handle != nullptr && !child.member->clique->complete());
   }
   bool in_progress() const { return waits_for_others() || polls > 0; }
   bool is_busy() const { return in_progress() || steps > 0 || !asked.empty(); }
@@ -368,6 +374,10 @@ void begin(const std::shared_ptr<Member>& member) {
         *handle = static_cast<ncclWindow_t>(member->know(member->window.memory));
       }
     }
+    if (ncclComm_t* const handle = std::exchange(member->child.handle, nullptr)) {
+      *handle = new ncclComm{std::exchange(member->child.member, nullptr)};
+      gpu_double::count_communicators(1);
+    }
     begun.swap(member->asked);
     member->steps += static_cast<int>(begun.size());
   });
@@ -395,6 +405,11 @@ ncclResult_t free_communicator(ncclComm_t communicator, bool aborts) {
     if (!aborts && !member.known.empty()) blame("a communicator that knows memory was destroyed");
     if (aborts) gpu_double::count_registrations(-static_cast<int>(member.known.size()));
     while (!member.known.empty()) member.forget(member.known.begin()->first);
+    if (member.child.handle != nullptr) {  // is not made any more
+      const Member& child = *member.child.member;
+      child.clique->members[static_cast<std::size_t>(child.rank)] = nullptr;
+      member.child = {};
+    }
     member.aborted = true;
     member.asked.clear();
     gpu_double::count_communicators(-1);
@@ -618,6 +633,38 @@ ncclResult_t ncclCommDeregister(ncclComm_t communicator, void* handle) {
 
 ncclResult_t ncclCommWindowDeregister(ncclComm_t communicator, ncclWindow_t window) {
   return deregister("ncclCommWindowDeregister", communicator, window);
+}
+
+ncclResult_t ncclCommShrink(ncclComm_t communicator, int* excluded, int count, ncclComm_t* child,
+                            ncclConfig_t*, int flags) {
+  Member& member = *communicator->member;
+  *child = nullptr;
+  if (excluded == nullptr || count <= 0) return ncclInvalidArgument;
+  std::vector<int> lost(excluded, excluded + count);
+  std::sort(lost.begin(), lost.end());
+  if (std::binary_search(lost.begin(), lost.end(), member.rank)) return ncclInvalidArgument;
+  ncclResult_t result = ncclInProgress;
+  change([&] {
+    if ((flags & NCCL_SHRINK_ABORT) != 0) {
+      member.aborted = true;
+    } else if (member.is_busy()) {
+      blame("a communicator was shrunk with a call on the GPU");
+    }
+    const int told = gpu_double::nccl_error(member.device);
+    if (told != 0) {
+      result = static_cast<ncclResult_t>(told);
+      return;
+    }
+    auto& clique = member.clique->without[lost];
+    const int size = static_cast<int>(member.clique->members.size()) - count;
+    if (clique == nullptr) clique = std::make_shared<Clique>(size);
+    const auto before = std::lower_bound(lost.begin(), lost.end(), member.rank) - lost.begin();
+    const int rank = member.rank - static_cast<int>(before);
+    member.child = {child, std::make_shared<Member>(clique, rank, member.device)};
+    clique->members[static_cast<std::size_t>(rank)] = member.child.member.get();
+    member.polls = 2;
+  });
+  return result;
 }
 
 #endif

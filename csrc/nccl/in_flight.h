@@ -1,0 +1,52 @@
+#pragma once
+
+#include <chrono>
+#include <deque>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "nccl/communicator.h"
+#include "nccl/device.h"
+
+namespace pycomm::nccl {
+
+/// The calls of a communicator that were launched and have not been seen to end.
+class InFlight {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  /// @param began  when the call was issued; it may take `timeout_s` from then, GPU and all.
+  void add(std::shared_ptr<Call> call, std::string description, Clock::time_point began,
+           double timeout_s) {
+    calls_.push_back({std::move(call), std::move(description), began, timeout_s});
+  }
+  bool empty() const { return calls_.empty(); }
+  void clear() { calls_.clear(); }
+
+  /// Look at them.
+  /// @throws CommTimeoutError  the GPU has not come to one for too long.
+  /// @throws PeerLostError, CommError  NCCL or the GPU has failed.
+  void poll(const Communicator& communicator);
+
+ private:
+  struct Launched {
+    std::shared_ptr<Call> call;
+    std::string description;
+    Clock::time_point began;
+    double timeout_s;
+  };
+  std::deque<Launched> calls_;  // in the order of the stream
+};
+
+/// Waits, in this thread, until nothing of `calls` (a GpuGroup, a GpuPair) is in flight.
+/// @throws CommError  as its poll().
+template <typename Calls>
+void drain(Calls& calls) {
+  while (calls.in_flight()) {
+    calls.poll();
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+}
+
+}  // namespace pycomm::nccl
