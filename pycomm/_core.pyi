@@ -271,6 +271,7 @@ class Group:
         tag: int,
         *,
         shape: Sequence[int] | None = None,
+        place: tuple[int, int] | None = None,
         timeout_s: float = 0.0,
     ) -> None: ...
     def isend(
@@ -282,6 +283,7 @@ class Group:
         tag: int,
         *,
         shape: Sequence[int] | None = None,
+        place: tuple[int, int] | None = None,
         timeout_s: float = 0.0,
     ) -> TransferWork: ...
     def recv(
@@ -293,6 +295,7 @@ class Group:
         tag: int,
         *,
         shape: Sequence[int] | None = None,
+        place: tuple[int, int] | None = None,
         timeout_s: float = 0.0,
     ) -> int:
         """Returns who sent it; ``src`` None takes the earliest message of any rank."""
@@ -305,6 +308,7 @@ class Group:
         tag: int,
         *,
         shape: Sequence[int] | None = None,
+        place: tuple[int, int] | None = None,
         timeout_s: float = 0.0,
     ) -> TransferWork: ...
     def abort(self, reason: str) -> None: ...

@@ -11,6 +11,7 @@ from torch.autograd.graph import increment_version
 
 from pycomm._core import DType, Group
 from pycomm.arguments import integer, movable, rank_of, refuse, seconds
+from pycomm.device import place_of
 from pycomm.errors import InvalidArgumentError
 from pycomm.memory import dense, writable
 from pycomm.runtime import group_of
@@ -52,7 +53,7 @@ def send(
     any other tensor, which overlap.
     """
     group = group_of(group)
-    dtype = _outgoing("send", tensor, group)
+    dtype = movable("send", "tensor", tensor, group)
     memory = dense(tensor)
     group.send(
         memory.data_ptr(),
@@ -61,6 +62,7 @@ def send(
         rank_of("send", "dst", dst, group),
         _tag("send", tag, group),
         shape=tensor.shape,
+        place=place_of(memory),
         timeout_s=seconds("send", timeout_s, group),
     )
 
@@ -94,6 +96,7 @@ def recv(
         _source("recv", src, group),
         _tag("recv", tag, group),
         shape=tensor.shape,
+        place=place_of(tensor),
         timeout_s=seconds("recv", timeout_s, group),
     )
     increment_version(tensor)
@@ -114,7 +117,7 @@ def isend(
     descriptor there.
     """
     group = group_of(group)
-    dtype = _outgoing("isend", tensor, group)
+    dtype = movable("isend", "tensor", tensor, group)
     memory = dense(tensor)
     work = group.isend(
         memory.data_ptr(),
@@ -123,6 +126,7 @@ def isend(
         rank_of("isend", "dst", dst, group),
         _tag("isend", tag, group),
         shape=tensor.shape,
+        place=place_of(memory),
         timeout_s=seconds("isend", timeout_s, group),
     )
     return Work(work, memory, nothing)
@@ -148,6 +152,7 @@ def irecv(
         _source("irecv", src, group),
         _tag("irecv", tag, group),
         shape=tensor.shape,
+        place=place_of(tensor),
         timeout_s=seconds("irecv", timeout_s, group),
     )
     increment_version(tensor)
@@ -254,27 +259,15 @@ def recv_object(
         ) from mistake
 
 
-def _outgoing(call: str, tensor: Tensor, group: Group) -> DType:
-    dtype = movable(call, "tensor", tensor, group)
-    if not tensor.is_cpu:
-        refuse(
-            call,
-            group,
-            f"tensor is on {tensor.device}, and messages carry CPU tensors only.\n"
-            "  Pass tensor.cpu(), and copy what is received to the GPU.",
-        )
-    return dtype
-
-
 def _incoming(call: str, tensor: Tensor, group: Group) -> DType:
-    dtype = _outgoing(call, tensor, group)
+    dtype = movable(call, "tensor", tensor, group)
     writable(call, "tensor", tensor, group)
     if not tensor.is_contiguous():
         refuse(
             call,
             group,
             f"tensor of shape {tuple(tensor.shape)} has strides {tensor.stride()} and is not "
-            "contiguous.\n  Receive into torch.empty(tensor.shape, dtype=tensor.dtype) and copy.",
+            "contiguous.\n  Receive into tensor.new_empty(tensor.shape) and copy.",
         )
     return dtype
 

@@ -3,7 +3,10 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
+#include <optional>
+#include <utility>
 
+#include "core/device_call.h"
 #include "group/work.h"
 #include "transport/arena.h"
 
@@ -13,6 +16,9 @@ namespace pycomm {
 struct Buffer {
   std::shared_ptr<ArenaBlock> block;
 };
+
+/// A GPU and the stream on which it is called; none: the host.
+using Place = std::optional<std::pair<int, StreamAddress>>;
 
 // Each adds one class, or family of classes, to the module.
 void bind_types(pybind11::module_& module);

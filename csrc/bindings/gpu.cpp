@@ -32,8 +32,7 @@ void bind_gpu(py::module_& module) {
         const py::gil_scoped_release no_gil;
         return nccl::report(places);
       },
-      py::arg("places"),
-      "Look for CUDA and NCCL; loads the libraries and starts nothing.");
+      py::arg("places"), "Look for CUDA and NCCL; loads the libraries and starts nothing.");
 }
 
 }  // namespace pycomm

@@ -31,9 +31,6 @@ std::int64_t whole_number(const Group& group, const char* call, const char* argu
                              ". Pass a whole number of at most 64 bits.");
 }
 
-/// A GPU and the stream on which it is called; none: the host.
-using Place = std::optional<std::pair<int, StreamAddress>>;
-
 /// What all collectives have in common.
 struct Call {
   Group& group;

@@ -2,6 +2,7 @@
 
 #include <memory>
 #include <optional>
+#include <tuple>
 
 #include "bindings/bindings.h"
 #include "group/group.h"
@@ -12,7 +13,7 @@ namespace {
 namespace py = pybind11;
 
 Transfer transfer_of(Transfer::Direction direction, std::uintptr_t address, std::size_t count,
-                     DType dtype, int peer, int tag, const py::object& shape) {
+                     DType dtype, int peer, int tag, const py::object& shape, const Place& place) {
   Transfer transfer;
   transfer.direction = direction;
   transfer.peer = peer;
@@ -20,6 +21,7 @@ Transfer transfer_of(Transfer::Direction direction, std::uintptr_t address, std:
   transfer.dtype = dtype;
   transfer.count = count;
   transfer.memory = reinterpret_cast<std::byte*>(address);
+  if (place) std::tie(transfer.device, transfer.stream) = *place;
   if (!shape.is_none()) {
     transfer.shape.count = 0;
     for (const auto& dim : py::reinterpret_borrow<py::sequence>(shape)) {
@@ -30,35 +32,36 @@ Transfer transfer_of(Transfer::Direction direction, std::uintptr_t address, std:
 }
 
 void send(Group& group, std::uintptr_t input, std::size_t count, DType dtype, int dst, int tag,
-          const py::object& shape, double timeout_s) {
+          const py::object& shape, const Place& place, double timeout_s) {
   const auto transfer =
-      transfer_of(Transfer::Direction::kSend, input, count, dtype, dst, tag, shape);
+      transfer_of(Transfer::Direction::kSend, input, count, dtype, dst, tag, shape, place);
   const py::gil_scoped_release no_gil;
   group.post_office().run(transfer, timeout_s, interrupt_check());
 }
 
 std::shared_ptr<TransferWork> isend(Group& group, std::uintptr_t input, std::size_t count,
                                     DType dtype, int dst, int tag, const py::object& shape,
-                                    double timeout_s) {
+                                    const Place& place, double timeout_s) {
   const auto transfer =
-      transfer_of(Transfer::Direction::kSend, input, count, dtype, dst, tag, shape);
+      transfer_of(Transfer::Direction::kSend, input, count, dtype, dst, tag, shape, place);
   const py::gil_scoped_release no_gil;
   return group.post_office().start(transfer, timeout_s);
 }
 
 int recv(Group& group, std::uintptr_t output, std::size_t count, DType dtype,
-         std::optional<int> src, int tag, const py::object& shape, double timeout_s) {
+         std::optional<int> src, int tag, const py::object& shape, const Place& place,
+         double timeout_s) {
   const auto transfer = transfer_of(Transfer::Direction::kReceive, output, count, dtype,
-                                    src.value_or(Transfer::kAnySource), tag, shape);
+                                    src.value_or(Transfer::kAnySource), tag, shape, place);
   const py::gil_scoped_release no_gil;
   return group.post_office().run(transfer, timeout_s, interrupt_check());
 }
 
 std::shared_ptr<TransferWork> irecv(Group& group, std::uintptr_t output, std::size_t count,
                                     DType dtype, std::optional<int> src, int tag,
-                                    const py::object& shape, double timeout_s) {
+                                    const py::object& shape, const Place& place, double timeout_s) {
   const auto transfer = transfer_of(Transfer::Direction::kReceive, output, count, dtype,
-                                    src.value_or(Transfer::kAnySource), tag, shape);
+                                    src.value_or(Transfer::kAnySource), tag, shape, place);
   const py::gil_scoped_release no_gil;
   return group.post_office().start(transfer, timeout_s);
 }
@@ -80,12 +83,15 @@ void bind_point_to_point(py::module_& module) {
   const auto src = py::arg("src");
   const auto tag = py::arg("tag");
   const auto no_shape = py::arg("shape") = py::none();
+  const auto on_host = py::arg("place") = py::none();
   const auto timeout = py::arg("timeout_s") = 0.0;
-  group.def("send", &send, input, count, dtype, dst, tag, py::kw_only(), no_shape, timeout)
-      .def("isend", &isend, input, count, dtype, dst, tag, py::kw_only(), no_shape, timeout)
-      .def("recv", &recv, output, count, dtype, src, tag, py::kw_only(), no_shape, timeout,
+  group.def("send", &send, input, count, dtype, dst, tag, py::kw_only(), no_shape, on_host, timeout)
+      .def("isend", &isend, input, count, dtype, dst, tag, py::kw_only(), no_shape, on_host,
+           timeout)
+      .def("recv", &recv, output, count, dtype, src, tag, py::kw_only(), no_shape, on_host, timeout,
            "src None takes the earliest message of any rank; returns who sent it.")
-      .def("irecv", &irecv, output, count, dtype, src, tag, py::kw_only(), no_shape, timeout);
+      .def("irecv", &irecv, output, count, dtype, src, tag, py::kw_only(), no_shape, on_host,
+           timeout);
 }
 
 }  // namespace pycomm
