@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 class DType(enum.Enum):
     BOOL = 0
@@ -383,11 +383,44 @@ def plan_buckets(
     own.
     """
 
+class BucketStore:
+    """The memory of a reducer's buckets."""
+
+class HostBuckets(BucketStore):
+    """Buckets in this rank's arena."""
+
+    def __init__(self, group: Group, buckets: Sequence[Bucket], counts: Sequence[int]) -> None: ...
+    def memory(self, bucket: int) -> Buffer: ...
+
+class DeviceMemory:
+    """Memory on a GPU, with the ``__cuda_array_interface__`` of an array of bytes."""
+
+    @property
+    def device(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+    def __len__(self) -> int: ...
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+class GpuBuckets(BucketStore):
+    """Buckets on a GPU, zeroed on ``stream``. Collective."""
+
+    def __init__(
+        self,
+        group: Group,
+        buckets: Sequence[Bucket],
+        counts: Sequence[int],
+        device: int,
+        stream: int,
+    ) -> None: ...
+    def memory(self, bucket: int) -> DeviceMemory: ...
+
 class Reducer:
     """Counts gradients as they become final and reduces each bucket once it is full.
 
     A pass is: ``begin``, ``fill``, ``ready`` or ``hold`` for parameters, ``finish``, ``wait``,
-    ``used``.
+    ``used``. ``stream`` is where the caller puts work for the GPU of the buckets.
     """
 
     def __init__(
@@ -399,6 +432,7 @@ class Reducer:
         counts: Sequence[int],
         expected_firings: Sequence[int],
         buckets: Sequence[Bucket],
+        store: BucketStore,
         overlap: bool,
     ) -> None: ...
     @property
@@ -407,16 +441,19 @@ class Reducer:
     def launched(self) -> int:
         """How many buckets of the current or last pass were launched: the first ones."""
 
-    def memory(self, bucket: int) -> Buffer: ...
     def begin(self, op: ReduceOp, divisor: int, label: int) -> None: ...
-    def fill(self, parameter: int, gradient: int) -> None:
-        """Copy the gradient at this address, which has the memory layout of its view."""
+    def fill(self, parameter: int, gradient: int, stream: int = 0) -> None:
+        """Copy the gradient at this address, which has the memory layout of its view.
 
-    def ready(self, parameter: int) -> None: ...
+        On a GPU it is copied when its bucket is launched, and has to stay until then; at address 0
+        it lies in the bucket.
+        """
+
+    def ready(self, parameter: int, stream: int = 0) -> None: ...
     def hold(self, parameter: int) -> None: ...
     def unfired(self) -> list[int]: ...
-    def finish(self) -> None: ...
-    def wait(self) -> None: ...
+    def finish(self, stream: int = 0) -> None: ...
+    def wait(self, stream: int = 0) -> None: ...
     def used(self, parameter: int) -> bool: ...
 
 class MachineLimit:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from pycomm._core import DeviceMemory
+
 # Of a GPU: its index here, and the stream (an address) whose work comes before the call.
 Place = tuple[int, int]
 
@@ -25,8 +27,23 @@ def current_stream(index: int) -> int:
     return torch.cuda.current_stream(index).cuda_stream
 
 
+def used_on_current_stream(t: Tensor) -> None:
+    """Keep the memory of a CUDA tensor, once freed, from others until the stream has come by."""
+    t.record_stream(torch.cuda.current_stream(t.get_device()))
+
+
+def bytes_of(memory: DeviceMemory) -> Tensor:
+    """GPU memory of the core as a tensor of bytes, which keeps it alive."""
+    return torch.as_tensor(memory, device=torch.device("cuda", memory.device))
+
+
 def like_remote(device_type: str) -> torch.device:
     """The device of this rank for what lies on one of ``device_type`` on another rank."""
     if device_type == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(device_type)
+
+
+def empty_like_remote(device_type: str, dtype: torch.dtype) -> Tensor:
+    """A tensor of no elements there."""
+    return torch.empty(0, dtype=dtype, device=like_remote(device_type))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pycomm import _core
+from pycomm import _core, device
 from pycomm.errors import InvalidArgumentError, MismatchError
 from pycomm.objects import all_gather_object
 
@@ -44,8 +44,10 @@ class Slot:
         "param",
         "pending",
         "private_grad",
+        "stream",
         "version",
         "view",
+        "waiting",
     )
 
     def __init__(self, name: str, param: Tensor) -> None:
@@ -53,6 +55,8 @@ class Slot:
         self.param = param
         self.view: Tensor | None = None  # of its bucket; None until it is planned
         self.index = -1  # among the planned parameters
+        self.waiting = False  # on a GPU: .grad is to be copied when its bucket is launched
+        self.stream = 0  # on which it was computed then
         self.firings = 0  # seen by the pass that records them
         self.pending = False  # .grad holds what no synchronised pass has reduced yet
         self.last_pass = 0  # the last synchronised pass whose result is, or will be, in the view
@@ -106,20 +110,23 @@ def lay_out(
     dtypes = [dtype for dtype, _ in core]
     counts = [slot.param.numel() * scalars for slot, (_, scalars) in zip(slots, core, strict=True)]
     first_bucket_cap_bytes = min(bucket_cap_bytes, FIRST_BUCKET_CAP_BYTES)
+    buckets = _core.plan_buckets(
+        dtypes, counts, chosen.order, bucket_cap_bytes, first_bucket_cap_bytes
+    )
+    store = _store(slots, group, buckets, counts)
     reducer = _core.Reducer(
         group,
         names=mine.trained,
         dtypes=dtypes,
         counts=counts,
         expected_firings=[max(slot.firings, 1) for slot in slots],
-        buckets=_core.plan_buckets(
-            dtypes, counts, chosen.order, bucket_cap_bytes, first_bucket_cap_bytes
-        ),
+        buckets=buckets,
+        store=store,
         overlap=overlap,
     )
     _keep_heap()
-    for number, bucket in enumerate(reducer.buckets):
-        memory = reducer.memory(number)
+    for number, bucket in enumerate(buckets):
+        memory = store.memory(number)
         for index, offset in zip(bucket.parameters, bucket.offsets, strict=True):
             param = slots[index].param
             offset_bytes = offset * param.element_size() // core[index][1]
@@ -170,11 +177,31 @@ def _dense_strides(param: Tensor) -> tuple[int, ...]:
     return torch.empty_like(param, device="meta").stride()
 
 
+def _store(
+    slots: Sequence[Slot],
+    group: _core.Group,
+    buckets: Sequence[_core.Bucket],
+    counts: Sequence[int],
+) -> _core.HostBuckets | _core.GpuBuckets:
+    """Memory for the buckets, where the parameters are."""
+    place = device.place_of(slots[0].param) if slots else None
+    if place is None:
+        return _core.HostBuckets(group, buckets, counts)
+    return _core.GpuBuckets(group, buckets, counts, *place)
+
+
 def _view(
-    memory: _core.Buffer, offset_bytes: int, param: Tensor, strides: tuple[int, ...]
+    memory: _core.Buffer | _core.DeviceMemory,
+    offset_bytes: int,
+    param: Tensor,
+    strides: tuple[int, ...],
 ) -> Tensor:
-    """A gradient-to-be; it keeps the bucket's memory alive."""
+    """A gradient-to-be; it keeps the bucket's memory alive, and counts its versions alone."""
     if param.numel() == 0:
         return torch.empty_like(param, requires_grad=False)
-    flat = torch.frombuffer(memory, dtype=param.dtype, count=param.numel(), offset=offset_bytes)
+    if isinstance(memory, _core.Buffer):
+        flat = torch.frombuffer(memory, dtype=param.dtype, count=param.numel(), offset=offset_bytes)
+    else:
+        nbytes = param.numel() * param.element_size()
+        flat = device.bytes_of(memory).narrow(0, offset_bytes, nbytes).view(param.dtype)
     return flat.as_strided(param.shape, strides)

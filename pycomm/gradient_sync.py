@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from pycomm import _core
+from pycomm import _core, device
 from pycomm.end_of_backward import EndOfBackward, no_backward
 from pycomm.errors import CommError, InvalidArgumentError
 from pycomm.gradient_layout import DEFAULT_BUCKET_CAP_BYTES, Slot, lay_out
@@ -85,6 +86,9 @@ class GradientSync:
         self._planned: list[Slot] = []
         self._unplanned: list[Slot] = []  # frozen so far, or added
         self._reducer: _core.Reducer | None = None  # None: the next pass records
+        self._gpu: int | None = None  # that the buckets lie on
+        self._by_bucket: list[list[Slot]] = []  # planned
+        self._handed_over = 0  # buckets of the pass in progress
         self._order: list[Slot] = []  # recorded
         self._end_of_backward: Callable[[], EndOfBackward | None] = no_backward
         self._accumulating = False  # the backward in progress
@@ -211,11 +215,15 @@ class GradientSync:
             slot.firings += 1
             slot.pending = True
         else:
+            stream = self._stream()
             if not in_place:
-                self._stage(slot, grad)
+                self._stage(slot, grad, stream)
+            elif self._gpu is not None:
+                reducer.fill(slot.index, 0, stream)
             slot.pending = False
             slot.last_pass = self.passes
-            reducer.ready(slot.index)
+            reducer.ready(slot.index, stream)
+            self._hand_over(reducer)
 
     def _open_backward(self) -> None:
         """The first hook of a backward decides what becomes of it."""
@@ -267,6 +275,7 @@ class GradientSync:
         # The core divides a SUM by nothing, and an AVG by what it is told.
         op = _core.ReduceOp.AVG if self._divisor > 1 else _core.ReduceOp.SUM
         reducer.begin(op, self._divisor, self._passes_since_step)
+        self._handed_over = 0
 
     def _finish_pass(self) -> None:
         """Launch what is left of the pass and wait for all of it."""
@@ -275,18 +284,20 @@ class GradientSync:
         if reducer is None:
             reducer = self._reducer = self._plan()
             self._begin_reduction(reducer)
+        stream = self._stream()
         unused_here = []
         for index in reducer.unfired():
             slot = self._planned[index]
             if self._brings_gradient(slot):
-                self._stage_pending(slot)
-                reducer.ready(index)
+                self._stage_pending(slot, stream)
+                reducer.ready(index, stream)
             else:
                 self._set_aside(slot, reducer)
                 unused_here.append(slot)
         try:
-            reducer.finish()
-            reducer.wait()
+            reducer.finish(stream)
+            self._hand_over(reducer)
+            reducer.wait(stream)
         except CommError:
             self._evacuate()
             raise
@@ -318,17 +329,20 @@ class GradientSync:
             return False
         return slot.pending or (grad is not slot.view and grad is not slot.kept_grad)
 
-    def _stage_pending(self, slot: Slot) -> None:
+    def _stage_pending(self, slot: Slot, stream: int) -> None:
         """What accumulating passes, the recording one, or no hook left in .grad is reduced now."""
         grad = slot.param.grad
         assert grad is not None
         if grad is not slot.view:
-            self._stage(slot, grad)
+            self._stage(slot, grad, stream)
         slot.pending = False
         slot.last_pass = self.passes
 
-    def _stage(self, slot: Slot, grad: Tensor) -> None:
-        """Copy a gradient into its bucket and let ``.grad`` be the view of it."""
+    def _stage(self, slot: Slot, grad: Tensor, stream: int) -> None:
+        """Copy a gradient into its bucket and let ``.grad`` be the view of it.
+
+        On a GPU a bucket's gradients are copied by one kernel when it is launched: see _hand_over.
+        """
         view = slot.view
         assert view is not None
         if grad.layout is not torch.strided:
@@ -349,12 +363,40 @@ class GradientSync:
             )
         reducer = self._reducer
         assert reducer is not None
+        if self._gpu is not None:
+            source = grad if lies_like(grad, view) else torch.empty_like(view).copy_(grad)
+            reducer.fill(slot.index, source.data_ptr(), stream)
+            slot.param.grad = source  # a parameter used twice adds to it
+            slot.waiting, slot.stream = True, stream
+            return
         if lies_like(grad, view):
             reducer.fill(slot.index, grad.data_ptr())
             torch.autograd.graph.increment_version(view)
         else:
             view.copy_(grad)
         slot.param.grad = view
+
+    def _hand_over(self, reducer: _core.Reducer) -> None:
+        """On a GPU: what the buckets just launched took in is theirs, and ``.grad`` the view."""
+        if self._gpu is None:
+            return
+        stream = self._stream()
+        launched = self._by_bucket[self._handed_over : reducer.launched]
+        for slot in itertools.chain.from_iterable(launched):
+            if not slot.waiting:
+                continue
+            slot.waiting = False
+            grad, view = slot.param.grad, slot.view
+            assert grad is not None and view is not None
+            if slot.stream != stream:
+                device.used_on_current_stream(grad)
+            torch.autograd.graph.increment_version(view)
+            slot.param.grad = view
+        self._handed_over += len(launched)
+
+    def _stream(self) -> int:
+        """Where this thread's work for the GPU of the buckets goes; 0 if they are the host's."""
+        return 0 if self._gpu is None else device.current_stream(self._gpu)
 
     def _set_aside(self, slot: Slot, reducer: _core.Reducer) -> None:
         """Keep ``.grad`` of a parameter this pass has not used; the bucket will be overwritten.
@@ -391,6 +433,9 @@ class GradientSync:
             bucket_cap_bytes=self.options.bucket_cap_bytes,
             overlap=self.options.overlap,
         )
+        place = device.place_of(planned[0].param) if planned else None
+        self._gpu = None if place is None else place[0]
+        self._by_bucket = [[planned[i] for i in bucket.parameters] for bucket in reducer.buckets]
         self._planned = planned
         self._unplanned = [slot for slot in self._slots if slot.view is None]
         return reducer

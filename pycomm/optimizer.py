@@ -233,7 +233,11 @@ class DistributedOptimizer(Optimizer):
             )
         dtype = reducible("step(closure)", "loss", mean, _core.ReduceOp.AVG, sync.group)
         ranks = self._announce(Event.LOSS, dtype.value)
-        self._reduce_loss(sync, mean, dtype, ranks)
+        # On the host: a rank without batches, which takes part, does not know the loss's device.
+        on_host = mean.cpu()
+        self._reduce_loss(sync, on_host, dtype, ranks)
+        if on_host is not mean:
+            mean.copy_(on_host)
         return mean if isinstance(loss, Tensor) else mean.item()
 
     def _reduce_loss(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pycomm import _core
+from pycomm import _core, device
 from pycomm.errors import InvalidArgumentError, MismatchError
 from pycomm.gradient_layout import check_gradient_dtype
 from pycomm.gradient_sync import SyncOptions
@@ -113,6 +113,14 @@ class OwnedParameters:
                         "  Pass the named_parameters() of every module the optimizer trains."
                     )
                 added.append((name or f"param_groups[{group_number}][{position}]", param))
+        first_name, first = (self.named + added)[0] if self.named or added else ("", None)
+        for name, param in added:
+            if first is not None and param.device != first.device:
+                raise InvalidArgumentError(
+                    f"parameter '{name}' is on {param.device} and '{first_name}' on "
+                    f"{first.device}; the gradients of a rank are reduced on one device.\n"
+                    "  Move the model to one, or wrap one optimizer for each."
+                )
         names = Counter(name for name, _ in self.named + added)
         name, count = names.most_common(1)[0] if names else ("", 0)
         if count > 1:
@@ -123,10 +131,11 @@ class OwnedParameters:
 
 
 def _check_parameter(name: str, param: Tensor) -> None:
-    if not param.is_cpu or param.layout is not torch.strided:
+    if not device.supported(param) or param.layout is not torch.strided:
         raise InvalidArgumentError(
             f"parameter '{name}' is a {param.layout} tensor on {param.device}; gradients are "
-            "reduced in CPU memory, dense.\n  Move the model with model.cpu() first."
+            "reduced dense, in the memory of a CPU or a CUDA GPU.\n"
+            "  Move the model with model.cpu() or model.cuda() first."
         )
     if param.requires_grad:
         check_gradient_dtype(name, param)

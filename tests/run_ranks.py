@@ -23,6 +23,7 @@ def run_ranks(
     hosts: Sequence[int] | None = None,
     timeout_s: float = 60.0,
     piece_bytes: int = 512 * 1024,
+    gpu_places: _core.GpuPlaces | None = None,
 ) -> list[T]:
     """Call ``fn(group)`` on every rank of a loopback world; return the results by rank.
 
@@ -32,6 +33,7 @@ def run_ranks(
         hosts: the pretended host of each rank; one host if None.
         timeout_s: after which the stacks of all threads are raised.
         piece_bytes: of staging memory; small ones make small tensors take the way of large ones.
+        gpu_places: where CUDA and NCCL, or stand-ins for them, are.
 
     Raises:
         RankError: naming the rank that raised first; the others were then aborted.
@@ -40,7 +42,12 @@ def run_ranks(
     hosts = [0] * world_size if hosts is None else list(hosts)
     assert len(hosts) == world_size
     # The group's own deadline must not hide a hang.
-    worlds = _core.loopback_worlds(hosts, timeout_s=2 * timeout_s, piece_bytes=piece_bytes)
+    worlds = _core.loopback_worlds(
+        hosts,
+        timeout_s=2 * timeout_s,
+        piece_bytes=piece_bytes,
+        gpu_places=gpu_places or _core.GpuPlaces(),
+    )
     results: dict[int, T] = {}
     errors: list[tuple[int, BaseException]] = []  # in the order they were raised
 

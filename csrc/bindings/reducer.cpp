@@ -9,6 +9,8 @@
 #include "bindings/bindings.h"
 #include "core/error.h"
 #include "reducer/bucket_plan.h"
+#include "reducer/gpu_buckets.h"
+#include "reducer/host_buckets.h"
 
 namespace pycomm {
 
@@ -33,7 +35,8 @@ std::shared_ptr<Reducer> make_reducer(std::shared_ptr<Group> group,
                                       const std::vector<DType>& dtypes,
                                       const std::vector<std::size_t>& counts,
                                       const std::vector<std::uint32_t>& expected_firings,
-                                      std::vector<Bucket> buckets, bool overlap) {
+                                      std::vector<Bucket> buckets,
+                                      std::shared_ptr<BucketStore> store, bool overlap) {
   const auto specs = specs_of(dtypes, counts);
   std::vector<Reducer::Parameter> parameters;
   for (std::size_t i = 0; i < specs.size(); ++i) {
@@ -43,13 +46,27 @@ std::shared_ptr<Reducer> make_reducer(std::shared_ptr<Group> group,
     const py::gil_scoped_release no_gil;  // it may wait for buckets in flight
     delete reducer;
   };
-  return {new Reducer(std::move(group), std::move(parameters), std::move(buckets), overlap),
+  return {new Reducer(std::move(group), std::move(parameters), std::move(buckets), std::move(store),
+                      overlap),
           destroy};
 }
 
-void wait(Reducer& reducer) {
+std::shared_ptr<GpuBuckets> make_gpu_buckets(std::shared_ptr<Group> group,
+                                             const std::vector<Bucket>& buckets,
+                                             const std::vector<std::size_t>& counts, int device,
+                                             StreamAddress stream) {
   const py::gil_scoped_release no_gil;
-  reducer.wait(interrupt_check());
+  return std::make_shared<GpuBuckets>(std::move(group), buckets, counts, device, stream,
+                                      interrupt_check());
+}
+
+std::uintptr_t address_of(const DeviceMemory& memory) {
+  return reinterpret_cast<std::uintptr_t>(memory.data());
+}
+
+void wait(Reducer& reducer, StreamAddress stream) {
+  const py::gil_scoped_release no_gil;
+  reducer.wait(interrupt_check(), stream);
 }
 
 }  // namespace
@@ -73,30 +90,64 @@ void bind_reducer(py::module_& module) {
       py::arg("dtypes"), py::arg("counts"), py::arg("order"), py::arg("bucket_cap_bytes"),
       py::arg("first_bucket_cap_bytes"));
 
+  py::class_<BucketStore, std::shared_ptr<BucketStore>>(module, "BucketStore",
+                                                        "The memory of a reducer's buckets.");
+  py::class_<HostBuckets, BucketStore, std::shared_ptr<HostBuckets>>(
+      module, "HostBuckets", "Buckets in this rank's arena.")
+      .def(py::init<std::shared_ptr<Group>, const std::vector<Bucket>&,
+                    const std::vector<std::size_t>&>(),
+           py::arg("group"), py::arg("buckets"), py::arg("counts"))
+      .def(
+          "memory",
+          [](const HostBuckets& store, std::size_t bucket) { return Buffer{store.memory(bucket)}; },
+          py::arg("bucket"));
+
+  py::class_<DeviceMemory, std::shared_ptr<DeviceMemory>>(
+      module, "DeviceMemory",
+      "Memory on a GPU, with the __cuda_array_interface__ of an array of bytes.")
+      .def_property_readonly("device", &DeviceMemory::device)
+      .def_property_readonly("address", &address_of)
+      .def("__len__", &DeviceMemory::bytes)
+      .def_property_readonly("__cuda_array_interface__", [](const DeviceMemory& memory) {
+        // Version 3 of the interface; without a stream there is nothing for the consumer to wait
+        // for.
+        py::dict interface;
+        interface["shape"] = py::make_tuple(memory.bytes());
+        interface["typestr"] = "|u1";
+        interface["data"] = py::make_tuple(address_of(memory), /*read_only=*/false);
+        interface["strides"] = py::none();
+        interface["stream"] = py::none();
+        interface["version"] = 3;
+        return interface;
+      });
+  py::class_<GpuBuckets, BucketStore, std::shared_ptr<GpuBuckets>>(
+      module, "GpuBuckets", "Buckets on a GPU, zeroed on `stream`. Collective.")
+      .def(py::init(&make_gpu_buckets), py::arg("group"), py::arg("buckets"), py::arg("counts"),
+           py::arg("device"), py::arg("stream"))
+      .def("memory", &GpuBuckets::memory, py::arg("bucket"));
+
+  const auto stream = py::arg("stream") = 0;
   // Only wait() and the destructor block. The rest keeps the GIL: it counts and queues, and
   // ready() may fold its share of a bucket, a fraction of a millisecond.
   py::class_<Reducer, std::shared_ptr<Reducer>>(module, "Reducer")
       .def(py::init(&make_reducer), py::arg("group"), py::kw_only(), py::arg("names"),
            py::arg("dtypes"), py::arg("counts"), py::arg("expected_firings"), py::arg("buckets"),
-           py::arg("overlap"))
+           py::arg("store"), py::arg("overlap"))
       .def_property_readonly("buckets", &Reducer::buckets)
       .def_property_readonly("launched", &Reducer::launched)
-      .def(
-          "memory",
-          [](const Reducer& reducer, std::size_t bucket) { return Buffer{reducer.memory(bucket)}; },
-          py::arg("bucket"))
       .def("begin", &Reducer::begin, py::arg("op"), py::arg("divisor"), py::arg("label"))
       .def(
           "fill",
-          [](Reducer& reducer, std::size_t parameter, std::uintptr_t gradient) {
-            reducer.fill(parameter, reinterpret_cast<const std::byte*>(gradient));
+          [](Reducer& reducer, std::size_t parameter, std::uintptr_t gradient,
+             StreamAddress stream) {
+            reducer.fill(parameter, reinterpret_cast<const std::byte*>(gradient), stream);
           },
-          py::arg("parameter"), py::arg("gradient"))
-      .def("ready", &Reducer::ready, py::arg("parameter"))
+          py::arg("parameter"), py::arg("gradient"), stream)
+      .def("ready", &Reducer::ready, py::arg("parameter"), stream)
       .def("hold", &Reducer::hold, py::arg("parameter"))
       .def("unfired", &Reducer::unfired)
-      .def("finish", &Reducer::finish)
-      .def("wait", &wait)
+      .def("finish", &Reducer::finish, stream)
+      .def("wait", &wait, stream)
       .def("used", &Reducer::used, py::arg("parameter"));
 }
 

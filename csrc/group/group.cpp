@@ -439,6 +439,8 @@ void Group::quarantine(std::shared_ptr<ArenaBlock> memory) {
 
 std::shared_ptr<ArenaBlock> Group::allocate(std::size_t bytes) { return process_->allocate(bytes); }
 
+nccl::Plane& Group::gpu_plane() { return process_->gpu_plane(); }
+
 std::byte* Group::mapped(int rank, std::uint64_t offset) const {
   const int world_rank = ranks_[static_cast<std::size_t>(rank)];
   const int local = process_->placement.local_rank_of[static_cast<std::size_t>(world_rank)];

@@ -111,6 +111,10 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   std::shared_ptr<Group> split(std::optional<std::int64_t> color, std::int64_t key,
                                const InterruptCheck& check_interrupt);
 
+  /// This rank's use of a GPU.
+  /// @throws CommError  pycomm was built without it.
+  nccl::Plane& gpu_plane();
+
   /// Messages from one rank to another.
   PostOffice& post_office() { return post_office_; }
 

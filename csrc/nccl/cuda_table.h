@@ -30,6 +30,7 @@ namespace pycomm::nccl {
   X(cudaGetErrorString)               \
   X(cudaGetLastError)                 \
   X(cudaLaunchKernelExC)              \
+  X(cudaMemcpyAsync)                  \
   X(cudaMemsetAsync)                  \
   X(cudaRuntimeGetVersion)            \
   X(cudaSetDevice)                    \

@@ -6,12 +6,6 @@
 #include "core/error.h"
 
 namespace pycomm::nccl {
-namespace {
-
-cudaStream_t stream_at(StreamAddress address) { return reinterpret_cast<cudaStream_t>(address); }
-
-}  // namespace
-
 Device::Device(const Places& places, int ordinal_in)
     : cuda(CudaTable::load(places.cuda_folders)), ordinal(ordinal_in) {
   if (const int count = cuda.device_count(); ordinal < 0 || ordinal >= count) {

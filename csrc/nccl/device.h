@@ -52,6 +52,10 @@ class Device {
   LaunchOrder order;
 };
 
+inline cudaStream_t stream_at(StreamAddress address) {
+  return reinterpret_cast<cudaStream_t>(address);
+}
+
 /// A point in the work of a stream.
 class Event {
  public:

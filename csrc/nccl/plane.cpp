@@ -13,6 +13,7 @@
 #include "nccl/in_flight.h"
 #include "nccl/launch.h"
 #include "nccl/memory.h"
+#include "nccl/pack.h"
 #include "nccl/pair.h"
 #include "nccl/place.h"
 #include "nccl/registry.h"
@@ -140,6 +141,16 @@ class CudaPlane final : public Plane {
     operation.device_call = std::make_shared<Call>(gpu, operation.stream);
   }
 
+  void copy(DType dtype, std::span<const cuda::Segment> segments, StreamAddress stream) override {
+    packer_->copy(dtype, segments, stream);
+  }
+
+  void order(StreamAddress earlier, StreamAddress later) override {
+    Event event(device_);
+    event.record(stream_at(earlier));
+    event.order_before(stream_at(later));
+  }
+
   std::shared_ptr<DeviceCall> record(const char* call, int ordinal, StreamAddress stream) override {
     return std::make_shared<Call>(device(call, ordinal), stream);
   }
@@ -157,7 +168,10 @@ class CudaPlane final : public Plane {
  private:
   std::shared_ptr<Device> device(const char* call, int ordinal) {
     std::lock_guard lock(mutex_);
-    if (device_ == nullptr) device_ = std::make_shared<Device>(places_, ordinal);
+    if (device_ == nullptr) {
+      device_ = std::make_shared<Device>(places_, ordinal);
+      packer_ = std::make_unique<Packer>(device_, places_.kernels);
+    }
     if (device_->ordinal != ordinal) {
       throw InvalidArgumentError(
           std::string(call) + ": the tensor is on GPU " + std::to_string(ordinal) +
@@ -169,7 +183,8 @@ class CudaPlane final : public Plane {
 
   const Places places_;
   std::mutex mutex_;
-  std::shared_ptr<Device> device_;
+  std::shared_ptr<Device> device_;  // from the first `issue` on
+  std::unique_ptr<Packer> packer_;
 };
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,7 @@
 #include "core/error.h"
 #include "core/operation.h"
 #include "core/task.h"
+#include "kernels/cuda/kernels.h"
 #include "nccl/report.h"
 
 // All that the layers above know of GPUs. docs/adr/0012 says how the calls on them fit in.
@@ -109,6 +111,12 @@ class Plane {
   /// The same for one end of a message.
   virtual std::shared_ptr<DeviceCall> record(const char* call, int device,
                                              StreamAddress stream) = 0;
+
+  /// Copy pieces of the GPU's memory, as Packer does. After `issue`.
+  virtual void copy(DType dtype, std::span<const cuda::Segment> segments, StreamAddress stream) = 0;
+
+  /// What is put on `later` from now on waits for what is on `earlier` by now. After `issue`.
+  virtual void order(StreamAddress earlier, StreamAddress later) = 0;
 
   /// The GPU's half of a group; `issue` has returned once.
   /// @param id  the same on all its ranks, and no other group's that shares a rank with it.

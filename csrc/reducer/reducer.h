@@ -7,21 +7,21 @@
 #include <vector>
 
 #include "group/group.h"
-#include "group/turn.h"
 #include "reducer/bucket_plan.h"
+#include "reducer/bucket_store.h"
 
 namespace pycomm {
 
 /// Counts gradients as they become final and reduces each bucket once it is full, all ranks in the
 /// same order: bucket b is launched when all its parameters are final and b-1 was launched.
 ///
-/// Inside one host the thread that reports gradients reduces them too, a piece whenever it comes by
-/// (Turn); between hosts the progress thread does.
-///
 /// One synchronised backward pass is   begin  (fill? ready | hold)*  finish  wait  used*   and is
 /// made by one thread at a time. A gradient lies in its bucket before it is reported: fill() copies
-/// it there, or the caller writes it. What was not reported counts as zero. From the launch of its
-/// bucket until wait() returns a gradient belongs to the reduction.
+/// it there, or the caller writes it. (On a GPU the copy is made when the bucket is launched, all
+/// of its gradients at once.) What was not reported counts as zero. From the launch of its bucket
+/// until wait() returns a gradient belongs to the reduction.
+///
+/// `stream` is where the caller's work goes on the GPU of the buckets; 0 if they are the host's.
 ///
 /// Dropping a reducer whose buckets are in flight finishes its group: nobody could complete them.
 class Reducer {
@@ -33,16 +33,15 @@ class Reducer {
     std::uint32_t expected_firings = 1;
   };
 
+  /// @param store    of these buckets, for these parameters.
   /// @param overlap  false: launch nothing before finish().
   Reducer(std::shared_ptr<Group> group, std::vector<Parameter> parameters,
-          std::vector<Bucket> buckets, bool overlap);
+          std::vector<Bucket> buckets, std::shared_ptr<BucketStore> store, bool overlap);
   ~Reducer();
   Reducer(const Reducer&) = delete;
   Reducer& operator=(const Reducer&) = delete;
 
   const std::vector<Bucket>& buckets() const { return buckets_; }
-  /// Where a bucket lies in the arena; stays valid as long as somebody holds it.
-  std::shared_ptr<ArenaBlock> memory(std::size_t bucket) const { return state_[bucket].memory; }
 
   /// How many buckets of the current or last pass were launched: the first ones.
   std::size_t launched() const { return launched_; }
@@ -59,11 +58,11 @@ class Reducer {
 
   /// Copy a gradient into its bucket, where it lies as it does at `gradient`: without gaps, in the
   /// order of the bucket's view.
-  void fill(std::size_t parameter, const std::byte* gradient);
+  void fill(std::size_t parameter, const std::byte* gradient, StreamAddress stream);
 
   /// The parameter's hook has fired once more and its gradient lies in the bucket.
   /// @throws CommError  its bucket is already in flight; the group is finished.
-  void ready(std::size_t parameter);
+  void ready(std::size_t parameter, StreamAddress stream);
 
   /// The parameter was not used in this pass, but what lies in the bucket counts.
   void hold(std::size_t parameter);
@@ -73,10 +72,10 @@ class Reducer {
 
   /// The backward pass is over: launch the remaining buckets. Learns that a parameter fired more
   /// often than expected.
-  void finish();
+  void finish(StreamAddress stream);
 
   /// Block until all buckets are reduced; rethrows what ended one of them.
-  void wait(const InterruptCheck& check_interrupt);
+  void wait(const InterruptCheck& check_interrupt, StreamAddress stream);
 
   /// Whether any rank used the parameter in the pass that wait() ended.
   bool used(std::size_t parameter) const;
@@ -89,15 +88,13 @@ class Reducer {
     bool held = false;
   };
   struct BucketState {
-    std::shared_ptr<ArenaBlock> memory;
-    std::shared_ptr<Work> work;  // of the pass in flight; null if turn_ has it
-    std::size_t missing = 0;     // parameters that have not fired as often as expected
+    std::size_t missing = 0;  // parameters that have not fired as often as expected
     std::string description;
   };
 
-  std::byte* element(std::size_t bucket, std::size_t offset) const;
-  void launch_next();
-  bool in_flight() const;
+  /// For errors and signatures.
+  std::string pass() const;
+  void launch_next(StreamAddress stream);
   void reset();
   [[noreturn]] void fail(const std::string& reason);
 
@@ -106,9 +103,8 @@ class Reducer {
   std::vector<Bucket> buckets_;
   std::vector<ParameterState> fired_;
   std::vector<BucketState> state_;
+  const std::shared_ptr<BucketStore> store_;
   const bool overlap_;
-  bool fits_caches_ = false;    // all buckets together
-  std::unique_ptr<Turn> turn_;  // of the pass in flight, inside one host
 
   bool open_ = false;
   std::size_t launched_ = 0;  // buckets of this pass, a prefix of buckets_

@@ -155,12 +155,11 @@ def scatter(
     if code == _REFUSED:
         _raise_everywhere(mistake, to_follow, root, group, limit_s)
     dtype, shape = DType(code), tuple(sizes[:dims])
-    # Where the rows go: whatever t is on the other ranks, it is not looked at.
     if t is not None and group.rank == root:
         new_empty = t.new_empty
-    else:
-        place = device.like_remote("cuda" if on_gpu else "cpu")
-        new_empty = torch.empty(0, dtype=_TORCH_DTYPES[dtype], device=place).new_empty
+    else:  # whatever t is here, it is not looked at
+        kind = "cuda" if on_gpu else "cpu"
+        new_empty = device.empty_like_remote(kind, _TORCH_DTYPES[dtype]).new_empty
 
     def scattered(t: Tensor | None) -> Tensor | Work[Tensor]:
         source = None if t is None else dense(t)

@@ -93,15 +93,14 @@ class Gpu {
 /// left of them, and the double must have had nothing to blame.
 inline std::vector<std::string> run_gpu_ranks_catching(
     const std::vector<int>& hosts, const std::function<void(pycomm::Group&, Gpu&)>& body,
-    double timeout_s = 20) {
+    double timeout_s = 20, const std::string& kernels = DOUBLE_IMAGE) {
   use_the_double();
-  const auto errors = run_ranks_catching(
-      hosts,
-      [&](pycomm::Group& group) {
-        Gpu gpu(group.rank());
-        body(group, gpu);
-      },
-      timeout_s);
+  const auto errors = run_ranks_catching(hosts,
+                                         [&](pycomm::Group& group) {
+                                           Gpu gpu(group.rank());
+                                           body(group, gpu);
+                                         },
+                                         timeout_s, {}, {{}, {}, kernels});
   CHECK_EQUAL(gpu_double::errors(), "");
   const auto left = gpu_double::census();
   CHECK_EQUAL(left.communicators, 0);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
@@ -102,6 +103,8 @@ class Memory {
   std::byte* steps_;
   std::map<std::size_t, std::size_t> blocks_;  // bytes, by offset
 };
+
+std::atomic<int> launches{0};
 
 /// All GPUs. Lives as long as the process, as its thread does.
 class World {
@@ -248,6 +251,8 @@ void forget(const std::string& function, int priority) {
 bool forgotten(const char* function, int priority) {
   return World::get().forgotten == std::pair<std::string, int>(function, priority);
 }
+
+int kernel_launches() { return launches; }
 
 std::string errors() {
   return World::get().locked([] { return std::exchange(World::get().errors, ""); });
@@ -502,6 +507,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ke
   }
   // The parameters are valid during this call alone.
   auto arguments = gpu_double::kernel_arguments(index, parameters[0]);
+  ++gpu_double::launches;
   gpu_double::push(config->stream, {always, [=, blocks = config->gridDim.x] {
                                       gpu_double::run_kernel(index, blocks, *arguments);
                                     }});

@@ -61,6 +61,9 @@ void hold(cudaStream_t stream, bool held);
 void forget(const std::string& function, int priority = kNobody);
 bool forgotten(const char* function, int priority = kNobody);
 
+/// Kernels that were started so far.
+int kernel_launches();
+
 /// What has been blamed since the last time, one line each.
 std::string errors();
 

@@ -1,0 +1,116 @@
+#include "reducer/gpu_buckets.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "kernels/cuda/kernels.h"
+
+namespace pycomm {
+
+GpuBuckets::GpuBuckets(std::shared_ptr<Group> group, const std::vector<Bucket>& buckets,
+                       const std::vector<std::size_t>& counts, int device, StreamAddress stream,
+                       const InterruptCheck& check_interrupt)
+    : group_(std::move(group)),
+      buckets_(buckets),
+      counts_(counts),
+      device_(device),
+      read_on_(stream),
+      state_(buckets.size()),
+      flags_(group_->allocate(std::max<std::size_t>(counts.size(), 1))) {
+  for (std::size_t b = 0; b < buckets_.size(); ++b) {
+    const Bucket& bucket = buckets_[b];
+    state_[b].memory = group_->allocate_on_device(bucket.count * size_of(bucket.dtype), device_,
+                                                  stream, check_interrupt);
+    state_[b].gradients.resize(bucket.parameters.size());
+  }
+}
+
+std::uint8_t* GpuBuckets::flag(std::size_t bucket, std::size_t slot) const {
+  return reinterpret_cast<std::uint8_t*>(flags_->data()) + buckets_[bucket].parameters[slot];
+}
+
+void GpuBuckets::begin() {
+  for (State& state : state_) forget_gradients(state);
+}
+
+void GpuBuckets::forget_gradients(State& state) {
+  std::fill(state.gradients.begin(), state.gradients.end(), nullptr);
+  state.streams.clear();
+}
+
+void GpuBuckets::fill(std::size_t bucket, std::size_t slot, const std::byte* gradient,
+                      StreamAddress stream) {
+  state_[bucket].gradients[slot] = gradient;
+  note(state_[bucket], stream);
+}
+
+void GpuBuckets::note(State& state, StreamAddress stream) {
+  if (std::find(state.streams.begin(), state.streams.end(), stream) == state.streams.end()) {
+    state.streams.push_back(stream);
+  }
+}
+
+void GpuBuckets::launch(std::size_t b, const Contribution& contribution, Operation operation,
+                        StreamAddress stream) {
+  const Bucket& bucket = buckets_[b];
+  State& state = state_[b];
+  nccl::Plane& gpu = group_->gpu_plane();
+  note(state, read_on_);
+  for (const StreamAddress before : state.streams) {
+    if (before != stream) gpu.order(before, stream);
+  }
+  std::vector<cuda::Segment> segments;
+  for (std::size_t slot = 0; slot < bucket.parameters.size(); ++slot) {
+    *flag(b, slot) = contribution.used[slot];
+    const std::byte* const gradient = contribution.present[slot] ? state.gradients[slot] : nullptr;
+    if (gradient == nullptr && contribution.present[slot]) continue;  // it lies there
+    segments.push_back({gradient,
+                        state.memory->data() + bucket.offsets[slot] * size_of(bucket.dtype),
+                        counts_[bucket.parameters[slot]]});
+  }
+  gpu.copy(bucket.dtype, segments, stream);
+  forget_gradients(state);
+  operation.count = bucket.flags_offset;  // the flags go their own way
+  operation.input = operation.output = state.memory->data();
+  operation.device = device_;
+  operation.stream = stream;
+  state.work = group_->start(std::move(operation));
+}
+
+void GpuBuckets::finish(const std::string& pass) {
+  Operation operation;
+  operation.kind = Kind::kAllReduce;
+  operation.dtype = DType::kUint8;
+  operation.op = ReduceOp::kMax;
+  operation.count = counts_.size();
+  operation.input = operation.output = flags_->data();
+  operation.name = pass + ", which parameters were used";
+  flags_work_ = group_->start(std::move(operation));
+}
+
+void GpuBuckets::wait(const InterruptCheck& check_interrupt, StreamAddress stream) {
+  for (const State& bucket : state_) bucket.work->wait(check_interrupt);
+  flags_work_->wait(check_interrupt);
+  read_on_ = stream;
+  // The last is behind all others on the GPU.
+  if (!state_.empty()) state_.back().work->device_call()->order_before(stream);
+}
+
+bool GpuBuckets::used(std::size_t bucket, std::size_t slot) const {
+  return *flag(bucket, slot) != 0;
+}
+
+bool GpuBuckets::in_flight() const {
+  return (flags_work_ && !flags_work_->done()) ||
+         std::any_of(state_.begin(), state_.end(),
+                     [](const State& bucket) { return bucket.work && !bucket.work->done(); });
+}
+
+void GpuBuckets::give_up() {
+  for (const State& bucket : state_) {
+    if (bucket.work) wait_out(*bucket.work);
+  }
+  if (flags_work_) wait_out(*flags_work_);
+}
+
+}  // namespace pycomm

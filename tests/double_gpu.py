@@ -1,0 +1,288 @@
+"""Tensors on GPUs that are a double: no GPU runs here, and none is needed.
+
+A ``DoubleTensor`` says that it is on ``cuda:n``, and its memory is "device" memory of the stand-in
+for libcudart (``tests/double/``), which no host code can touch. What torch computes with it, it
+computes on the CPU, once all that is on the double's current stream of that GPU is over, and before
+anything that gets there later: a wait that pycomm forgets between its stream and the caller's is
+seen as wrong numbers.
+
+Ranks are threads of this process, rank ``n`` with GPU ``n``, as ``run_ranks`` has them.
+"""
+
+import ctypes
+import os
+import subprocess
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from run_ranks import run_ranks
+from torch.utils._pytree import tree_map_only
+
+from pycomm import _core, device, gradient_sync
+
+T = TypeVar("T")
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+BUILD = Path(__file__).parent.parent / "build" / "dev"
+NOBODY, CALLERS, NCCLS = 1 << 20, 0, -5  # priorities of streams, for starve()
+
+
+class Double:
+    """The stand-ins for libcudart and libnccl, loaded."""
+
+    def __init__(self) -> None:
+        targets = ["double_cudart", "double_nccl", "double_image"]
+        subprocess.run(["cmake", "--build", BUILD, "--target", *targets], check=True)
+        self.places = _core.GpuPlaces(kernels=str(BUILD / "libdouble_image.so"))
+        os.environ["PYCOMM_CUDART_LIBRARY"] = str(BUILD / "libdouble_cudart.so")
+        os.environ["PYCOMM_NCCL_LIBRARY"] = str(BUILD / "libdouble_nccl.so")
+        self.cuda = ctypes.CDLL(str(BUILD / "libdouble_cudart.so"), mode=ctypes.RTLD_GLOBAL)
+        self.cuda.gpu_double_reachable.restype = ctypes.c_void_p
+        self.cuda.gpu_double_errors.restype = ctypes.c_char_p
+        self._streams: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def stream(self, gpu: int) -> int:
+        """The stream that the GPU's rank works on."""
+        with self._lock:
+            if gpu not in self._streams:
+                self._streams[gpu] = self._new_stream(gpu)
+            return self._streams[gpu]
+
+    def _new_stream(self, gpu: int) -> int:
+        stream = ctypes.c_void_p()
+        self._call("cudaSetDevice", gpu)
+        self._call("cudaStreamCreateWithPriority", ctypes.byref(stream), 1, CALLERS)
+        assert stream.value is not None
+        return stream.value
+
+    def synchronize(self, gpu: int) -> None:
+        """Wait for the rank's stream."""
+        self._call("cudaStreamSynchronize", ctypes.c_void_p(self.stream(gpu)))
+
+    def allocate(self, gpu: int, nbytes: int) -> int:
+        address = ctypes.c_void_p()
+        self._call("cudaSetDevice", gpu)
+        self._call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(nbytes))
+        assert address.value is not None
+        return address.value
+
+    def free(self, address: int) -> None:
+        self._call("cudaFree", ctypes.c_void_p(address))
+
+    def bytes_at(self, address: int, nbytes: int) -> torch.Tensor:
+        """The memory as the double's own steps find it."""
+        reachable = self.cuda.gpu_double_reachable(ctypes.c_void_p(address))
+        array = (ctypes.c_byte * max(nbytes, 1)).from_address(reachable)
+        return torch.frombuffer(array, dtype=torch.uint8)[:nbytes]
+
+    def starve(self, priority: int) -> None:
+        self.cuda.gpu_double_starve(priority)
+
+    def forget(self, function: str, priority: int) -> None:
+        self.cuda.gpu_double_forget(function.encode(), priority)
+
+    def kernel_launches(self) -> int:
+        return int(self.cuda.gpu_double_kernel_launches())
+
+    def errors(self) -> str:
+        return str(self.cuda.gpu_double_errors().decode())
+
+    def _call(self, function: str, *arguments: object) -> None:
+        result = getattr(self.cuda, function)(*arguments)
+        assert result == 0, f"{function} of the double returned {result}"
+
+
+_double: Double | None = None
+
+
+def the_double() -> Double:
+    global _double
+    if _double is None:
+        _double = Double()
+    return _double
+
+
+class Block:
+    """Memory of the double, freed with the last tensor in it, in the order of the rank's stream.
+
+    So does torch's allocator: what is freed is used again by what gets to the same stream later.
+    """
+
+    def __init__(self, gpu: int, nbytes: int) -> None:
+        self.address = the_double().allocate(gpu, nbytes)
+        weakref.finalize(self, self._free, gpu, self.address)
+
+    @staticmethod
+    def _free(gpu: int, address: int) -> None:
+        the_double().synchronize(gpu)
+        the_double().free(address)
+
+
+class DoubleTensor(torch.Tensor):
+    """A tensor on a GPU of the double."""
+
+    _inner: torch.Tensor  # the same memory, where the CPU can reach it
+    _gpu: int
+    _begin: int  # where `_inner`'s storage begins on the GPU
+    _keeps: object
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor, gpu: int, begin: int, keeps: object) -> "DoubleTensor":
+        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=torch.device("cuda", gpu),
+        )
+        made._inner, made._gpu, made._begin, made._keeps = inner, gpu, begin, keeps
+        return made
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def data_ptr(self) -> int:
+        return self._begin + self._inner.storage_offset() * self._inner.element_size()
+
+    # These ask torch's CUDA for the device before anything else; the others do not.
+
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
+        if self.is_contiguous(memory_format=memory_format):
+            return self
+        return torch.ops.aten.clone(self, memory_format=memory_format)
+
+    def to(self, to: torch.dtype | torch.device | str) -> Any:
+        given = {"dtype": to} if isinstance(to, torch.dtype) else {"device": torch.device(to)}
+        return torch.ops.aten._to_copy(self, **given)
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> "DoubleTensor":
+        the_double().synchronize(self._gpu)
+        self._inner.copy_(source._inner if isinstance(source, DoubleTensor) else source)
+        return self
+
+    def double(self) -> Any:
+        return self.to(torch.float64)
+
+    def cpu(self) -> Any:
+        return self.to("cpu")
+
+    def __repr__(self, **_: object) -> str:
+        return f"DoubleTensor({tuple(self.shape)}, {self.dtype}, cuda:{self._gpu})"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and "device" in kwargs:
+            return _moved(args[0], kwargs)
+        given: list[DoubleTensor] = []
+        tree_map_only(DoubleTensor, given.append, (args, kwargs))
+        gpu = given[0]._gpu
+        assert all(t._gpu == gpu for t in given), "tensors on two GPUs"
+        the_double().synchronize(gpu)
+        kwargs.pop("device", None)
+        inner_args, inner_kwargs = tree_map_only(DoubleTensor, lambda t: t._inner, (args, kwargs))
+        results = func(*inner_args, **inner_kwargs)
+
+        def wrapped(result: torch.Tensor) -> torch.Tensor:
+            for t in given:
+                if result is t._inner:
+                    return t  # an operation in place
+            storage = result.untyped_storage().data_ptr()
+            for t in given:
+                if storage == t._inner.untyped_storage().data_ptr() and storage != 0:
+                    return DoubleTensor(result, gpu, t._begin, t._keeps)
+            return on_gpu(result, gpu)
+
+        return tree_map_only(torch.Tensor, wrapped, results)
+
+
+def _moved(t: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """``t.to(...)`` with a device in it."""
+    place = torch.device(kwargs["device"])
+    source = t
+    if isinstance(t, DoubleTensor):
+        the_double().synchronize(t._gpu)
+        source = t._inner
+    copied = source.to(kwargs.get("dtype") or source.dtype, copy=True)
+    return copied if place.type == "cpu" else on_gpu(copied, place.index)
+
+
+def on_gpu(values: torch.Tensor, gpu: int) -> DoubleTensor:
+    """A copy of a CPU tensor, with its strides."""
+    # Of the whole storage that the strides span, so that a view keeps its meaning.
+    span = 1 + sum((n - 1) * s for n, s in zip(values.shape, values.stride(), strict=True))
+    count = span if values.numel() else 0
+    block = Block(gpu, count * values.element_size())
+    memory = the_double().bytes_at(block.address, count * values.element_size())
+    inner = memory.view(values.dtype).as_strided(values.shape, values.stride())
+    inner.copy_(values)
+    return DoubleTensor(inner, gpu, block.address, block)
+
+
+def module_on_gpu(module: Module, gpu: int) -> Module:
+    """The same module, its parameters and buffers moved there."""
+    for part in module.modules():
+        for name, param in part.named_parameters(recurse=False):
+            moved = torch.nn.Parameter(on_gpu(param.detach(), gpu), param.requires_grad)
+            part.register_parameter(name, moved)
+        for name, buffer in part.named_buffers(recurse=False):
+            part.register_buffer(name, on_gpu(buffer, gpu))
+    return module
+
+
+def from_gpu(t: torch.Tensor) -> torch.Tensor:
+    """A copy of what the rank's stream finds in ``t``."""
+    assert isinstance(t, DoubleTensor), f"{type(t).__name__} is not on a GPU"
+    the_double().synchronize(t._gpu)
+    return t._inner.clone()
+
+
+def _bytes_of(memory: _core.DeviceMemory) -> torch.Tensor:
+    inner = the_double().bytes_at(memory.address, len(memory))
+    return DoubleTensor(inner, memory.device, memory.address, memory)
+
+
+def _lies_like(t: torch.Tensor, other: torch.Tensor) -> bool:
+    return t.stride() == other.stride() and not t.is_neg() and not t.is_conj()
+
+
+@contextmanager
+def doubles_in_place_of_gpus() -> Iterator[Double]:
+    """pycomm asks torch for streams, and torch has no GPU: it asks the double instead."""
+    double = the_double()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "current_stream", double.stream)
+        patch.setattr(device, "bytes_of", _bytes_of)
+        patch.setattr(gradient_sync, "lies_like", _lies_like)
+        yield double
+    assert double.errors() == ""
+
+
+def run_double_gpu_ranks(
+    world_size: int,
+    fn: Callable[[_core.Group], T],
+    *,
+    starving: int = NOBODY,
+    hosts: list[int] | None = None,
+) -> list[T]:
+    """``run_ranks`` where each rank has a GPU of the double, its number the rank's.
+
+    Args:
+        starving: priority of the streams that move only when nothing else can.
+    """
+    with doubles_in_place_of_gpus() as double:
+        double.starve(starving)
+        try:
+            return run_ranks(world_size, fn, hosts=hosts, gpu_places=double.places)
+        finally:
+            double.starve(NOBODY)

@@ -1,0 +1,333 @@
+"""CUDA tensors through pycomm's Python, on a double of CUDA and NCCL: no GPU has run any of this.
+
+What the core does with streams and NCCL's functions is tested in tests/cpp/test_double_*.cpp.
+"""
+
+import copy
+import gc
+
+import pytest
+import torch
+from double_gpu import (
+    CALLERS,
+    NCCLS,
+    NOBODY,
+    from_gpu,
+    module_on_gpu,
+    on_gpu,
+    run_double_gpu_ranks,
+    the_double,
+)
+from run_ranks import RankError, run_ranks
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+import pycomm
+from pycomm import _core, device
+from pycomm.errors import InvalidArgumentError, MismatchError
+
+pytestmark = pytest.mark.skipif(
+    _core.gpu_report(_core.GpuPlaces()).headers.startswith("not in this build"),
+    reason="built without the headers of CUDA and NCCL",
+)
+starving = pytest.mark.parametrize("starved", [NOBODY, CALLERS, NCCLS])
+
+
+def whole(rank: int, *shape: int) -> Tensor:
+    """Numbers whose sums and means over two ranks are exact in any order."""
+    return torch.arange(float(torch.Size(shape).numel())).reshape(shape) + 10 * rank
+
+
+def in_place(call):
+    """Of a call that overwrites its first tensor: returns it."""
+
+    def run(t, *rest, **keywords):
+        work = call(t, *rest, **keywords)
+        if isinstance(work, pycomm.Work):
+            work.wait()
+        return t
+
+    return run
+
+
+def into(call, *shape):
+    """Of a call that writes into an output of this shape."""
+
+    def run(t, group, **keywords):
+        output = t.new_zeros(shape)
+        work = call(output, t, group=group, **keywords)
+        if isinstance(work, pycomm.Work):
+            work.wait()
+        return output
+
+    return run
+
+
+# Each takes a tensor of shape (4, 3) on the rank's device, and the group of two ranks.
+CASES = {
+    "all_reduce": lambda t, group: pycomm.all_reduce(t, group=group),
+    "all_reduce, scaled": lambda t, group: pycomm.all_reduce(
+        t, prescale=2, postscale=0.5, group=group
+    ),
+    "all_reduce of a transposed": lambda t, group: pycomm.all_reduce(t.t(), group=group),
+    "all_reduce max": lambda t, group: pycomm.all_reduce(t, pycomm.ReduceOp.MAX, group=group),
+    "all_reduce later": lambda t, group: pycomm.all_reduce(t, group=group, async_op=True).wait(),
+    "all_reduce_": lambda t, group: in_place(pycomm.all_reduce_)(t, group=group),
+    "all_reduce_ later": lambda t, group: in_place(pycomm.all_reduce_)(
+        t, group=group, async_op=True
+    ),
+    "broadcast": lambda t, group: pycomm.broadcast(t, 1, group=group),
+    "broadcast_": lambda t, group: in_place(pycomm.broadcast_)(t, 1, group=group),
+    "reduce": lambda t, group: pycomm.reduce(t, 1, group=group),
+    "reduce_": lambda t, group: in_place(pycomm.reduce_)(t, 1, group=group),
+    "all_gather": lambda t, group: pycomm.all_gather(t, group=group),
+    "all_gather_into": lambda t, group: into(pycomm.all_gather_into, 8, 3)(t, group),
+    "all_gather_list": lambda t, group: pycomm.all_gather_list(t[: 1 + group.rank], group=group),
+    "gather": lambda t, group: pycomm.gather(t, 1, group=group),
+    "gather_list": lambda t, group: pycomm.gather_list(t[: 1 + group.rank], 1, group=group),
+    "scatter_into": lambda t, group: into(pycomm.scatter_into, 2, 3)(t.view(2, 2, 3), group),
+    "reduce_scatter": lambda t, group: pycomm.reduce_scatter(t, group=group),
+    "reduce_scatter_into": lambda t, group: into(pycomm.reduce_scatter_into, 2, 3)(t, group),
+    "all_to_all": lambda t, group: pycomm.all_to_all(t, group=group),
+    "all_to_all, uneven": lambda t, group: pycomm.all_to_all(t, [1, 3], group=group),
+    "all_to_all_into": lambda t, group: into(pycomm.all_to_all_into, 4, 3)(t, group),
+    "all_reduce_grouped": lambda t, group: pycomm.all_reduce_grouped(
+        [t, t[:2].double(), t.t()], group=group
+    ),
+    "all_reduce_grouped_": lambda t, group: in_place(pycomm.all_reduce_grouped_)(
+        [t, t[:2].double()], group=group
+    ),
+    "all_reduce_grouped later": lambda t, group: pycomm.all_reduce_grouped(
+        [t, t[:2].double()], group=group, async_op=True
+    ).wait(),
+    "broadcast_grouped_": lambda t, group: in_place(pycomm.broadcast_grouped_)(
+        [t, t[:2].double()], 1, group=group
+    ),
+    "all_gather_grouped": lambda t, group: pycomm.all_gather_grouped([t, t[:2]], group=group),
+    "reduce_scatter_grouped": lambda t, group: pycomm.reduce_scatter_grouped(
+        [t, t[:2]], group=group
+    ),
+}
+
+
+@starving
+@pytest.mark.parametrize("name", CASES)
+def test_double_collectives_give_what_they_give_on_the_host(name, starved):
+    def body(group, place):
+        return CASES[name](place(whole(group.rank, 4, 3)), group)
+
+    on_host = run_ranks(2, lambda group: body(group, lambda t: t))
+    on_double = run_double_gpu_ranks(
+        2,
+        lambda group: tree_map_only(Tensor, from_gpu, body(group, lambda t: on_gpu(t, group.rank))),
+        starving=starved,
+    )
+    torch.testing.assert_close(on_double, on_host, rtol=0, atol=0)
+
+
+def test_double_lists_may_lie_on_host_and_gpu():
+    def body(group):
+        mixed = [whole(group.rank, 3), on_gpu(whole(group.rank, 2), group.rank)]
+        on_host, on_double = pycomm.all_reduce_grouped(mixed, group=group)
+        assert on_host.is_cpu
+        return on_host.tolist() + from_gpu(on_double).tolist()
+
+    assert run_double_gpu_ranks(2, body) == [[10, 12, 14, 10, 12]] * 2
+
+
+def test_double_a_scatter_reaches_ranks_that_know_neither_shape_nor_device(monkeypatch):
+    def body(group):
+        # What torch.empty(..., device="cuda") would give there.
+        t = on_gpu(torch.arange(6.0).view(2, 3), 0) if group.rank == 0 else None
+        return from_gpu(pycomm.scatter(t, group=group)).tolist()
+
+    monkeypatch.setattr(device, "empty_like_remote", lambda kind, dtype: on_gpu(torch.empty(0), 1))
+    assert run_double_gpu_ranks(2, body) == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_double_autograd_follows_collectives():
+    def body(group):
+        t = on_gpu(whole(group.rank, 3), group.rank).requires_grad_()
+        (pycomm.all_reduce(t, group=group) * (1 + group.rank)).sum().backward()
+        return from_gpu(t.grad).tolist()
+
+    assert run_double_gpu_ranks(2, body) == [[3, 3, 3]] * 2
+
+
+@pytest.mark.parametrize("starved", [CALLERS, NCCLS])
+def test_double_a_work_without_its_wait_is_seen_to_be_wrong(starved):
+    def body(group):
+        t = on_gpu(whole(group.rank, 1000), group.rank)
+        group.barrier()  # connect first
+        the_double().forget("cudaStreamWaitEvent", CALLERS)
+        try:
+            total = pycomm.all_reduce(t, group=group, async_op=True).wait()
+            return from_gpu(total).tolist()
+        finally:
+            the_double().forget("", 0)
+
+    results = run_double_gpu_ranks(2, body, starving=starved)
+    right = [10.0 + 2 * i for i in range(1000)]
+    assert (results == [right, right]) == (starved == CALLERS)
+
+
+def test_double_memory_of_a_dropped_work_is_kept_until_the_gpu_has_it():
+    def body(group):
+        for _ in range(20):
+            t = on_gpu(whole(group.rank, 1000), group.rank)
+            pycomm.all_reduce_(t, group=group, async_op=True)
+            del t
+            gc.collect()
+        last = on_gpu(whole(group.rank, 3), group.rank)
+        pycomm.all_reduce_(last, group=group)
+        return from_gpu(last).tolist()
+
+    assert run_double_gpu_ranks(2, body, starving=NCCLS) == [[10, 12, 14]] * 2
+
+
+def test_double_a_cpu_tensor_beside_a_cuda_tensor_is_a_mismatch_on_both_ranks():
+    def body(group):
+        t = whole(group.rank, 4)
+        with pytest.raises(MismatchError, match="nccl"):
+            pycomm.all_reduce(on_gpu(t, 0) if group.rank == 0 else t, group=group)
+        return True
+
+    with pytest.raises(RankError):  # the group is finished: close() says so
+        run_double_gpu_ranks(2, body)
+
+
+BAD_CALLS = {
+    "output on the host": (
+        lambda t, group: pycomm.all_gather_into(torch.zeros(8, 3), t, group=group),
+        r"output is on cpu and input is on cuda:\d.*Pass a contiguous output: input.new_empty",
+    ),
+    "input on the host": (
+        lambda t, group: pycomm.all_to_all_into(t, torch.zeros(4, 3), group=group),
+        r"output is on cuda:\d and input is on cpu.*Pass both on one device",
+    ),
+    "an algorithm": (
+        lambda t, group: pycomm.all_reduce(t, algorithm="ring", group=group),
+        "NCCL chooses by itself.*Pass algorithm=None",
+    ),
+    "int16": (
+        lambda t, group: pycomm.all_reduce(t.to(torch.int16), group=group),
+        "NCCL cannot reduce int16.*t.int()",
+    ),
+    "a message": (
+        lambda t, group: pycomm.send(t, 1 - group.rank, group=group),
+        r"tensor is on cuda:\d, and messages carry CPU tensors only.*Pass tensor.cpu\(\)",
+    ),
+    "another GPU": (
+        lambda t, group: pycomm.all_reduce(on_gpu(torch.ones(2), 3), group=group),
+        r"the tensor is on GPU 3, and this rank communicates from GPU \d.*set_device",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+def test_double_bad_arguments_lose_nothing(name):
+    call, message = BAD_CALLS[name]
+
+    def body(group):
+        t = on_gpu(whole(group.rank, 4, 3), group.rank)
+        pycomm.all_reduce(t, group=group)
+        with pytest.raises(InvalidArgumentError, match=f"(?s){message}"):
+            call(t, group)
+        return from_gpu(pycomm.all_reduce(t, group=group))[0, 0].item()
+
+    assert run_double_gpu_ranks(2, body) == [10, 10]
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def train(net: nn.Module, group: _core.Group, place, steps: int = 4, **options) -> list[Tensor]:
+    passes = options.get("backward_passes_per_step", 1)
+    optimizer = pycomm.DistributedOptimizer(
+        torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9),
+        net.named_parameters(),
+        group=group,
+        **options,
+    )
+    pycomm.broadcast_parameters(net, group=group)
+    for step in range(steps):
+        optimizer.zero_grad(set_to_none=step % 2 == 0)
+        for part in range(passes):
+            torch.manual_seed(1000 * step + 10 * part + group.rank)
+            output = net(place(torch.randn(3, 4)))
+            output.square().mean().backward()
+        optimizer.step()
+    pycomm.broadcast_optimizer_state(optimizer, group=group)
+    return [p.detach() for p in net.parameters()]
+
+
+@starving
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bucket_cap_bytes": 1},
+        {"overlap": False},
+        {"backward_passes_per_step": 2},
+        {"op": pycomm.ReduceOp.SUM},
+    ],
+    ids=str,
+)
+def test_double_training_gives_the_bits_of_training_on_the_host(options, starved):
+    # Of two ranks NCCL's sum of halves is the half of the sum.
+    on_host = run_ranks(2, lambda group: train(model(), group, lambda t: t, **options))
+
+    def body(group):
+        net = module_on_gpu(model(), group.rank)
+        trained = train(net, group, lambda t: on_gpu(t, group.rank), **options)
+        return [from_gpu(p) for p in trained]
+
+    on_double = run_double_gpu_ranks(2, body, starving=starved)
+    assert all(torch.equal(a, b) for a, b in zip(on_host[0], on_double[0], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(on_double[0], on_double[1], strict=True))
+
+
+def test_double_gradients_of_a_bucket_are_copied_by_one_kernel():
+    def body(group):
+        net = module_on_gpu(model(), group.rank)
+        train(net, group, lambda t: on_gpu(t, group.rank), steps=6)
+
+    before = the_double().kernel_launches()
+    run_double_gpu_ranks(2, body)
+    # One bucket. Where zero_grad() leaves zeros autograd adds to the bucket: nothing is copied.
+    assert the_double().kernel_launches() - before == 2 * 3
+
+
+def test_double_a_parameter_used_by_one_rank_or_by_none():
+    def body(group):
+        net = module_on_gpu(nn.ModuleList(nn.Linear(3, 3) for _ in range(3)), group.rank)
+        optimizer = pycomm.DistributedOptimizer(
+            torch.optim.SGD(net.parameters(), lr=0.1), net.named_parameters(), group=group
+        )
+        for _ in range(3):
+            optimizer.zero_grad()
+            t = on_gpu(torch.ones(1, 3), group.rank)
+            net[0](net[1](t) if group.rank == 0 else t).sum().backward()
+            optimizer.step()
+        bias = from_gpu(net[1].bias.grad)
+        return bias.shape, net[2].weight.grad is None
+
+    assert run_double_gpu_ranks(2, body) == [(torch.Size([3]), True)] * 2
+
+
+def test_double_a_model_on_host_and_gpu_is_refused():
+    def body(group):
+        net = model()
+        half = module_on_gpu(copy.deepcopy(net[0]), group.rank)
+        named = [("cpu", net[2].weight), ("gpu", half.weight)]
+        with pytest.raises(InvalidArgumentError, match=r"'gpu' is on cuda:\d and 'cpu' on cpu"):
+            pycomm.DistributedOptimizer(
+                torch.optim.SGD([p for _, p in named], lr=0.1), named, group=group
+            )
+
+    run_double_gpu_ranks(2, body)
