@@ -202,9 +202,9 @@ bool PostOffice::drive_gpus() {
 
 void PostOffice::complete_done() {
   for (const auto& transfer : exchange_->take_done()) {
-    const auto& item = static_cast<const Item&>(*transfer);
+    auto& item = static_cast<Item&>(*transfer);
     item.work->source = item.peer;
-    item.work->complete(item.error, item.seconds());
+    item.work->complete(std::exchange(item.error, nullptr), item.seconds());
   }
 }
 

@@ -9,5 +9,6 @@ extern "C" const char* __tsan_default_suppressions();
 
 extern "C" const char* __tsan_default_suppressions() {
   return "race:pycomm::CommError::~CommError\n"
+         "race:pycomm::nccl::RefusedError::~RefusedError\n"
          "race:std::runtime_error::~runtime_error\n";
 }
