@@ -168,6 +168,9 @@ class DoubleTensor(torch.Tensor):
         self._inner.copy_(source._inner if isinstance(source, DoubleTensor) else source)
         return self
 
+    def split(self, sizes: list[int], dim: int = 0) -> Any:
+        return torch.ops.aten.split_with_sizes(self, sizes, dim)
+
     def double(self) -> Any:
         return self.to(torch.float64)
 

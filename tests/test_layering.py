@@ -22,7 +22,8 @@ CSRC_LAYERS = [
 
 # Each line may import the lines before it, never its own neighbours.
 PYTHON_LAYERS = [
-    {"errors", "_core", "device"},
+    {"errors", "_core"},
+    {"device"},
     {
         "launch",
         "mpi_library",
