@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from pycomm._core import DeviceMemory
+from pycomm.errors import InvalidArgumentError
 
 # Of a GPU: its index here, and the stream (an address) whose work comes before the call.
 Place = tuple[int, int]
@@ -38,8 +39,17 @@ def bytes_of(memory: DeviceMemory) -> Tensor:
 
 
 def like_remote(device_type: str) -> torch.device:
-    """The device of this rank for what lies on one of ``device_type`` on another rank."""
+    """The device of this rank for what lies on one of ``device_type`` on another rank.
+
+    Raises:
+        InvalidArgumentError: this rank has none.
+    """
     if device_type == "cuda":
+        if not torch.cuda.is_available():
+            raise InvalidArgumentError(
+                "the root's tensors are on a GPU, and torch finds none on this rank.\n"
+                "  Give every rank a GPU and a PyTorch for CUDA, or pass CPU tensors on the root."
+            )
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device(device_type)
 

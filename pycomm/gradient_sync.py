@@ -276,6 +276,9 @@ class GradientSync:
         op = _core.ReduceOp.AVG if self._divisor > 1 else _core.ReduceOp.SUM
         reducer.begin(op, self._divisor, self._passes_since_step)
         self._handed_over = 0
+        if self._gpu is not None:
+            for slot in self._planned:  # what a pass before left so was ended by an exception
+                slot.waiting = False
 
     def _finish_pass(self) -> None:
         """Launch what is left of the pass and wait for all of it."""

@@ -10,7 +10,6 @@ Ranks are threads of this process, rank ``n`` with GPU ``n``, as ``run_ranks`` h
 """
 
 import ctypes
-import os
 import subprocess
 import threading
 import weakref
@@ -40,8 +39,6 @@ class Double:
         targets = ["double_cudart", "double_nccl", "double_image"]
         subprocess.run(["cmake", "--build", BUILD, "--target", *targets], check=True)
         self.places = _core.GpuPlaces(kernels=str(BUILD / "libdouble_image.so"))
-        os.environ["PYCOMM_CUDART_LIBRARY"] = str(BUILD / "libdouble_cudart.so")
-        os.environ["PYCOMM_NCCL_LIBRARY"] = str(BUILD / "libdouble_nccl.so")
         self.cuda = ctypes.CDLL(str(BUILD / "libdouble_cudart.so"), mode=ctypes.RTLD_GLOBAL)
         self.cuda.gpu_double_reachable.restype = ctypes.c_void_p
         self.cuda.gpu_double_errors.restype = ctypes.c_char_p
@@ -135,7 +132,7 @@ class DoubleTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor, gpu: int, begin: int, keeps: object) -> "DoubleTensor":
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.shape,
             strides=inner.stride(),
@@ -264,6 +261,8 @@ def doubles_in_place_of_gpus() -> Iterator[Double]:
     """pycomm asks torch for streams, and torch has no GPU: it asks the double instead."""
     double = the_double()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYCOMM_CUDART_LIBRARY", str(BUILD / "libdouble_cudart.so"))
+        patch.setenv("PYCOMM_NCCL_LIBRARY", str(BUILD / "libdouble_nccl.so"))
         patch.setattr(device, "current_stream", double.stream)
         patch.setattr(device, "bytes_of", _bytes_of)
         patch.setattr(gradient_sync, "lies_like", _lies_like)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import pycomm
-from pycomm import _core, device
+from pycomm import _core, device, gradient_sync
 from pycomm.errors import InvalidArgumentError, MismatchError
 
 pytestmark = pytest.mark.skipif(
@@ -183,14 +183,21 @@ def test_double_memory_of_a_dropped_work_is_kept_until_the_gpu_has_it():
 
 
 def test_double_a_cpu_tensor_beside_a_cuda_tensor_is_a_mismatch_on_both_ranks():
+    errors: dict[int, MismatchError] = {}
+
     def body(group):
         t = whole(group.rank, 4)
-        with pytest.raises(MismatchError, match="nccl"):
+        try:
             pycomm.all_reduce(on_gpu(t, 0) if group.rank == 0 else t, group=group)
-        return True
+        except MismatchError as error:
+            errors[group.rank] = error
+            raise
 
-    with pytest.raises(RankError):  # the group is finished: close() says so
+    with pytest.raises(RankError):
         run_double_gpu_ranks(2, body)
+    for rank in (0, 1):
+        assert "on GPUs" in str(errors[rank])
+        assert "pass t.cuda(), or t.cpu(), everywhere" in str(errors[rank])
 
 
 @starving
@@ -299,6 +306,41 @@ def test_double_gradients_give_the_bits_they_give_on_the_host(options, starved):
     on_double = run_double_gpu_ranks(2, body, starving=starved)
     assert all(torch.equal(a, b) for a, b in zip(on_host[0], on_double[0], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(on_double[0], on_double[1], strict=True))
+
+
+def test_double_a_pass_that_an_exception_ended_leaves_nothing_behind(monkeypatch):
+    armed: dict[int, Tensor] = {}  # by rank: the gradient at which Ctrl-C comes
+
+    def ctrl_c(grad, view):
+        if grad is armed.get(grad.get_device()):
+            raise KeyboardInterrupt
+        return grad.stride() == view.stride()
+
+    def body(group):
+        monkeypatch.setattr(gradient_sync, "lies_like", ctrl_c)
+        net = module_on_gpu(model(), group.rank)
+        first, *others = net.parameters()
+        optimizer = pycomm.DistributedOptimizer(
+            torch.optim.SGD(net.parameters(), lr=0.5), net.named_parameters(), group=group
+        )
+
+        def use(*params):
+            optimizer.zero_grad()
+            for param in params:
+                param.grad = on_gpu(whole(group.rank, *param.shape), group.rank)
+
+        use(first, *others)
+        optimizer.step()
+        use(first, *others)
+        armed[group.rank] = others[0].grad
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+        use(*others)  # and nobody the first
+        optimizer.step()
+        return first.grad is None, from_gpu(others[0].grad).tolist()
+
+    mean = ((whole(0, 8) + whole(1, 8)) / 2).tolist()
+    assert run_double_gpu_ranks(2, body) == [(True, mean)] * 2
 
 
 def test_double_a_model_on_host_and_gpu_is_refused():

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/fork_guard.h"
 #include "kernels/cuda/kernels.h"
 
 namespace pycomm {
@@ -23,6 +24,11 @@ GpuBuckets::GpuBuckets(std::shared_ptr<Group> group, const std::vector<Bucket>& 
                                                   stream, check_interrupt);
     state_[b].gradients.resize(bucket.parameters.size());
   }
+}
+
+GpuBuckets::~GpuBuckets() {
+  // A peer that was only stopped may still write the flags when it wakes. Buckets are NCCL's.
+  if (!in_forked_child() && group_->failed()) group_->quarantine(flags_);
 }
 
 std::uint8_t* GpuBuckets::flag(std::size_t bucket, std::size_t slot) const {

@@ -23,6 +23,7 @@ class GpuBuckets final : public BucketStore {
   GpuBuckets(std::shared_ptr<Group> group, const std::vector<Bucket>& buckets,
              const std::vector<std::size_t>& counts, int device, StreamAddress stream,
              const InterruptCheck& check_interrupt);
+  ~GpuBuckets() override;
 
   /// Where a bucket lies; stays valid as long as somebody holds it.
   std::shared_ptr<DeviceMemory> memory(std::size_t bucket) const { return state_[bucket].memory; }
