@@ -70,7 +70,8 @@ def all_reduce(
             applied where the sum is accumulated, before its one rounding. Floating and complex
             dtypes only.
         algorithm: between hosts "direct", "ring" or "gather_fold"; the cost model's choice if
-            None. All but the ring give the same bits.
+            None. All but the ring give the same bits. On GPUs it is NCCL's choice, and so are the
+            bits (docs/collectives.md).
         group: the ranks taking part, the world if None; every one of them makes this call.
         timeout_s: seconds for the whole call, not per message; the group's default if None.
         async_op: return at once; leave ``t`` alone until ``Work.wait()``, which returns the result.
