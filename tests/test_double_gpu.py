@@ -151,8 +151,7 @@ def test_double_a_scatter_reaches_ranks_that_know_neither_shape_nor_device(monke
     assert run_double_gpu_ranks(2, body) == [[0, 1, 2], [3, 4, 5]]
 
 
-@pytest.mark.parametrize("starved", [CALLERS, NCCLS])
-def test_double_a_work_without_its_wait_is_seen_to_be_wrong(starved):
+def test_double_a_work_without_its_wait_is_seen_to_be_wrong():
     def body(group):
         t = on_gpu(whole(group.rank, 1000), group.rank)
         group.barrier()  # connect first
@@ -163,9 +162,8 @@ def test_double_a_work_without_its_wait_is_seen_to_be_wrong(starved):
         finally:
             the_double().forget("", 0)
 
-    results = run_double_gpu_ranks(2, body, starving=starved)
     right = [10.0 + 2 * i for i in range(1000)]
-    assert (results == [right, right]) == (starved == CALLERS)
+    assert run_double_gpu_ranks(2, body, starving=NCCLS) != [right, right]
 
 
 def test_double_memory_of_a_dropped_work_is_kept_until_the_gpu_has_it():
