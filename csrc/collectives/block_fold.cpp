@@ -57,9 +57,7 @@ std::byte* BlockFold::region(int peer, std::size_t index) const {
 }
 
 int BlockFold::folder_of(int owner) const {
-  const auto& mine = context_.ranks_of(context_.host());
-  const int position = context_.placement.local_rank_of[static_cast<std::size_t>(owner)];
-  return mine[static_cast<std::size_t>(position) % mine.size()];
+  return context_.placement.folder(context_.host(), owner);
 }
 
 std::byte* BlockFold::place(int peer, int owner) const {

@@ -33,4 +33,10 @@ int Placement::most_ranks() const {
   return static_cast<int>(most);
 }
 
+int Placement::folder(int host, int owner) const {
+  const auto& ranks = hosts[static_cast<std::size_t>(host)];
+  const auto position = static_cast<std::size_t>(local_rank_of[static_cast<std::size_t>(owner)]);
+  return ranks[position % ranks.size()];
+}
+
 }  // namespace pycomm

@@ -17,6 +17,9 @@ struct Placement {
   int lanes() const;
   /// The largest number of ranks on any host.
   int most_ranks() const;
+  /// Where every rank is to end with a block of the result: the rank of `host` that folds what its
+  /// ranks bring to the block of `owner`. That is the owner itself on its own host.
+  int folder(int host, int owner) const;
 
   /// @param keys  for each group rank, what names its host; equal keys are one host.
   static Placement of(const std::vector<std::string>& keys);

@@ -7,6 +7,7 @@
 
 #include "core/error.h"
 #include "kernels/fold.h"
+#include "nccl/exchange.h"
 
 namespace pycomm::nccl {
 namespace {
@@ -132,44 +133,6 @@ void reduce(const Communicator& communicator, const Operation& operation) {
           "ncclReduceScatter");
   }
 }
-
-/// Sends and receives of blocks that lie end to end, in one NCCL group.
-class Exchange {
- public:
-  Exchange(const Communicator& communicator, std::size_t element_bytes)
-      : communicator_(communicator), element_bytes_(element_bytes) {
-    communicator_.check(nccl_.ncclGroupStart(), "ncclGroupStart");
-  }
-  /// NCCL's group belongs to the thread, which goes on after an error.
-  ~Exchange() {
-    if (!finished_) nccl_.ncclGroupEnd();
-  }
-  Exchange(const Exchange&) = delete;
-  Exchange& operator=(const Exchange&) = delete;
-
-  void send(int peer, const std::byte* from, std::size_t count) {
-    if (count == 0) return;  // and so the peer expects nothing
-    communicator_.check(nccl_.ncclSend(from, count * element_bytes_, ncclUint8, peer,
-                                       communicator_.handle(), communicator_.device().stream),
-                        "ncclSend");
-  }
-  void receive(int peer, std::byte* to, std::size_t count) {
-    if (count == 0) return;
-    communicator_.check(nccl_.ncclRecv(to, count * element_bytes_, ncclUint8, peer,
-                                       communicator_.handle(), communicator_.device().stream),
-                        "ncclRecv");
-  }
-  void finish() {
-    finished_ = true;
-    communicator_.check(nccl_.ncclGroupEnd(), "ncclGroupEnd");
-  }
-
- private:
-  const Communicator& communicator_;
-  const NcclTable& nccl_ = *communicator_.device().nccl;
-  const std::size_t element_bytes_;
-  bool finished_ = false;
-};
 
 void exchange(const Communicator& communicator, const Operation& operation, int rank, int size) {
   const std::size_t element_bytes = size_of(operation.dtype);
