@@ -6,8 +6,11 @@
 #include "core/error.h"
 
 namespace pycomm::nccl {
+
 Device::Device(const Places& places, int ordinal_in)
-    : cuda(CudaTable::load(places.cuda_folders)), ordinal(ordinal_in) {
+    : cuda(CudaTable::load(places.cuda_folders)),
+      ordinal(ordinal_in),
+      kernels_path_(places.kernels) {
   if (const int count = cuda.device_count(); ordinal < 0 || ordinal >= count) {
     throw CommError("there is no GPU " + std::to_string(ordinal) + " among the " +
                     std::to_string(count) + " of this process.");
@@ -52,6 +55,20 @@ Card Device::card(bool makes_id) const {
   }
   std::memcpy(card.unique_id.data(), id.internal, sizeof(id.internal));
   return card;
+}
+
+const Kernels* Device::kernels(std::string* problem) const {
+  std::call_once(kernels_tried_, [this] {
+    try {
+      const Current current(*this);
+      const KernelImage image(kernels_path_);
+      kernels_.emplace(cuda, image);
+    } catch (const CommError& error) {
+      kernels_problem_ = error.what();
+    }
+  });
+  if (problem != nullptr) *problem = kernels_problem_;
+  return kernels_ ? &*kernels_ : nullptr;
 }
 
 Device::Current::Current(const Device& device) : device_(device) {

@@ -1,12 +1,14 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 
 #include "core/device_call.h"
 #include "nccl/cards.h"
 #include "nccl/cuda_table.h"
+#include "nccl/kernel_image.h"
 #include "nccl/launch_order.h"
 #include "nccl/nccl_table.h"
 #include "nccl/report.h"
@@ -39,6 +41,10 @@ class Device {
   /// @param makes_id  it is the one that brings the unique id.
   Card card(bool makes_id) const;
 
+  /// Our kernels, loaded when first asked for. Calls from any thread.
+  /// @param problem  unless null, is set to why they cannot be loaded: there is no result then.
+  const Kernels* kernels(std::string* problem = nullptr) const;
+
   const CudaTable cuda;
   const int ordinal;
   /// What NCCL knows it by.
@@ -50,6 +56,12 @@ class Device {
   cudaStream_t stream = nullptr;
   /// Of the progress thread.
   LaunchOrder order;
+
+ private:
+  const std::string kernels_path_;
+  mutable std::once_flag kernels_tried_;
+  mutable std::optional<Kernels> kernels_;
+  mutable std::string kernels_problem_;
 };
 
 inline cudaStream_t stream_at(StreamAddress address) {

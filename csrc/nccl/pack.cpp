@@ -2,29 +2,13 @@
 
 #include <vector>
 
-#include "core/error.h"
-
 namespace pycomm::nccl {
-
-const Kernels* Packer::kernels() {
-  std::lock_guard lock(mutex_);
-  if (!tried_) {
-    tried_ = true;
-    try {
-      const KernelImage image(path_);
-      kernels_.emplace(device_->cuda, image);
-    } catch (const CommError&) {
-      // What CUDA copies by itself will do.
-    }
-  }
-  return kernels_ ? &*kernels_ : nullptr;
-}
 
 void Packer::copy(DType dtype, std::span<const cuda::Segment> segments, StreamAddress stream) {
   const Device::Current current(*device_);
   const CudaTable& cuda = device_->cuda;
   const cudaStream_t on = stream_at(stream);
-  const Kernels* const loaded = kernels();
+  const Kernels* const loaded = device_->kernels();
   std::vector<cuda::Segment> pieces;
   for (const cuda::Segment& segment : segments) {
     if (segment.count == 0) continue;

@@ -170,7 +170,7 @@ class CudaPlane final : public Plane {
     std::lock_guard lock(mutex_);
     if (device_ == nullptr) {
       device_ = std::make_shared<Device>(places_, ordinal);
-      packer_ = std::make_unique<Packer>(device_, places_.kernels);
+      packer_ = std::make_unique<Packer>(device_);
     }
     if (device_->ordinal != ordinal) {
       throw InvalidArgumentError(
