@@ -13,11 +13,13 @@
 namespace pycomm {
 namespace {
 
-/// The one place that turns kAuto into an algorithm. The same on all ranks: the operation's
+/// The one place that turns kAuto and kExactOrder into an algorithm. The same on all ranks: the operation's
 /// signature is compared, the tuning was agreed upon by init.
 Algorithm resolve(const Context& context, const Operation& operation) {
-  if (operation.algorithm != Algorithm::kAuto) return operation.algorithm;
-  if (context.tuning.algorithm != Algorithm::kAuto) return context.tuning.algorithm;
+  const bool in_order = operation.algorithm == Algorithm::kExactOrder;
+  if (operation.algorithm != Algorithm::kAuto && !in_order) return operation.algorithm;
+  const Algorithm tuned = context.tuning.algorithm;
+  if (tuned != Algorithm::kAuto && !(in_order && tuned == Algorithm::kRing)) return tuned;
   return choose_algorithm(context.tuning.cost, context.job_of(operation));
 }
 

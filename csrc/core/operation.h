@@ -33,15 +33,22 @@ constexpr bool reduces(Kind kind) {
   return kind == Kind::kAllReduce || kind == Kind::kReduce || kind == Kind::kReduceScatter;
 }
 
-/// Of an all-reduce between hosts; inside one host there is a single one. kNccl is what every
-/// collective on GPUs has, and none else.
+/// Of an all-reduce between hosts; inside one host there is a single one. kExactOrder asks for any
+/// that folds in the canonical order. The last two are what collectives on GPUs have, and none
+/// else: reductions that were asked for in that order the second one.
 enum class Algorithm : std::uint8_t {
   kAuto = 0,
   kDirect = 1,
   kRing = 2,
   kGatherFold = 3,
-  kNccl = 4
+  kNccl = 4,
+  kExactOrder = 5,
+  kNcclExactOrder = 6
 };
+
+constexpr bool is_on_gpus(Algorithm algorithm) {
+  return algorithm == Algorithm::kNccl || algorithm == Algorithm::kNcclExactOrder;
+}
 
 constexpr const char* name_of(Algorithm algorithm) {
   switch (algorithm) {
@@ -55,6 +62,9 @@ constexpr const char* name_of(Algorithm algorithm) {
       return "gather_fold";
     case Algorithm::kNccl:
       return "nccl";
+    case Algorithm::kExactOrder:
+    case Algorithm::kNcclExactOrder:
+      return "exact_order";
   }
   return "unknown algorithm";
 }

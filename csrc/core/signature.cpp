@@ -138,7 +138,7 @@ std::string Signature::describe() const {
     }
   }
   if (has_root(kind)) text += ", root " + std::to_string(root);
-  if (algorithm == Algorithm::kNccl) text += ", on GPUs";
+  if (is_on_gpus(algorithm)) text += ", on GPUs";
   return text;
 }
 
@@ -153,7 +153,7 @@ std::string remedy(const Signature& mine, const Signature& other) {
            "calls. Give each as many batches, or let pycomm.join() take part for those that end "
            "early.";
   }
-  if ((mine.algorithm == Algorithm::kNccl) != (other.algorithm == Algorithm::kNccl)) {
+  if (is_on_gpus(mine.algorithm) != is_on_gpus(other.algorithm)) {
     return "A call has its tensors on GPUs on every rank, or on none: pass t.cuda(), or t.cpu(), "
            "everywhere.";
   }

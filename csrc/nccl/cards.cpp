@@ -1,6 +1,7 @@
 #include "nccl/cards.h"
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <utility>
 
@@ -20,6 +21,8 @@ void put(std::array<char, length>& field, const std::string& text) {
 void Card::set_bus_id(const std::string& text) { put(bus_id, text); }
 
 void Card::set_problem(const std::string& text) { put(problem, text); }
+
+void Card::set_kernels_problem(const std::string& text) { put(kernels_problem, text); }
 
 std::string problem_of(const std::vector<Card>& cards, const Placement& placement,
                        const std::vector<int>& ranks) {
@@ -49,6 +52,21 @@ std::string problem_of(const std::vector<Card>& cards, const Placement& placemen
            "more ranks on a host than it has GPUs.";
   }
   return "";
+}
+
+std::string kernels_problem_of(const std::vector<Card>& cards) {
+  for (std::size_t rank = 0; rank < cards.size(); ++rank) {
+    if (cards[rank].kernels_problem[0] == '\0') continue;
+    return "rank " + std::to_string(rank) +
+           " has no kernels: " + cards[rank].kernels_problem.data();
+  }
+  return "";
+}
+
+std::size_t least_scratch_of(const std::vector<Card>& cards) {
+  std::size_t least = std::numeric_limits<std::size_t>::max();
+  for (const Card& card : cards) least = std::min<std::size_t>(least, card.scratch_bytes);
+  return least;
 }
 
 }  // namespace pycomm::nccl

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <array>
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -14,9 +15,13 @@ struct Card {
   std::array<char, 20> bus_id{};      // of its GPU, ends with a zero
   std::array<char, 360> problem{};    // why it cannot take part, ends with a zero; empty: it can
   std::array<char, 128> unique_id{};  // of the communicator, on rank 0's
+  /// Why our kernels cannot be loaded, ends with a zero; empty: they can.
+  std::array<char, 360> kernels_problem{};
+  std::uint64_t scratch_bytes = 0;
 
   void set_bus_id(const std::string& text);
   void set_problem(const std::string& text);
+  void set_kernels_problem(const std::string& text);
 };
 
 /// Why GPUs with these cards, by rank, cannot be connected, with the remedy; empty: they can. All
@@ -24,5 +29,11 @@ struct Card {
 /// @param ranks  what they are called; none: 0, 1, ...
 std::string problem_of(const std::vector<Card>& cards, const Placement& placement,
                        const std::vector<int>& ranks = {});
+
+/// Why one of the ranks cannot launch our kernels; empty: all can.
+std::string kernels_problem_of(const std::vector<Card>& cards);
+
+/// What every rank has for reductions in exact order.
+std::size_t least_scratch_of(const std::vector<Card>& cards);
 
 }  // namespace pycomm::nccl

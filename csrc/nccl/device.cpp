@@ -10,6 +10,7 @@ namespace pycomm::nccl {
 Device::Device(const Places& places, int ordinal_in)
     : cuda(CudaTable::load(places.cuda_folders)),
       ordinal(ordinal_in),
+      scratch_bytes(places.scratch_bytes),
       kernels_path_(places.kernels) {
   if (const int count = cuda.device_count(); ordinal < 0 || ordinal >= count) {
     throw CommError("there is no GPU " + std::to_string(ordinal) + " among the " +
@@ -34,7 +35,10 @@ Device::Device(const Places& places, int ordinal_in)
 }
 
 // What fails here fails because the GPU, or all of CUDA, is gone before us.
-Device::~Device() { cuda.cudaStreamDestroy(stream); }
+Device::~Device() {
+  if (scratch_ != nullptr) cuda.cudaFree(scratch_);
+  cuda.cudaStreamDestroy(stream);
+}
 
 Card Device::card(bool makes_id) const {
   Card card;
@@ -44,6 +48,10 @@ Card Device::card(bool makes_id) const {
     return card;
   }
   card.nccl_version = nccl->version;
+  card.scratch_bytes = scratch_bytes;
+  std::string kernels_problem;
+  kernels(&kernels_problem);
+  card.set_kernels_problem(kernels_problem);
   ncclUniqueId id{};
   static_assert(sizeof(id.internal) == sizeof(card.unique_id));
   if (makes_id) {
@@ -69,6 +77,23 @@ const Kernels* Device::kernels(std::string* problem) const {
   });
   if (problem != nullptr) *problem = kernels_problem_;
   return kernels_ ? &*kernels_ : nullptr;
+}
+
+std::byte* Device::scratch() const {
+  if (scratch_ == nullptr) {
+    const Current current(*this);
+    if (const cudaError_t result = cuda.cudaMalloc(&scratch_, scratch_bytes);
+        result != cudaSuccess) {
+      cuda.cudaGetLastError();  // so that PyTorch does not find our error
+      throw CommError("GPU " + std::to_string(ordinal) + " has no " +
+                      std::to_string(scratch_bytes) +
+                      " bytes left for what a reduction in exact order receives (cudaMalloc: " +
+                      cuda.cudaGetErrorString(result) +
+                      ").\n  torch.cuda.empty_cache() gives back what PyTorch keeps; smaller "
+                      "batches need less.");
+    }
+  }
+  return static_cast<std::byte*>(scratch_);
 }
 
 Device::Current::Current(const Device& device) : device_(device) {

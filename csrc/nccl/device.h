@@ -45,8 +45,14 @@ class Device {
   /// @param problem  unless null, is set to why they cannot be loaded: there is no result then.
   const Kernels* kernels(std::string* problem = nullptr) const;
 
+  /// `scratch_bytes` that calls use one after the other, in the order of `stream`. Of the progress
+  /// thread.
+  /// @throws CommError  there is not so much memory left.
+  std::byte* scratch() const;
+
   const CudaTable cuda;
   const int ordinal;
+  const std::size_t scratch_bytes;
   /// What NCCL knows it by.
   std::string bus_id;
   /// Empty, and why, where there is no usable NCCL: the other ranks have to hear of it.
@@ -62,6 +68,7 @@ class Device {
   mutable std::once_flag kernels_tried_;
   mutable std::optional<Kernels> kernels_;
   mutable std::string kernels_problem_;
+  mutable void* scratch_ = nullptr;
 };
 
 inline cudaStream_t stream_at(StreamAddress address) {

@@ -4,6 +4,7 @@ namespace pycomm::nccl {
 
 Exchange::Exchange(const Communicator& communicator, std::size_t element_bytes)
     : communicator_(communicator),
+      current_(communicator.device()),
       nccl_(*communicator.device().nccl),
       element_bytes_(element_bytes) {
   communicator_.check(nccl_.ncclGroupStart(), "ncclGroupStart");

@@ -3,6 +3,7 @@
 #include <cstddef>
 
 #include "nccl/communicator.h"
+#include "nccl/device.h"
 
 namespace pycomm::nccl {
 
@@ -25,6 +26,7 @@ class Exchange {
 
  private:
   const Communicator& communicator_;
+  const Device::Current current_;
   const NcclTable& nccl_;
   const std::size_t element_bytes_;
   bool finished_ = false;

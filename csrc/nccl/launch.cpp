@@ -175,7 +175,8 @@ void exchange(const Communicator& communicator, const Operation& operation, int 
 }  // namespace
 
 std::string problem_of(const Operation& operation) {
-  if (operation.algorithm != Algorithm::kAuto) {
+  if (operation.algorithm == Algorithm::kExactOrder && is_scalable(operation.dtype)) return "";
+  if (operation.algorithm != Algorithm::kAuto && operation.algorithm != Algorithm::kExactOrder) {
     return std::string("algorithm is ") + name_of(operation.algorithm) +
            ", and NCCL chooses by itself on GPUs.\n  Pass algorithm=None, or CPU tensors.";
   }

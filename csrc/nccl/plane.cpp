@@ -10,6 +10,7 @@
 #include "collectives/run.h"
 #include "nccl/communicator.h"
 #include "nccl/device.h"
+#include "nccl/exact_order.h"
 #include "nccl/in_flight.h"
 #include "nccl/launch.h"
 #include "nccl/memory.h"
@@ -46,11 +47,16 @@ class NcclGroup final : public GpuGroup {
 
  private:
   Task<> connect(Context& context);
+  /// @throws RefusedError  these ranks cannot reduce in exact order.
+  void check_exact_order(const Context& context, const Operation& operation) const;
 
   const std::shared_ptr<Device> device_;
   const std::uint64_t id_;
   Registry registry_;  // its memory outlives the communicator
   std::unique_ptr<Communicator> communicator_;
+  // What the ranks' cards say about exact order.
+  std::string kernels_problem_;
+  std::size_t scratch_bytes_ = 0;
   InFlight calls_;
   bool launching_ = false;
 };
@@ -71,7 +77,12 @@ Task<> NcclGroup::run(Context& context, const Operation& operation) {
     co_await registry_.add(context, *communicator_, operation.device_memory);
     co_return;
   }
-  {
+  if (needs_exact_order(operation)) {
+    check_exact_order(context, operation);
+    call->begin();
+    co_await reduce_in_exact_order(*communicator_, operation, context.placement, context.rank,
+                                   scratch_bytes_);
+  } else {
     const Device::Current current(*device_);
     call->begin();
     launch(*communicator_, operation, context.rank, context.size());
@@ -95,12 +106,24 @@ Task<> NcclGroup::connect(Context& context) {
   if (const std::string problem = problem_of(cards, context.placement); !problem.empty()) {
     throw RefusedError("this group's GPUs cannot be connected: " + problem);
   }
+  kernels_problem_ = kernels_problem_of(cards);
+  scratch_bytes_ = least_scratch_of(cards);
   ncclUniqueId id;
   std::memcpy(id.internal, cards[0].unique_id.data(), sizeof(id.internal));
   auto communicator = std::make_unique<Communicator>(device_, id, context.size(), context.rank);
   Communicator::Accepted connected(*communicator);
   co_await until(connected);
   communicator_ = std::move(communicator);
+}
+
+void NcclGroup::check_exact_order(const Context& context, const Operation& operation) const {
+  std::string problem = kernels_problem_;
+  if (problem.empty()) {
+    problem = problem_of_exact_order(operation, context.placement, scratch_bytes_);
+  }
+  if (problem.empty()) return;
+  throw RefusedError(describe_call(context, operation) +
+                     ": this group's GPUs cannot reduce in exact order: " + problem);
 }
 
 void NcclGroup::poll() {
@@ -133,7 +156,8 @@ class CudaPlane final : public Plane {
     if (const std::string problem = problem_of(operation); !problem.empty()) {
       throw InvalidArgumentError(std::string(name_of(operation.kind)) + ": " + problem);
     }
-    operation.algorithm = Algorithm::kNccl;
+    const bool in_order = operation.algorithm == Algorithm::kExactOrder;
+    operation.algorithm = in_order ? Algorithm::kNcclExactOrder : Algorithm::kNccl;
     const auto gpu = device(name_of(operation.kind), operation.device);
     if (operation.kind == Kind::kAllocateOnDevice) {
       operation.device_memory = std::make_shared<Memory>(gpu, operation.count, operation.stream);

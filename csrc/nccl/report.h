@@ -1,16 +1,20 @@
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <vector>
 
 namespace pycomm::nccl {
 
-/// Where the GPU plane's libraries may lie, beside the places the dynamic loader knows.
+/// Where the GPU plane's libraries may lie, beside the places the dynamic loader knows, and what it
+/// may take.
 struct Places {
   std::vector<std::string> cuda_folders;
   std::vector<std::string> nccl_folders;
   /// libpycomm_cuda.so.
   std::string kernels;
+  /// Of the GPU's memory, for all reductions in exact order; the smallest of a group's ranks holds.
+  std::size_t scratch_bytes = 32 << 20;
 };
 
 /// What of the GPU plane is here. Each text is one line, or two where a problem has a remedy.

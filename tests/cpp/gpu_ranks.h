@@ -19,6 +19,11 @@ inline void use_the_double() {
   setenv("PYCOMM_NCCL_LIBRARY", DOUBLE_NCCL, 1);
 }
 
+/// @param scratch_bytes  little, as the double's GPUs have little memory.
+inline pycomm::nccl::Places places_of_the_double(std::size_t scratch_bytes = 1 << 20) {
+  return {{}, {}, DOUBLE_IMAGE, scratch_bytes};
+}
+
 /// A rank's GPU (of the double) as its training loop has it: a stream, and memory on it.
 class Gpu {
  public:
@@ -93,14 +98,15 @@ class Gpu {
 /// left of them, and the double must have had nothing to blame.
 inline std::vector<std::string> run_gpu_ranks_catching(
     const std::vector<int>& hosts, const std::function<void(pycomm::Group&, Gpu&)>& body,
-    double timeout_s = 20, const std::string& kernels = DOUBLE_IMAGE) {
+    double timeout_s = 20, const pycomm::nccl::Places& places = places_of_the_double()) {
   use_the_double();
-  const auto errors = run_ranks_catching(hosts,
-                                         [&](pycomm::Group& group) {
-                                           Gpu gpu(group.rank());
-                                           body(group, gpu);
-                                         },
-                                         timeout_s, {}, {{}, {}, kernels});
+  const auto errors = run_ranks_catching(
+      hosts,
+      [&](pycomm::Group& group) {
+        Gpu gpu(group.rank());
+        body(group, gpu);
+      },
+      timeout_s, {}, places);
   CHECK_EQUAL(gpu_double::errors(), "");
   const auto left = gpu_double::census();
   CHECK_EQUAL(left.communicators, 0);

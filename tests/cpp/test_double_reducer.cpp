@@ -148,8 +148,9 @@ TEST(double_gradients_of_a_bucket_are_copied_by_one_kernel) {
 TEST(double_gradients_are_copied_one_by_one_where_there_are_no_kernels) {
   const int before = gpu_double::kernel_launches();
   under_every_schedule([] {
-    const auto errors = run_gpu_ranks_catching(
-        {0, 0}, [](Group& group, Gpu& gpu) { train(group, gpu, 4096); }, 20, "/nowhere.so");
+    const auto errors =
+        run_gpu_ranks_catching({0, 0}, [](Group& group, Gpu& gpu) { train(group, gpu, 4096); }, 20,
+                               {{}, {}, "/nowhere.so"});
     check_all(errors, "");
     CHECK_EQUAL(errors[0] + errors[1], "");
   });

@@ -3,6 +3,8 @@
 
 using pycomm::Placement;
 using pycomm::nccl::Card;
+using pycomm::nccl::kernels_problem_of;
+using pycomm::nccl::least_scratch_of;
 using pycomm::nccl::problem_of;
 
 namespace {
@@ -46,4 +48,16 @@ TEST(what_one_rank_lacks_is_told_first_and_cut_to_fit) {
       problem_of({card(23203, "0000:10:00.0"), lacking}, Placement::of({"a", "a"}));
   CHECK(problem.starts_with("rank 1 cannot use NCCL: NCCL: none was found..."));
   CHECK(problem.size() < 500);
+}
+
+TEST(what_exact_order_needs_is_told_of_the_first_rank_without_and_by_the_least) {
+  Card first = card(23203, "0000:10:00.0");
+  first.scratch_bytes = 4096;
+  Card second = card(23203, "0000:11:00.0");
+  second.scratch_bytes = 1024;
+  CHECK_EQUAL(kernels_problem_of({first, second}), "");
+  CHECK_EQUAL(least_scratch_of({first, second}), 1024u);
+  second.set_kernels_problem("there is no such file");
+  CHECK_EQUAL(kernels_problem_of({first, second}), "rank 1 has no kernels: there is no such file");
+  CHECK_EQUAL(problem_of({first, second}, Placement::of({"a", "a"})), "");  // NCCL goes without
 }
