@@ -40,6 +40,7 @@ class Algorithm(enum.Enum):
     DIRECT = 1
     RING = 2
     GATHER_FOLD = 3
+    EXACT_ORDER = 5
 
 class CostModel:
     """What the machine costs, in seconds."""
@@ -155,6 +156,7 @@ class Group:
         divisor: int = 0,
         prescale: float = 1.0,
         postscale: float = 1.0,
+        algorithm: Algorithm = ...,
         shape: Sequence[int] | None = None,
         name: str = "",
         place: tuple[int, int] | None = None,
@@ -173,6 +175,7 @@ class Group:
         divisor: int = 0,
         prescale: float = 1.0,
         postscale: float = 1.0,
+        algorithm: Algorithm = ...,
         shape: Sequence[int] | None = None,
         name: str = "",
         place: tuple[int, int] | None = None,
@@ -438,6 +441,7 @@ class Reducer:
         buckets: Sequence[Bucket],
         store: BucketStore,
         overlap: bool,
+        algorithm: Algorithm = ...,
     ) -> None: ...
     @property
     def buckets(self) -> list[Bucket]: ...
@@ -497,13 +501,16 @@ class GpuReport:
     def kernels(self) -> str: ...
 
 class GpuPlaces:
-    """Where CUDA, NCCL and our kernels may lie, beside where the loader looks."""
+    """Where CUDA, NCCL and our kernels may lie, beside where the loader looks, and how much of a
+    GPU's memory reductions in exact order may take.
+    """
 
     def __init__(
         self,
         cuda_folders: Sequence[str] = (),
         nccl_folders: Sequence[str] = (),
         kernels: str = "",
+        scratch_bytes: int = ...,
     ) -> None: ...
 
 def gpu_report(places: GpuPlaces) -> GpuReport:

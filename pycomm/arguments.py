@@ -4,7 +4,7 @@ import math
 import numbers
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -159,6 +159,36 @@ def algorithm_named(call: str, algorithm: Algorithm | str, group: Group) -> Algo
             f"  Pass {names}, a pycomm.Algorithm, or None to let the cost model choose.",
         )
     return _ALGORITHMS[algorithm]
+
+
+Precision = Literal["exact_order"]
+
+
+def reduction_algorithm(
+    call: str,
+    precision: Precision | None,
+    group: Group,
+    algorithm: Algorithm | str | None = None,
+) -> Algorithm:
+    """The core's algorithm of a reduction that must, or need not, have the canonical order."""
+    chosen = Algorithm.AUTO if algorithm is None else algorithm_named(call, algorithm, group)
+    if precision is None:
+        return chosen
+    if precision != "exact_order":
+        refuse(
+            call,
+            group,
+            f"precision is {precision!r}.\n"
+            '  Pass "exact_order" for the same bits at every message size, on GPUs too; or None.',
+        )
+    if chosen is Algorithm.RING:
+        refuse(
+            call,
+            group,
+            'precision is "exact_order", and algorithm is "ring", which folds in another order.\n'
+            "  Leave one of them out.",
+        )
+    return Algorithm.EXACT_ORDER if chosen is Algorithm.AUTO else chosen
 
 
 def root_rank(call: str, root: int, group: Group) -> int:

@@ -81,6 +81,7 @@ def lay_out(
     *,
     bucket_cap_bytes: int,
     overlap: bool,
+    algorithm: _core.Algorithm = _core.Algorithm.AUTO,
 ) -> _core.Reducer:
     """Agree on buckets and give each slot its view of its own. Collective.
 
@@ -123,6 +124,7 @@ def lay_out(
         buckets=buckets,
         store=store,
         overlap=overlap,
+        algorithm=algorithm,
     )
     _keep_heap()
     for number, bucket in enumerate(buckets):

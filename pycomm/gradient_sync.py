@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from pycomm import _core, device
+from pycomm.arguments import Precision
 from pycomm.end_of_backward import EndOfBackward, no_backward
 from pycomm.errors import CommError, InvalidArgumentError
 from pycomm.gradient_layout import DEFAULT_BUCKET_CAP_BYTES, Slot, lay_out
@@ -30,6 +31,7 @@ class SyncOptions:
     average_accumulated: bool = False
     sparse_as_dense: bool = False
     overlap: bool = True
+    precision: Precision | None = None
 
     def check(self) -> None:
         if self.op not in (_core.ReduceOp.AVG, _core.ReduceOp.SUM):
@@ -40,6 +42,10 @@ class SyncOptions:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InvalidArgumentError(f"{name} is {value!r}. Pass a positive integer.")
+        if self.precision not in (None, "exact_order"):
+            raise InvalidArgumentError(
+                f'precision is {self.precision!r}. Pass "exact_order", or None.'
+            )
 
 
 class Announce(Protocol):
@@ -435,6 +441,11 @@ class GradientSync:
             self.group,
             bucket_cap_bytes=self.options.bucket_cap_bytes,
             overlap=self.options.overlap,
+            algorithm=(
+                _core.Algorithm.AUTO
+                if self.options.precision is None
+                else _core.Algorithm.EXACT_ORDER
+            ),
         )
         place = device.place_of(planned[0].param) if planned else None
         self._gpu = None if place is None else place[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pycomm import _core
-from pycomm.arguments import reducible
+from pycomm.arguments import Precision, reducible
 from pycomm.errors import CommError, InvalidArgumentError
 from pycomm.gradient_layout import DEFAULT_BUCKET_CAP_BYTES
 from pycomm.gradient_sync import GradientSync, SyncOptions
@@ -71,7 +71,7 @@ class DistributedOptimizer(Optimizer):
     must come between); ``create_graph=True``.
 
     Args:
-        optimizer: to be wrapped. Its parameters are dense CPU tensors.
+        optimizer: to be wrapped. Its parameters are dense, all on the CPU or all on one GPU.
         named_parameters: names for errors and for the check that all ranks have the same model;
             may name more than the optimizer holds. The optimizer's own names, or numbers, if None.
         op: ``AVG``, or ``SUM``.
@@ -84,6 +84,8 @@ class DistributedOptimizer(Optimizer):
         overlap: False reduces everything at the end of backward. For a graph in which a parameter's
             gradient arrives in a different number of pieces from pass to pass (a weight in a
             varying number of re-entrant checkpoints), which is refused otherwise.
+        precision: "exact_order" gives gradients on GPUs the bits that they have on the host, as in
+            ``all_reduce``.
 
     Raises:
         InvalidArgumentError: a parameter without a name or two with the same, on an unsupported
@@ -106,6 +108,7 @@ class DistributedOptimizer(Optimizer):
         average_accumulated: bool = False,
         sparse_as_dense: bool = False,
         overlap: bool = True,
+        precision: Precision | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: it would make param_groups and state of its own.
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, DistributedOptimizer):
@@ -122,6 +125,7 @@ class DistributedOptimizer(Optimizer):
             average_accumulated=average_accumulated,
             sparse_as_dense=sparse_as_dense,
             overlap=overlap,
+            precision=precision,
         )
         self._parameters = OwnedParameters()
         self._sync: GradientSync | None = None

@@ -333,7 +333,11 @@ def _arena_bytes(environ: Mapping[str, str]) -> int:
 
 def _algorithm(environ: Mapping[str, str]) -> _core.Algorithm:
     text = environ.get("PYCOMM_ALGORITHM", "auto")
-    choices = {algorithm.name.lower(): algorithm for algorithm in _core.Algorithm}
+    choices = {
+        algorithm.name.lower(): algorithm
+        for algorithm in _core.Algorithm
+        if algorithm is not _core.Algorithm.EXACT_ORDER  # the default has it
+    }
     if text not in choices:
         raise InvalidArgumentError(
             f"init: PYCOMM_ALGORITHM={text!r} is no algorithm. Choose one of {', '.join(choices)}."

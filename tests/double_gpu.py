@@ -38,7 +38,10 @@ class Double:
     def __init__(self) -> None:
         targets = ["double_cudart", "double_nccl", "double_image"]
         subprocess.run(["cmake", "--build", BUILD, "--target", *targets], check=True)
-        self.places = _core.GpuPlaces(kernels=str(BUILD / "libdouble_image.so"))
+        self.places = _core.GpuPlaces(
+            kernels=str(BUILD / "libdouble_image.so"),
+            scratch_bytes=1 << 20,  # there is little memory
+        )
         self.cuda = ctypes.CDLL(str(BUILD / "libdouble_cudart.so"), mode=ctypes.RTLD_GLOBAL)
         self.cuda.gpu_double_reachable.restype = ctypes.c_void_p
         self.cuda.gpu_double_errors.restype = ctypes.c_char_p

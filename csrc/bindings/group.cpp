@@ -67,6 +67,7 @@ struct Reduction {
   std::int64_t divisor;
   double prescale;
   double postscale;
+  Algorithm algorithm;
 };
 
 void set_reduction(Operation& operation, const Reduction& reduction) {
@@ -74,6 +75,7 @@ void set_reduction(Operation& operation, const Reduction& reduction) {
   operation.divisor = reduction.divisor;
   operation.prescale = reduction.prescale;
   operation.postscale = reduction.postscale;
+  operation.algorithm = reduction.algorithm;
 }
 
 void set_memory(Operation& operation, std::uintptr_t input, std::uintptr_t output,
@@ -91,31 +93,30 @@ std::shared_ptr<Work> all_reduce(Group& group, std::uintptr_t input, std::uintpt
                                  double timeout_s, bool async_op) {
   Call call(group, Kind::kAllReduce, shape, std::move(name), place, timeout_s);
   set_memory(call.operation, input, output, count, dtype);
-  set_reduction(call.operation, {op, divisor, prescale, postscale});
-  call.operation.algorithm = algorithm;
+  set_reduction(call.operation, {op, divisor, prescale, postscale, algorithm});
   return call.issue(async_op);
 }
 
 std::shared_ptr<Work> reduce(Group& group, std::uintptr_t input, std::uintptr_t output,
                              std::size_t count, DType dtype, ReduceOp op, int root,
-                             std::int64_t divisor, double prescale, double postscale,
+                             std::int64_t divisor, double prescale, double postscale, Algorithm algorithm,
                              const py::object& shape, std::string name, const Place& place,
                              double timeout_s, bool async_op) {
   Call call(group, Kind::kReduce, shape, std::move(name), place, timeout_s);
   set_memory(call.operation, input, output, count, dtype);
-  set_reduction(call.operation, {op, divisor, prescale, postscale});
+  set_reduction(call.operation, {op, divisor, prescale, postscale, algorithm});
   call.operation.root = root;
   return call.issue(async_op);
 }
 
 std::shared_ptr<Work> reduce_scatter(Group& group, std::uintptr_t input, std::uintptr_t output,
                                      std::size_t count, DType dtype, ReduceOp op,
-                                     std::int64_t divisor, double prescale, double postscale,
+                                     std::int64_t divisor, double prescale, double postscale, Algorithm algorithm,
                                      const py::object& shape, std::string name, const Place& place,
                                      double timeout_s, bool async_op) {
   Call call(group, Kind::kReduceScatter, shape, std::move(name), place, timeout_s);
   set_memory(call.operation, input, output, count, dtype);
-  set_reduction(call.operation, {op, divisor, prescale, postscale});
+  set_reduction(call.operation, {op, divisor, prescale, postscale, algorithm});
   return call.issue(async_op);
 }
 
@@ -196,6 +197,7 @@ void bind_group(py::module_& module) {
   const auto divisor = py::arg("divisor") = 0;
   const auto prescale = py::arg("prescale") = 1.0;
   const auto postscale = py::arg("postscale") = 1.0;
+  const auto algorithm = py::arg("algorithm") = Algorithm::kAuto;
   const auto output_counts = py::arg("output_counts") = no_counts;
   const auto no_shape = py::arg("shape") = py::none();
   const auto no_name = py::arg("name") = "";
@@ -213,12 +215,12 @@ void bind_group(py::module_& module) {
       .def_property_readonly("memory_bytes", &Group::memory_bytes,
                              "What this rank reserves for the group beside its buckets.")
       .def("all_reduce", &all_reduce, input, output, count, dtype, op, py::kw_only(), divisor,
-           prescale, postscale, py::arg("algorithm") = Algorithm::kAuto, no_shape, no_name, on_host,
+           prescale, postscale, algorithm, no_shape, no_name, on_host,
            timeout, async_op)
       .def("reduce", &reduce, input, output, count, dtype, op, root, py::kw_only(), divisor,
-           prescale, postscale, no_shape, no_name, on_host, timeout, async_op)
+           prescale, postscale, algorithm, no_shape, no_name, on_host, timeout, async_op)
       .def("reduce_scatter", &reduce_scatter, input, output, count, dtype, op, py::kw_only(),
-           divisor, prescale, postscale, no_shape, no_name, on_host, timeout, async_op)
+           divisor, prescale, postscale, algorithm, no_shape, no_name, on_host, timeout, async_op)
       .def("broadcast", &from_root<Kind::kBroadcast>, input, output, count, dtype, root,
            py::kw_only(), no_shape, no_name, on_host, timeout, async_op)
       .def("scatter", &from_root<Kind::kScatter>, input, output, count, dtype, root, py::kw_only(),

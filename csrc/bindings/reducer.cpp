@@ -36,7 +36,8 @@ std::shared_ptr<Reducer> make_reducer(std::shared_ptr<Group> group,
                                       const std::vector<std::size_t>& counts,
                                       const std::vector<std::uint32_t>& expected_firings,
                                       std::vector<Bucket> buckets,
-                                      std::shared_ptr<BucketStore> store, bool overlap) {
+                                      std::shared_ptr<BucketStore> store, bool overlap,
+                                      Algorithm algorithm) {
   const auto specs = specs_of(dtypes, counts);
   std::vector<Reducer::Parameter> parameters;
   for (std::size_t i = 0; i < specs.size(); ++i) {
@@ -47,7 +48,7 @@ std::shared_ptr<Reducer> make_reducer(std::shared_ptr<Group> group,
     delete reducer;
   };
   return {new Reducer(std::move(group), std::move(parameters), std::move(buckets), std::move(store),
-                      overlap),
+                      overlap, algorithm),
           destroy};
 }
 
@@ -132,7 +133,7 @@ void bind_reducer(py::module_& module) {
   py::class_<Reducer, std::shared_ptr<Reducer>>(module, "Reducer")
       .def(py::init(&make_reducer), py::arg("group"), py::kw_only(), py::arg("names"),
            py::arg("dtypes"), py::arg("counts"), py::arg("expected_firings"), py::arg("buckets"),
-           py::arg("store"), py::arg("overlap"))
+           py::arg("store"), py::arg("overlap"), py::arg("algorithm") = Algorithm::kAuto)
       .def_property_readonly("buckets", &Reducer::buckets)
       .def_property_readonly("launched", &Reducer::launched)
       .def("begin", &Reducer::begin, py::arg("op"), py::arg("divisor"), py::arg("label"))

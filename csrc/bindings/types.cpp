@@ -46,11 +46,13 @@ void bind_types(py::module_& module) {
   py::native_enum<Algorithm>(
       module, "Algorithm", "enum.Enum",
       "Of an all-reduce between hosts. AUTO chooses by cost among those that keep the canonical "
-      "order: DIRECT and GATHER_FOLD. RING folds in a rotated one.")
+      "order: DIRECT and GATHER_FOLD. RING folds in a rotated one. EXACT_ORDER is AUTO where the "
+      "order must not be another, on GPUs too.")
       .value("AUTO", Algorithm::kAuto)
       .value("DIRECT", Algorithm::kDirect)
       .value("RING", Algorithm::kRing)
       .value("GATHER_FOLD", Algorithm::kGatherFold)
+      .value("EXACT_ORDER", Algorithm::kExactOrder)
       .finalize();
   py::class_<Channel, std::shared_ptr<Channel>>(
       module, "Channel", "Point-to-point messages between hosts; made by pycomm._mpi.");

@@ -27,14 +27,15 @@ std::string describe(std::size_t index, const Bucket& bucket,
 }  // namespace
 
 Reducer::Reducer(std::shared_ptr<Group> group, std::vector<Parameter> parameters,
-                 std::vector<Bucket> buckets, std::shared_ptr<BucketStore> store, bool overlap)
+                 std::vector<Bucket> buckets, std::shared_ptr<BucketStore> store, bool overlap, Algorithm algorithm)
     : group_(std::move(group)),
       parameters_(std::move(parameters)),
       buckets_(std::move(buckets)),
       fired_(parameters_.size()),
       state_(buckets_.size()),
       store_(std::move(store)),
-      overlap_(overlap) {
+      overlap_(overlap),
+      algorithm_(algorithm) {
   for (std::size_t b = 0; b < buckets_.size(); ++b) {
     const Bucket& bucket = buckets_[b];
     state_[b].description = describe(b, bucket, parameters_);
@@ -131,6 +132,7 @@ void Reducer::launch_next(StreamAddress stream) {
   operation.kind = Kind::kAllReduce;
   operation.dtype = bucket.dtype;
   operation.op = op_;
+  operation.algorithm = algorithm_;
   operation.divisor = divisor_;
   operation.name = pass() + ", " + state_[b].description;
   store_->launch(b, contribution, std::move(operation), stream);

@@ -35,8 +35,10 @@ class Reducer {
 
   /// @param store    of these buckets, for these parameters.
   /// @param overlap  false: launch nothing before finish().
+  /// @param algorithm  of the all-reduces.
   Reducer(std::shared_ptr<Group> group, std::vector<Parameter> parameters,
-          std::vector<Bucket> buckets, std::shared_ptr<BucketStore> store, bool overlap);
+          std::vector<Bucket> buckets, std::shared_ptr<BucketStore> store, bool overlap,
+          Algorithm algorithm = Algorithm::kAuto);
   ~Reducer();
   Reducer(const Reducer&) = delete;
   Reducer& operator=(const Reducer&) = delete;
@@ -105,6 +107,7 @@ class Reducer {
   std::vector<BucketState> state_;
   const std::shared_ptr<BucketStore> store_;
   const bool overlap_;
+  const Algorithm algorithm_;
 
   bool open_ = false;
   std::size_t launched_ = 0;  // buckets of this pass, a prefix of buckets_

@@ -9,14 +9,12 @@ from torch.autograd.graph import increment_version
 
 from pycomm import tensor_calls
 from pycomm._core import Algorithm, Group, ReduceOp
-from pycomm.arguments import algorithm_named, check_scales, reducible, seconds
+from pycomm.arguments import Precision, check_scales, reducible, reduction_algorithm, seconds
 from pycomm.collectives.autograd import blocking_only, followed, linear, linear_only
 from pycomm.device import place_of
 from pycomm.memory import dense, laid_out_like, memory_order, writable
 from pycomm.runtime import group_of
 from pycomm.work import Work, nothing, outcome
-
-_AUTO = Algorithm.AUTO
 
 
 @overload
@@ -26,6 +24,7 @@ def all_reduce(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     algorithm: Algorithm | str | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
@@ -38,6 +37,7 @@ def all_reduce(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     algorithm: Algorithm | str | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
@@ -49,6 +49,7 @@ def all_reduce(
     *,
     prescale: float = 1.0,
     postscale: float = 1.0,
+    precision: Precision | None = None,
     algorithm: Algorithm | str | None = None,
     group: Group | None = None,
     timeout_s: float | None = None,
@@ -69,9 +70,12 @@ def all_reduce(
         prescale, postscale: factors of every input and of the result, the same on every rank,
             applied where the sum is accumulated, before its one rounding. Floating and complex
             dtypes only.
+        precision: "exact_order" makes CUDA tensors be folded as CPU tensors are: in that order,
+            rounded once, the same bits at every message size. None leaves them to NCCL, which
+            rounds 16-bit floats at every hop, in an order of its own choice. CPU tensors have that
+            order anyway, unless by the ring, which is then refused.
         algorithm: between hosts "direct", "ring" or "gather_fold"; the cost model's choice if
-            None. All but the ring give the same bits. On GPUs it is NCCL's choice, and so are the
-            bits (docs/collectives.md).
+            None. All but the ring give the same bits. On GPUs it is NCCL's choice.
         group: the ranks taking part, the world if None; every one of them makes this call.
         timeout_s: seconds for the whole call, not per message; the group's default if None.
         async_op: return at once; leave ``t`` alone until ``Work.wait()``, which returns the result.
@@ -93,6 +97,7 @@ def all_reduce(
         and not t.requires_grad
         and timeout_s is None
         and algorithm is None
+        and precision is None
         and prescale == 1
         and postscale == 1
         and not async_op
@@ -112,6 +117,7 @@ def all_reduce(
             op=op,
             prescale=prescale,
             postscale=postscale,
+            precision=precision,
             algorithm=algorithm,
             group=group,
             timeout_s=timeout_s,
@@ -127,7 +133,7 @@ def all_reduce(
         op,
         prescale=prescale,
         postscale=postscale,
-        algorithm=_AUTO if algorithm is None else algorithm_named("all_reduce", algorithm, group),
+        algorithm=reduction_algorithm("all_reduce", precision, group, algorithm),
         shape=t.shape,
         place=place_of(output),
         timeout_s=seconds("all_reduce", timeout_s, group),
@@ -143,6 +149,7 @@ def all_reduce_(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     algorithm: Algorithm | str | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
@@ -155,6 +162,7 @@ def all_reduce_(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     algorithm: Algorithm | str | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
@@ -167,6 +175,7 @@ def all_reduce_(
     *,
     prescale: float = 1.0,
     postscale: float = 1.0,
+    precision: Precision | None = None,
     algorithm: Algorithm | str | None = None,
     group: Group | None = None,
     timeout_s: float | None = None,
@@ -177,7 +186,7 @@ def all_reduce_(
     Args:
         t: overwritten; its elements fill one piece of memory (contiguous, channels-last, ...),
             which lies in the same order on every rank.
-        op, prescale, postscale, algorithm, group, timeout_s: as for ``all_reduce``.
+        op, prescale, postscale, precision, algorithm, group, timeout_s: as for ``all_reduce``.
         async_op: return at once; the result is valid after ``Work.wait()``.
 
     Returns:
@@ -202,7 +211,7 @@ def all_reduce_(
         op,
         prescale=prescale,
         postscale=postscale,
-        algorithm=_AUTO if algorithm is None else algorithm_named("all_reduce_", algorithm, group),
+        algorithm=reduction_algorithm("all_reduce_", precision, group, algorithm),
         shape=t.shape,
         name=memory_order("all_reduce_", "t", t, group),
         place=place_of(t),

@@ -7,7 +7,15 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from pycomm._core import Group, ReduceOp
-from pycomm.arguments import check_scales, movable, reducible, root_rank, seconds
+from pycomm.arguments import (
+    Precision,
+    check_scales,
+    movable,
+    reducible,
+    reduction_algorithm,
+    root_rank,
+    seconds,
+)
 from pycomm.collectives.autograd import (
     blocking_only,
     followed,
@@ -160,6 +168,7 @@ def reduce(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
     async_op: Literal[False] = ...,
@@ -172,6 +181,7 @@ def reduce(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
     async_op: Literal[True],
@@ -183,6 +193,7 @@ def reduce(
     *,
     prescale: float = 1.0,
     postscale: float = 1.0,
+    precision: Precision | None = None,
     group: Group | None = None,
     timeout_s: float | None = None,
     async_op: bool = False,
@@ -194,7 +205,7 @@ def reduce(
     Args:
         t: same shape and dtype on every rank, any strides; left as it was.
         root: a rank of the group.
-        op, prescale, postscale, group, timeout_s, async_op: as for ``all_reduce``.
+        op, prescale, postscale, precision, group, timeout_s, async_op: as for ``all_reduce``.
 
     Returns:
         On the root a tensor like ``t``, elsewhere None; or a ``Work`` whose ``wait()`` returns
@@ -221,6 +232,7 @@ def reduce(
                 op,
                 prescale=prescale,
                 postscale=postscale,
+                precision=precision,
                 group=group,
                 timeout_s=timeout_s,
             )
@@ -243,6 +255,7 @@ def reduce(
         root,
         prescale=prescale,
         postscale=postscale,
+        algorithm=reduction_algorithm("reduce", precision, group),
         shape=t.shape,
         place=place_of(source),
         timeout_s=seconds("reduce", timeout_s, group),
@@ -261,6 +274,7 @@ def reduce_(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
     async_op: Literal[False] = ...,
@@ -273,6 +287,7 @@ def reduce_(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
     async_op: Literal[True],
@@ -285,6 +300,7 @@ def reduce_(
     *,
     prescale: float = 1.0,
     postscale: float = 1.0,
+    precision: Precision | None = None,
     group: Group | None = None,
     timeout_s: float | None = None,
     async_op: bool = False,
@@ -294,7 +310,7 @@ def reduce_(
     Args:
         t: as for ``all_reduce_``, but left as it was on all ranks but the root.
         root: a rank of the group.
-        op, prescale, postscale, group, timeout_s, async_op: as for ``all_reduce_``.
+        op, prescale, postscale, precision, group, timeout_s, async_op: as for ``all_reduce_``.
 
     Returns:
         None, or a ``Work``.
@@ -317,6 +333,7 @@ def reduce_(
         root,
         prescale=prescale,
         postscale=postscale,
+        algorithm=reduction_algorithm("reduce_", precision, group),
         shape=t.shape,
         name=memory_order("reduce_", "t", t, group),
         place=place_of(t),

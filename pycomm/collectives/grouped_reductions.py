@@ -6,8 +6,15 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from pycomm._core import Group, ReduceOp
-from pycomm.arguments import check_scales, divided, reducible, seconds
+from pycomm._core import Algorithm, Group, ReduceOp
+from pycomm.arguments import (
+    Precision,
+    check_scales,
+    divided,
+    reducible,
+    reduction_algorithm,
+    seconds,
+)
 from pycomm.collectives.all_reduce import all_reduce
 from pycomm.collectives.autograd import followed, gradient_factor, linear_only
 from pycomm.collectives.packs import (
@@ -32,6 +39,7 @@ def all_reduce_grouped(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
     async_op: Literal[False] = ...,
@@ -43,6 +51,7 @@ def all_reduce_grouped(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
     async_op: Literal[True],
@@ -53,6 +62,7 @@ def all_reduce_grouped(
     *,
     prescale: float = 1.0,
     postscale: float = 1.0,
+    precision: Precision | None = None,
     group: Group | None = None,
     timeout_s: float | None = None,
     async_op: bool = False,
@@ -63,7 +73,7 @@ def all_reduce_grouped(
 
     Args:
         tensors: the same shapes and dtypes in the same order on every rank, any strides.
-        op, prescale, postscale, group, timeout_s, async_op: as for ``all_reduce``.
+        op, prescale, postscale, precision, group, timeout_s, async_op: as for ``all_reduce``.
 
     Returns:
         A contiguous tensor for each of ``tensors``, parts of one piece of memory for each dtype; or
@@ -76,7 +86,8 @@ def all_reduce_grouped(
     call = "all_reduce_grouped"
     packs = _reducible_packs(call, tensors, op, prescale, postscale, group, async_op)
     limit_s = seconds(call, timeout_s, group)
-    start = _all_reduction(op, prescale, postscale, group, limit_s, async_op)
+    algorithm = reduction_algorithm(call, precision, group)
+    start = _all_reduction(op, prescale, postscale, algorithm, group, limit_s, async_op)
 
     def transpose(gradient: Tensor) -> Tensor:
         return all_reduce(
@@ -84,6 +95,7 @@ def all_reduce_grouped(
             op,
             prescale=prescale,
             postscale=postscale,
+            precision=precision,
             group=group,
             timeout_s=timeout_s,
         )
@@ -100,6 +112,7 @@ def all_reduce_grouped_(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
     async_op: Literal[False] = ...,
@@ -111,6 +124,7 @@ def all_reduce_grouped_(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
     async_op: Literal[True],
@@ -121,6 +135,7 @@ def all_reduce_grouped_(
     *,
     prescale: float = 1.0,
     postscale: float = 1.0,
+    precision: Precision | None = None,
     group: Group | None = None,
     timeout_s: float | None = None,
     async_op: bool = False,
@@ -130,7 +145,7 @@ def all_reduce_grouped_(
     Args:
         tensors: the same shapes and dtypes in the same order on every rank, any strides without
             overlap; overwritten.
-        op, prescale, postscale, group, timeout_s: as for ``all_reduce``.
+        op, prescale, postscale, precision, group, timeout_s: as for ``all_reduce``.
         async_op: return at once; ``Work.wait()`` writes the results into ``tensors``.
 
     Returns:
@@ -148,7 +163,8 @@ def all_reduce_grouped_(
     check_writable(call, tensors, group)
     _check_scales(call, tensors, prescale, postscale, group)
     limit_s = seconds(call, timeout_s, group)
-    start = _all_reduction(op, prescale, postscale, group, limit_s, async_op)
+    algorithm = reduction_algorithm(call, precision, group)
+    start = _all_reduction(op, prescale, postscale, algorithm, group, limit_s, async_op)
     flats = [pack.flat().detach() for pack in packs]
     return in_place(packs, flats, start, group, limit_s, async_op)
 
@@ -160,6 +176,7 @@ def reduce_scatter_grouped(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
     async_op: Literal[False] = ...,
@@ -171,6 +188,7 @@ def reduce_scatter_grouped(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
     async_op: Literal[True],
@@ -181,6 +199,7 @@ def reduce_scatter_grouped(
     *,
     prescale: float = 1.0,
     postscale: float = 1.0,
+    precision: Precision | None = None,
     group: Group | None = None,
     timeout_s: float | None = None,
     async_op: bool = False,
@@ -192,7 +211,7 @@ def reduce_scatter_grouped(
     Args:
         tensors: each of shape ``(p*k, *rest)`` with a ``k`` and ``rest`` of its own; the same
             shapes and dtypes in the same order on every rank, any strides.
-        op, prescale, postscale, group, timeout_s, async_op: as for ``all_reduce``.
+        op, prescale, postscale, precision, group, timeout_s, async_op: as for ``all_reduce``.
 
     Returns:
         A contiguous tensor of shape ``(k, *rest)`` for each of ``tensors``, parts of one piece of
@@ -207,6 +226,7 @@ def reduce_scatter_grouped(
     for index, t in enumerate(tensors):
         divided(call, f"tensors[{index}]", t, group)
     limit_s = seconds(call, timeout_s, group)
+    algorithm = reduction_algorithm(call, precision, group)
     p, factor = group.size, gradient_factor(op, prescale, postscale, group)
 
     def packed(pack: Pack) -> Tensor:
@@ -222,6 +242,7 @@ def reduce_scatter_grouped(
             op,
             prescale=prescale,
             postscale=postscale,
+            algorithm=algorithm,
             name=pack.name,
             place=place_of(output),
             timeout_s=limit_s,
@@ -248,6 +269,7 @@ def _all_reduction(
     op: ReduceOp,
     prescale: float,
     postscale: float,
+    algorithm: Algorithm,
     group: Group,
     timeout_s: float,
     async_op: bool,
@@ -261,6 +283,7 @@ def _all_reduction(
             op,
             prescale=prescale,
             postscale=postscale,
+            algorithm=algorithm,
             name=pack.name,
             place=place_of(output),
             timeout_s=timeout_s,

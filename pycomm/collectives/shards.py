@@ -6,7 +6,15 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from pycomm._core import Group, ReduceOp
-from pycomm.arguments import check_scales, divided, movable, reducible, seconds
+from pycomm.arguments import (
+    Precision,
+    check_scales,
+    divided,
+    movable,
+    reducible,
+    reduction_algorithm,
+    seconds,
+)
 from pycomm.collectives.autograd import (
     blocking_only,
     followed,
@@ -163,6 +171,7 @@ def reduce_scatter(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
     async_op: Literal[False] = ...,
@@ -174,6 +183,7 @@ def reduce_scatter(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
     async_op: Literal[True],
@@ -184,6 +194,7 @@ def reduce_scatter(
     *,
     prescale: float = 1.0,
     postscale: float = 1.0,
+    precision: Precision | None = None,
     group: Group | None = None,
     timeout_s: float | None = None,
     async_op: bool = False,
@@ -196,7 +207,7 @@ def reduce_scatter(
     Args:
         t: shape ``(p*k, *rest)`` for ``p`` ranks, the same on every rank, any strides; left as it
             was.
-        op, prescale, postscale, group, timeout_s, async_op: as for ``all_reduce``.
+        op, prescale, postscale, precision, group, timeout_s, async_op: as for ``all_reduce``.
 
     Returns:
         A contiguous tensor of shape ``(k, *rest)``, or a ``Work`` whose ``wait()`` returns it.
@@ -216,7 +227,13 @@ def reduce_scatter(
         return linear(
             t,
             lambda t: reduce_scatter(
-                t, op, prescale=prescale, postscale=postscale, group=group, timeout_s=timeout_s
+                t,
+                op,
+                prescale=prescale,
+                postscale=postscale,
+                precision=precision,
+                group=group,
+                timeout_s=timeout_s,
             ),
             lambda gradient: (
                 all_gather(gradient, group=group, timeout_s=timeout_s).flatten(0, 1) * factor
@@ -232,6 +249,7 @@ def reduce_scatter(
         op,
         prescale=prescale,
         postscale=postscale,
+        algorithm=reduction_algorithm("reduce_scatter", precision, group),
         shape=t.shape,
         place=place_of(output),
         timeout_s=seconds("reduce_scatter", timeout_s, group),
@@ -248,6 +266,7 @@ def reduce_scatter_into(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
     async_op: Literal[False] = ...,
@@ -260,6 +279,7 @@ def reduce_scatter_into(
     *,
     prescale: float = ...,
     postscale: float = ...,
+    precision: Precision | None = ...,
     group: Group | None = ...,
     timeout_s: float | None = ...,
     async_op: Literal[True],
@@ -272,6 +292,7 @@ def reduce_scatter_into(
     *,
     prescale: float = 1.0,
     postscale: float = 1.0,
+    precision: Precision | None = None,
     group: Group | None = None,
     timeout_s: float | None = None,
     async_op: bool = False,
@@ -286,7 +307,7 @@ def reduce_scatter_into(
             ``input[r*k : (r+1)*k]``; any other overlap with ``input`` is refused.
         input: shape ``(p*k, *rest)``, the same on every rank, any strides; dtype of ``output``.
             Apart from an in-place ``output`` it is left as it was.
-        op, prescale, postscale, group, timeout_s: as for ``all_reduce``.
+        op, prescale, postscale, precision, group, timeout_s: as for ``all_reduce``.
         async_op: return at once; the result is valid after ``Work.wait()``.
 
     Returns:
@@ -317,6 +338,7 @@ def reduce_scatter_into(
         op,
         prescale=prescale,
         postscale=postscale,
+        algorithm=reduction_algorithm(call, precision, group),
         shape=input.shape,
         place=place_of(output),
         timeout_s=seconds(call, timeout_s, group),
