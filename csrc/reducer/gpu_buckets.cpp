@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "core/fork_guard.h"
 #include "kernels/cuda/kernels.h"
 
 namespace pycomm {
@@ -17,22 +16,13 @@ GpuBuckets::GpuBuckets(std::shared_ptr<Group> group, const std::vector<Bucket>& 
       device_(device),
       read_on_(stream),
       state_(buckets.size()),
-      flags_(group_->allocate(std::max<std::size_t>(counts.size(), 1))) {
+      flags_(group_, buckets) {
   for (std::size_t b = 0; b < buckets_.size(); ++b) {
     const Bucket& bucket = buckets_[b];
     state_[b].memory = group_->allocate_on_device(bucket.count * size_of(bucket.dtype), device_,
                                                   stream, check_interrupt);
     state_[b].gradients.resize(bucket.parameters.size());
   }
-}
-
-GpuBuckets::~GpuBuckets() {
-  // A peer that was only stopped may still write the flags when it wakes. Buckets are NCCL's.
-  if (!in_forked_child() && group_->failed()) group_->quarantine(flags_);
-}
-
-std::uint8_t* GpuBuckets::flag(std::size_t bucket, std::size_t slot) const {
-  return reinterpret_cast<std::uint8_t*>(flags_->data()) + buckets_[bucket].parameters[slot];
 }
 
 void GpuBuckets::begin() {
@@ -65,9 +55,9 @@ void GpuBuckets::launch(std::size_t b, const Contribution& contribution, Operati
   for (const StreamAddress before : state.streams) {
     if (before != stream) gpu.order(before, stream);
   }
+  flags_.set(b, contribution.used);
   std::vector<cuda::Segment> segments;
   for (std::size_t slot = 0; slot < bucket.parameters.size(); ++slot) {
-    *flag(b, slot) = contribution.used[slot];
     const std::byte* const gradient = contribution.present[slot] ? state.gradients[slot] : nullptr;
     if (gradient == nullptr && contribution.present[slot]) continue;  // it lies there
     segments.push_back({gradient,
@@ -83,31 +73,22 @@ void GpuBuckets::launch(std::size_t b, const Contribution& contribution, Operati
   state.work = group_->start(std::move(operation));
 }
 
-void GpuBuckets::finish(const std::string& pass) {
-  Operation operation;
-  operation.kind = Kind::kAllReduce;
-  operation.dtype = DType::kUint8;
-  operation.op = ReduceOp::kMax;
-  operation.count = counts_.size();
-  operation.input = operation.output = flags_->data();
-  operation.name = pass + ", which parameters were used";
-  flags_work_ = group_->start(std::move(operation));
-}
+void GpuBuckets::finish(const std::string& pass) { flags_.launch(pass); }
 
 void GpuBuckets::wait(const InterruptCheck& check_interrupt, StreamAddress stream) {
   for (const State& bucket : state_) bucket.work->wait(check_interrupt);
-  flags_work_->wait(check_interrupt);
+  flags_.wait(check_interrupt);
   read_on_ = stream;
   // The last is behind all others on the GPU.
   if (!state_.empty()) state_.back().work->device_call()->order_before(stream);
 }
 
 bool GpuBuckets::used(std::size_t bucket, std::size_t slot) const {
-  return *flag(bucket, slot) != 0;
+  return flags_.get(bucket, slot);
 }
 
 bool GpuBuckets::in_flight() const {
-  return (flags_work_ && !flags_work_->done()) ||
+  return (flags_.work() && !flags_.work()->done()) ||
          std::any_of(state_.begin(), state_.end(),
                      [](const State& bucket) { return bucket.work && !bucket.work->done(); });
 }
@@ -116,7 +97,7 @@ void GpuBuckets::give_up() {
   for (const State& bucket : state_) {
     if (bucket.work) wait_out(*bucket.work);
   }
-  if (flags_work_) wait_out(*flags_work_);
+  if (flags_.work()) wait_out(*flags_.work());
 }
 
 }  // namespace pycomm

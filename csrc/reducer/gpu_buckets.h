@@ -1,18 +1,18 @@
 #pragma once
 
-#include <cstdint>
 #include <memory>
 #include <vector>
 
 #include "core/device_memory.h"
 #include "group/group.h"
 #include "reducer/bucket_store.h"
+#include "reducer/used_flags.h"
 
 namespace pycomm {
 
 /// Buckets on a GPU, reduced there by NCCL. The gradients of a bucket are copied into it all at
 /// once, when the last has been computed; the host waits for none of that. Who used which parameter
-/// is told by one more reduction, on the host: its result is needed there.
+/// is told on the host, where it is needed.
 class GpuBuckets final : public BucketStore {
  public:
   /// Collective.
@@ -23,7 +23,6 @@ class GpuBuckets final : public BucketStore {
   GpuBuckets(std::shared_ptr<Group> group, const std::vector<Bucket>& buckets,
              const std::vector<std::size_t>& counts, int device, StreamAddress stream,
              const InterruptCheck& check_interrupt);
-  ~GpuBuckets() override;
 
   /// Where a bucket lies; stays valid as long as somebody holds it.
   std::shared_ptr<DeviceMemory> memory(std::size_t bucket) const { return state_[bucket].memory; }
@@ -52,7 +51,6 @@ class GpuBuckets final : public BucketStore {
   static void note(State& state, StreamAddress stream);
   /// What was filled has been copied, or does not count.
   static void forget_gradients(State& state);
-  std::uint8_t* flag(std::size_t bucket, std::size_t slot) const;
 
   const std::shared_ptr<Group> group_;
   const std::vector<Bucket> buckets_;
@@ -61,8 +59,7 @@ class GpuBuckets final : public BucketStore {
   /// Where the buckets were used last: by the caller, once the pass before was over.
   StreamAddress read_on_;
   std::vector<State> state_;
-  std::shared_ptr<ArenaBlock> flags_;  // a byte a parameter
-  std::shared_ptr<Work> flags_work_;
+  UsedFlags flags_;
 };
 
 }  // namespace pycomm

@@ -27,7 +27,8 @@ std::string describe(std::size_t index, const Bucket& bucket,
 }  // namespace
 
 Reducer::Reducer(std::shared_ptr<Group> group, std::vector<Parameter> parameters,
-                 std::vector<Bucket> buckets, std::shared_ptr<BucketStore> store, bool overlap, Algorithm algorithm)
+                 std::vector<Bucket> buckets, std::shared_ptr<BucketStore> store, bool overlap,
+                 Algorithm algorithm)
     : group_(std::move(group)),
       parameters_(std::move(parameters)),
       buckets_(std::move(buckets)),

@@ -1,0 +1,44 @@
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "group/group.h"
+#include "reducer/bucket_plan.h"
+
+namespace pycomm {
+
+/// Who used which parameter, where the buckets cannot carry it: one more reduction, of a byte a
+/// parameter, in the host's memory.
+class UsedFlags {
+ public:
+  UsedFlags(std::shared_ptr<Group> group, const std::vector<Bucket>& buckets);
+  ~UsedFlags();
+  UsedFlags(const UsedFlags&) = delete;
+  UsedFlags& operator=(const UsedFlags&) = delete;
+
+  void set(std::size_t bucket, const std::vector<bool>& used);
+  /// All are set. `pass` is its name for errors and signatures.
+  void launch(const std::string& pass);
+  void wait(const InterruptCheck& check_interrupt);
+  /// Whether any rank used the parameter; once wait() has returned.
+  bool get(std::size_t bucket, std::size_t slot) const;
+
+  /// Of the pass in flight; null: none was launched yet.
+  const std::shared_ptr<Work>& work() const { return work_; }
+
+ private:
+  std::byte* flag(std::size_t bucket, std::size_t slot) const {
+    return memory_->data() + begins_[bucket] + slot;
+  }
+
+  const std::shared_ptr<Group> group_;
+  std::vector<std::size_t> begins_;  // of each bucket's
+  std::size_t count_ = 0;
+  std::shared_ptr<ArenaBlock> memory_;
+  std::shared_ptr<Work> work_;
+};
+
+}  // namespace pycomm
