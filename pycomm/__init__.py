@@ -3,6 +3,7 @@
 Importing starts nothing: no thread, no MPI. ``init()`` joins the other ranks.
 """
 
+from pycomm import compression
 from pycomm._core import Algorithm, Group, ReduceOp
 from pycomm.collectives import (
     all_gather,
@@ -100,6 +101,7 @@ __all__ = [
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "compression",
     "gather",
     "gather_list",
     "gather_object",

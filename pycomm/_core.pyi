@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 class DType(enum.Enum):
     BOOL = 0
@@ -393,10 +393,20 @@ def plan_buckets(
 class BucketStore:
     """The memory of a reducer's buckets."""
 
+# Instead of the all-reduce of a bucket: launch(bucket, divisor, name), where its gradients lie
+# there, and finish(bucket), once that work is over.
+_Exchange: TypeAlias = tuple[Callable[[int, int, str], Work], Callable[[int], None]]
+
 class HostBuckets(BucketStore):
     """Buckets in this rank's arena."""
 
-    def __init__(self, group: Group, buckets: Sequence[Bucket], counts: Sequence[int]) -> None: ...
+    def __init__(
+        self,
+        group: Group,
+        buckets: Sequence[Bucket],
+        counts: Sequence[int],
+        exchange: _Exchange | None = None,
+    ) -> None: ...
     def memory(self, bucket: int) -> Buffer: ...
 
 class DeviceMemory:
@@ -420,6 +430,7 @@ class GpuBuckets(BucketStore):
         counts: Sequence[int],
         device: int,
         stream: int,
+        exchange: _Exchange | None = None,
     ) -> None: ...
     def memory(self, bucket: int) -> DeviceMemory: ...
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from pycomm import _core, device
+from pycomm.compressed_exchange import CompressedExchange
+from pycomm.compression.protocol import Compressor
 from pycomm.errors import InvalidArgumentError, MismatchError
 from pycomm.objects import all_gather_object
 
@@ -30,6 +32,10 @@ _GRADIENT_DTYPES = {
     torch.complex64: (_core.DType.FLOAT32, 2),
     torch.complex128: (_core.DType.FLOAT64, 2),
 }
+
+
+# Compressors see float32.
+_COMPRESSIBLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Slot:
@@ -82,6 +88,7 @@ def lay_out(
     bucket_cap_bytes: int,
     overlap: bool,
     algorithm: _core.Algorithm = _core.Algorithm.AUTO,
+    compressor: Compressor | None = None,
 ) -> _core.Reducer:
     """Agree on buckets and give each slot its view of its own. Collective.
 
@@ -95,6 +102,8 @@ def lay_out(
     """
     for slot in slots:
         check_gradient_dtype(slot.name, slot.param)  # frozen until now, it may have any
+        if compressor is not None:
+            check_compressible(slot.name, slot.param)
         slot.last_pass = 0
     for index, slot in enumerate(slots):
         slot.index = index
@@ -114,7 +123,8 @@ def lay_out(
     buckets = _core.plan_buckets(
         dtypes, counts, chosen.order, bucket_cap_bytes, first_bucket_cap_bytes
     )
-    store = _store(slots, group, buckets, counts)
+    exchange = None if compressor is None else CompressedExchange(compressor, group)
+    store = _store(slots, group, buckets, counts, exchange)
     reducer = _core.Reducer(
         group,
         names=mine.trained,
@@ -126,6 +136,18 @@ def lay_out(
         overlap=overlap,
         algorithm=algorithm,
     )
+    if exchange is not None:
+        exchange.place(
+            [
+                _flat(
+                    store.memory(number),
+                    0,
+                    slots[bucket.parameters[0]].param.dtype,
+                    bucket.flags_offset,
+                )
+                for number, bucket in enumerate(buckets)
+            ]
+        )
     _keep_heap()
     for number, bucket in enumerate(buckets):
         memory = store.memory(number)
@@ -158,6 +180,15 @@ def check_gradient_dtype(name: str, param: Tensor) -> None:
         )
 
 
+def check_compressible(name: str, param: Tensor) -> None:
+    if param.dtype not in _COMPRESSIBLE:
+        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in _COMPRESSIBLE)
+        raise InvalidArgumentError(
+            f"parameter '{name}' is {param.dtype}, and gradients are compressed from {supported}.\n"
+            "  Convert or freeze it, or give it to an optimizer without a compressor."
+        )
+
+
 def _check_same_trained(recordings: list[_Recording]) -> None:
     for rank, recording in enumerate(recordings):
         difference = set(recording.trained) ^ set(recordings[0].trained)
@@ -184,12 +215,14 @@ def _store(
     group: _core.Group,
     buckets: Sequence[_core.Bucket],
     counts: Sequence[int],
+    exchange: CompressedExchange | None,
 ) -> _core.HostBuckets | _core.GpuBuckets:
     """Memory for the buckets, where the parameters are."""
     place = device.place_of(slots[0].param) if slots else None
+    functions = None if exchange is None else (exchange.launch, exchange.finish)
     if place is None:
-        return _core.HostBuckets(group, buckets, counts)
-    return _core.GpuBuckets(group, buckets, counts, *place)
+        return _core.HostBuckets(group, buckets, counts, functions)
+    return _core.GpuBuckets(group, buckets, counts, *place, functions)
 
 
 def _view(
@@ -201,9 +234,15 @@ def _view(
     """A gradient-to-be; it keeps the bucket's memory alive, and counts its versions alone."""
     if param.numel() == 0:
         return torch.empty_like(param, requires_grad=False)
-    if isinstance(memory, _core.Buffer):
-        flat = torch.frombuffer(memory, dtype=param.dtype, count=param.numel(), offset=offset_bytes)
-    else:
-        nbytes = param.numel() * param.element_size()
-        flat = device.bytes_of(memory).narrow(0, offset_bytes, nbytes).view(param.dtype)
+    flat = _flat(memory, offset_bytes, param.dtype, param.numel())
     return flat.as_strided(param.shape, strides)
+
+
+def _flat(
+    memory: _core.Buffer | _core.DeviceMemory, offset_bytes: int, dtype: torch.dtype, count: int
+) -> Tensor:
+    """Some of a bucket's elements."""
+    if isinstance(memory, _core.Buffer):
+        return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset_bytes)
+    nbytes = count * dtype.itemsize
+    return device.bytes_of(memory).narrow(0, offset_bytes, nbytes).view(dtype)

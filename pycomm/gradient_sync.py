@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pycomm import _core, device
 from pycomm.arguments import Precision
+from pycomm.compression.protocol import Compressor, described
 from pycomm.end_of_backward import EndOfBackward, no_backward
 from pycomm.errors import CommError, InvalidArgumentError
 from pycomm.gradient_layout import DEFAULT_BUCKET_CAP_BYTES, Slot, lay_out
@@ -32,6 +33,11 @@ class SyncOptions:
     sparse_as_dense: bool = False
     overlap: bool = True
     precision: Precision | None = None
+    compressor: Compressor | None = dataclasses.field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        """What all ranks must have in common."""
+        return f"{self!r}, compressor={described(self.compressor)}"
 
     def check(self) -> None:
         if self.op not in (_core.ReduceOp.AVG, _core.ReduceOp.SUM):
@@ -45,6 +51,25 @@ class SyncOptions:
         if self.precision not in (None, "exact_order"):
             raise InvalidArgumentError(
                 f'precision is {self.precision!r}. Pass "exact_order", or None.'
+            )
+        if self.compressor is None:
+            return
+        for method in ("compress", "decompress"):
+            if not callable(getattr(self.compressor, method, None)):
+                raise InvalidArgumentError(
+                    f"compressor is {self.compressor!r}, which has no {method}().\n"
+                    "  Pass one of pycomm.compression, such as pycomm.compression.Float16(), or an "
+                    "object with the methods of pycomm.compression.Compressor."
+                )
+        if isinstance(self.compressor, type):
+            raise InvalidArgumentError(
+                f"compressor is the class {self.compressor.__name__}. Pass an object of it: "
+                f"{self.compressor.__name__}()."
+            )
+        if self.precision is not None:
+            raise InvalidArgumentError(
+                f"precision is {self.precision!r} and there is a compressor, which replaces the "
+                "sum that the precision is of.\n  Pass one of them."
             )
 
 
@@ -446,6 +471,7 @@ class GradientSync:
                 if self.options.precision is None
                 else _core.Algorithm.EXACT_ORDER
             ),
+            compressor=self.options.compressor,
         )
         place = device.place_of(planned[0].param) if planned else None
         self._gpu = None if place is None else place[0]

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from pycomm import _core
 from pycomm.arguments import Precision, reducible
+from pycomm.compression.protocol import Compressor
 from pycomm.errors import CommError, InvalidArgumentError
 from pycomm.gradient_layout import DEFAULT_BUCKET_CAP_BYTES
 from pycomm.gradient_sync import GradientSync, SyncOptions
@@ -86,6 +87,8 @@ class DistributedOptimizer(Optimizer):
             varying number of re-entrant checkpoints), which is refused otherwise.
         precision: "exact_order" gives gradients on GPUs the bits that they have on the host, as in
             ``all_reduce``.
+        compressor: sends the gradients in fewer bytes, such as ``pycomm.compression.Float16()``,
+            and changes them; docs/compression.md tells how.
 
     Raises:
         InvalidArgumentError: a parameter without a name or two with the same, on an unsupported
@@ -109,6 +112,7 @@ class DistributedOptimizer(Optimizer):
         sparse_as_dense: bool = False,
         overlap: bool = True,
         precision: Precision | None = None,
+        compressor: Compressor | None = None,
     ) -> None:
         # Optimizer.__init__ is not called: it would make param_groups and state of its own.
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, DistributedOptimizer):
@@ -126,6 +130,7 @@ class DistributedOptimizer(Optimizer):
             sparse_as_dense=sparse_as_dense,
             overlap=overlap,
             precision=precision,
+            compressor=compressor,
         )
         self._parameters = OwnedParameters()
         self._sync: GradientSync | None = None

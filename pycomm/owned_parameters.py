@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pycomm import _core, device
 from pycomm.errors import InvalidArgumentError, MismatchError
-from pycomm.gradient_layout import check_gradient_dtype
+from pycomm.gradient_layout import check_compressible, check_gradient_dtype
 from pycomm.gradient_sync import SyncOptions
 from pycomm.objects import all_gather_object, raise_together
 
@@ -57,6 +57,8 @@ class OwnedParameters:
             added = self._new(param_groups)
             for name, param in added:
                 _check_parameter(name, param)
+                if options.compressor is not None and param.requires_grad:
+                    check_compressible(name, param)
             if not any(param.requires_grad for _, param in self.named + added):
                 raise InvalidArgumentError(
                     "a model with no trainable parameter: none of the optimizer's "

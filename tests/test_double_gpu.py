@@ -4,6 +4,7 @@ What the core does with streams and NCCL's functions is tested in tests/cpp/test
 """
 
 import copy
+import functools
 import gc
 
 import pytest
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import pycomm
-from pycomm import _core, device, gradient_sync
+from pycomm import _core, compression, device, gradient_sync
 from pycomm.errors import InvalidArgumentError, MismatchError
 
 pytestmark = pytest.mark.skipif(
@@ -304,6 +305,32 @@ def test_double_gradients_give_the_bits_they_give_on_the_host(options, starved):
     on_double = run_double_gpu_ranks(2, body, starving=starved)
     assert all(torch.equal(a, b) for a, b in zip(on_host[0], on_double[0], strict=True))
     assert all(torch.equal(a, b) for a, b in zip(on_double[0], on_double[1], strict=True))
+
+
+class Halves:
+    """A compressor for tensors on a GPU, in torch: the double has no other kernels."""
+
+    def compress(self, bucket):
+        assert bucket.stream
+        return bucket.values.half()
+
+    def decompress(self, payloads, bucket):
+        bucket.values.copy_(payloads.float().sum(0) / bucket.divisor)
+
+
+@starving
+def test_double_compressed_gradients_are_those_of_the_host(starved):
+    on_host = run_ranks(
+        2, lambda group: train(model(), group, lambda t: t, compressor=compression.Float16())
+    )
+
+    def body(group):
+        net = module_on_gpu(model(), group.rank)
+        place = functools.partial(on_gpu, gpu=group.rank)
+        return [from_gpu(p) for p in train(net, group, place, compressor=Halves())]
+
+    on_double = run_double_gpu_ranks(2, body, starving=starved)
+    torch.testing.assert_close(on_double, on_host, rtol=0, atol=0)
 
 
 def test_double_a_pass_that_an_exception_ended_leaves_nothing_behind(monkeypatch):

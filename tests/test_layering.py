@@ -23,7 +23,7 @@ CSRC_LAYERS = [
 # Each line may import the lines before it, never its own neighbours.
 PYTHON_LAYERS = [
     {"errors", "_core"},
-    {"device"},
+    {"device", "compression"},
     {
         "launch",
         "mpi_library",
@@ -34,7 +34,7 @@ PYTHON_LAYERS = [
         "tensor_calls",
         "cost",
     },
-    {"memory", "rendezvous"},
+    {"memory", "rendezvous", "compressed_exchange"},
     {"runtime"},
     {"collectives", "point_to_point", "groups", "mesh"},
     {"objects"},

@@ -1,9 +1,13 @@
 #include "reducer/reducer.h"
 
+#include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <functional>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings/bindings.h"
@@ -30,14 +34,11 @@ std::vector<ParameterSpec> specs_of(const std::vector<DType>& dtypes,
   return specs;
 }
 
-std::shared_ptr<Reducer> make_reducer(std::shared_ptr<Group> group,
-                                      const std::vector<std::string>& names,
-                                      const std::vector<DType>& dtypes,
-                                      const std::vector<std::size_t>& counts,
-                                      const std::vector<std::uint32_t>& expected_firings,
-                                      std::vector<Bucket> buckets,
-                                      std::shared_ptr<BucketStore> store, bool overlap,
-                                      Algorithm algorithm) {
+std::shared_ptr<Reducer> make_reducer(
+    std::shared_ptr<Group> group, const std::vector<std::string>& names,
+    const std::vector<DType>& dtypes, const std::vector<std::size_t>& counts,
+    const std::vector<std::uint32_t>& expected_firings, std::vector<Bucket> buckets,
+    std::shared_ptr<BucketStore> store, bool overlap, Algorithm algorithm) {
   const auto specs = specs_of(dtypes, counts);
   std::vector<Reducer::Parameter> parameters;
   for (std::size_t i = 0; i < specs.size(); ++i) {
@@ -52,13 +53,38 @@ std::shared_ptr<Reducer> make_reducer(std::shared_ptr<Group> group,
           destroy};
 }
 
+/// What Python calls a bucket's exchange: launch(bucket, divisor, name) and finish(bucket).
+using PythonExchange =
+    std::pair<std::function<std::shared_ptr<Work>(std::size_t, std::int64_t, const std::string&)>,
+              std::function<void(std::size_t)>>;
+
+std::optional<BucketExchange> exchange_of(std::optional<PythonExchange> functions) {
+  if (!functions) return std::nullopt;
+  return BucketExchange{
+      [launch = std::move(functions->first)](std::size_t bucket, const Operation& operation) {
+        const std::int64_t divisor = operation.op == ReduceOp::kAvg ? operation.divisor : 1;
+        return launch(bucket, divisor, operation.name);
+      },
+      std::move(functions->second)};
+}
+
+std::shared_ptr<HostBuckets> make_host_buckets(std::shared_ptr<Group> group,
+                                               const std::vector<Bucket>& buckets,
+                                               const std::vector<std::size_t>& counts,
+                                               std::optional<PythonExchange> exchange) {
+  return std::make_shared<HostBuckets>(std::move(group), buckets, counts,
+                                       exchange_of(std::move(exchange)));
+}
+
 std::shared_ptr<GpuBuckets> make_gpu_buckets(std::shared_ptr<Group> group,
                                              const std::vector<Bucket>& buckets,
                                              const std::vector<std::size_t>& counts, int device,
-                                             StreamAddress stream) {
+                                             StreamAddress stream,
+                                             std::optional<PythonExchange> exchange) {
+  auto functions = exchange_of(std::move(exchange));
   const py::gil_scoped_release no_gil;
   return std::make_shared<GpuBuckets>(std::move(group), buckets, counts, device, stream,
-                                      interrupt_check());
+                                      interrupt_check(), std::move(functions));
 }
 
 std::uintptr_t address_of(const DeviceMemory& memory) {
@@ -91,13 +117,13 @@ void bind_reducer(py::module_& module) {
       py::arg("dtypes"), py::arg("counts"), py::arg("order"), py::arg("bucket_cap_bytes"),
       py::arg("first_bucket_cap_bytes"));
 
+  const auto exchange = py::arg("exchange") = py::none();
   py::class_<BucketStore, std::shared_ptr<BucketStore>>(module, "BucketStore",
                                                         "The memory of a reducer's buckets.");
   py::class_<HostBuckets, BucketStore, std::shared_ptr<HostBuckets>>(
       module, "HostBuckets", "Buckets in this rank's arena.")
-      .def(py::init<std::shared_ptr<Group>, const std::vector<Bucket>&,
-                    const std::vector<std::size_t>&>(),
-           py::arg("group"), py::arg("buckets"), py::arg("counts"))
+      .def(py::init(&make_host_buckets), py::arg("group"), py::arg("buckets"), py::arg("counts"),
+           exchange)
       .def(
           "memory",
           [](const HostBuckets& store, std::size_t bucket) { return Buffer{store.memory(bucket)}; },
@@ -124,7 +150,7 @@ void bind_reducer(py::module_& module) {
   py::class_<GpuBuckets, BucketStore, std::shared_ptr<GpuBuckets>>(
       module, "GpuBuckets", "Buckets on a GPU, zeroed on `stream`. Collective.")
       .def(py::init(&make_gpu_buckets), py::arg("group"), py::arg("buckets"), py::arg("counts"),
-           py::arg("device"), py::arg("stream"))
+           py::arg("device"), py::arg("stream"), exchange)
       .def("memory", &GpuBuckets::memory, py::arg("bucket"));
 
   const auto stream = py::arg("stream") = 0;

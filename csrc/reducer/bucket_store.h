@@ -1,6 +1,8 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -17,6 +19,17 @@ struct Contribution {
   std::vector<bool> present;
   /// By slot: whether the pass used the parameter.
   std::vector<bool> used;
+};
+
+/// Makes what the ranks have in a bucket one in another way than by an all-reduce. Called by the
+/// thread that reports gradients; on a GPU, whose work goes to its current stream.
+struct BucketExchange {
+  /// This rank's gradients lie in the bucket, before `flags_offset`: send what the others need, as
+  /// an operation of the group, which the result is. `operation` is the all-reduce that it
+  /// replaces.
+  std::function<std::shared_ptr<Work>(std::size_t bucket, const Operation& operation)> launch;
+  /// That operation is over: write the result into the bucket.
+  std::function<void(std::size_t bucket)> finish;
 };
 
 /// The memory of a reducer's buckets, and what moves in it: the reducer says when. A pass is

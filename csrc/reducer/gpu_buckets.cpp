@@ -9,11 +9,13 @@ namespace pycomm {
 
 GpuBuckets::GpuBuckets(std::shared_ptr<Group> group, const std::vector<Bucket>& buckets,
                        const std::vector<std::size_t>& counts, int device, StreamAddress stream,
-                       const InterruptCheck& check_interrupt)
+                       const InterruptCheck& check_interrupt,
+                       std::optional<BucketExchange> exchange)
     : group_(std::move(group)),
       buckets_(buckets),
       counts_(counts),
       device_(device),
+      exchange_(std::move(exchange)),
       read_on_(stream),
       state_(buckets.size()),
       flags_(group_, buckets) {
@@ -70,7 +72,7 @@ void GpuBuckets::launch(std::size_t b, const Contribution& contribution, Operati
   operation.input = operation.output = state.memory->data();
   operation.device = device_;
   operation.stream = stream;
-  state.work = group_->start(std::move(operation));
+  state.work = exchange_ ? exchange_->launch(b, operation) : group_->start(std::move(operation));
 }
 
 void GpuBuckets::finish(const std::string& pass) { flags_.launch(pass); }
@@ -81,6 +83,9 @@ void GpuBuckets::wait(const InterruptCheck& check_interrupt, StreamAddress strea
   read_on_ = stream;
   // The last is behind all others on the GPU.
   if (!state_.empty()) state_.back().work->device_call()->order_before(stream);
+  if (exchange_) {
+    for (std::size_t b = 0; b < state_.size(); ++b) exchange_->finish(b);
+  }
 }
 
 bool GpuBuckets::used(std::size_t bucket, std::size_t slot) const {

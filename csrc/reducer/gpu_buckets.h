@@ -1,6 +1,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "core/device_memory.h"
@@ -19,10 +20,12 @@ class GpuBuckets final : public BucketStore {
   ///
   /// @param counts  elements of each parameter.
   /// @param stream  on which the buckets are zeroed.
+  /// @param exchange  instead of the all-reduces.
   /// @throws CommError  no such GPU, no NCCL, or not so much memory.
   GpuBuckets(std::shared_ptr<Group> group, const std::vector<Bucket>& buckets,
              const std::vector<std::size_t>& counts, int device, StreamAddress stream,
-             const InterruptCheck& check_interrupt);
+             const InterruptCheck& check_interrupt,
+             std::optional<BucketExchange> exchange = std::nullopt);
 
   /// Where a bucket lies; stays valid as long as somebody holds it.
   std::shared_ptr<DeviceMemory> memory(std::size_t bucket) const { return state_[bucket].memory; }
@@ -56,6 +59,7 @@ class GpuBuckets final : public BucketStore {
   const std::vector<Bucket> buckets_;
   const std::vector<std::size_t> counts_;
   const int device_;
+  const std::optional<BucketExchange> exchange_;
   /// Where the buckets were used last: by the caller, once the pass before was over.
   StreamAddress read_on_;
   std::vector<State> state_;

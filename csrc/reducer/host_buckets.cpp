@@ -38,8 +38,14 @@ void write_flag(std::byte* element, DType dtype, bool used) {
 }  // namespace
 
 HostBuckets::HostBuckets(std::shared_ptr<Group> group, const std::vector<Bucket>& buckets,
-                         const std::vector<std::size_t>& counts)
-    : group_(std::move(group)), buckets_(buckets), counts_(counts), state_(buckets.size()) {
+                         const std::vector<std::size_t>& counts,
+                         std::optional<BucketExchange> exchange)
+    : group_(std::move(group)),
+      buckets_(buckets),
+      counts_(counts),
+      exchange_(std::move(exchange)),
+      state_(buckets.size()) {
+  if (exchange_) flags_.emplace(group_, buckets_);
   std::size_t bytes = 0;
   for (std::size_t b = 0; b < buckets_.size(); ++b) {
     const Bucket& bucket = buckets_[b];
@@ -87,14 +93,24 @@ void HostBuckets::launch(std::size_t b, const Contribution& contribution, Operat
     }
     write_flag(element(b, bucket.flags_offset + slot), bucket.dtype, contribution.used[slot]);
   }
-  operation.count = bucket.count;
   operation.input = operation.output = state_[b].memory->data();
+  if (exchange_) {
+    flags_->set(b, contribution.used);
+    operation.count = bucket.flags_offset;
+    state_[b].work = exchange_->launch(b, operation);
+    return;
+  }
+  operation.count = bucket.count;
   if (b == 0) turn_ = Turn::take(group_);
   if (turn_) {
     turn_->start(std::move(operation));
   } else {
     state_[b].work = group_->start(std::move(operation));
   }
+}
+
+void HostBuckets::finish(const std::string& pass) {
+  if (flags_) flags_->launch(pass);
 }
 
 void HostBuckets::advance() {
@@ -106,14 +122,19 @@ void HostBuckets::wait(const InterruptCheck& check_interrupt, StreamAddress) {
     turn_->wait(check_interrupt);
     turn_.reset();
   } else {
-    for (State& bucket : state_) {
-      if (bucket.work) bucket.work->wait(check_interrupt);
-      bucket.work.reset();
+    for (std::size_t b = 0; b < state_.size(); ++b) {
+      if (state_[b].work) {
+        state_[b].work->wait(check_interrupt);
+        if (exchange_) exchange_->finish(b);
+      }
+      state_[b].work.reset();
     }
+    if (flags_) flags_->wait(check_interrupt);
   }
 }
 
 bool HostBuckets::used(std::size_t bucket, std::size_t slot) const {
+  if (flags_) return flags_->get(bucket, slot);
   // A sum of ones and zeros, or its quotient, is zero only if all were: no dtype underflows at
   // world sizes below 2^23. Compare bytes, so that no 16-bit arithmetic is needed.
   const std::byte* const flag = element(bucket, buckets_[bucket].flags_offset + slot);
@@ -123,6 +144,7 @@ bool HostBuckets::used(std::size_t bucket, std::size_t slot) const {
 
 bool HostBuckets::in_flight() const {
   if (turn_ && !turn_->done()) return true;
+  if (flags_ && flags_->work() && !flags_->work()->done()) return true;
   return std::any_of(state_.begin(), state_.end(),
                      [](const State& bucket) { return bucket.work && !bucket.work->done(); });
 }
@@ -132,6 +154,7 @@ void HostBuckets::give_up() {
   for (State& bucket : state_) {
     if (bucket.work) wait_out(*bucket.work);
   }
+  if (flags_ && flags_->work()) wait_out(*flags_->work());
 }
 
 }  // namespace pycomm

@@ -1,0 +1,58 @@
+"""Blocks of 256 elements, which are compressed each by itself, and payloads made of several arrays.
+
+The arrays are NumPy's, or on a GPU torch's.
+"""
+
+import numpy as np
+import torch
+
+from pycomm.compression.protocol import Array
+
+BLOCK = 256
+_ALIGNMENT = 16  # of every array in a payload
+
+
+def block_count(count: int) -> int:
+    return -(-count // BLOCK)
+
+
+def blocked(values: Array) -> Array:
+    """Shape ``(blocks, 256)``; what is missing in the last one is zero. Of a NumPy array."""
+    padded = np.zeros(block_count(values.size) * BLOCK, np.float32)
+    padded[: values.size] = values
+    return padded.reshape(-1, BLOCK)
+
+
+def zeros_like(values: Array, count: int) -> Array:
+    """``count`` zeros of float32, where ``values`` are."""
+    if isinstance(values, torch.Tensor):
+        return values.new_zeros(count)
+    return np.zeros(count, np.float32)
+
+
+def payload_like(values: Array, *parts: tuple[str, int]) -> Array:
+    """Room for arrays of these dtypes and counts, end to end, as bytes where ``values`` are."""
+    nbytes = sum(bytes_of(*part) for part in parts)
+    if isinstance(values, torch.Tensor):
+        return values.new_zeros(nbytes, dtype=torch.uint8)
+    return np.zeros(nbytes, np.uint8)
+
+
+def parts_of(payload: Array, *parts: tuple[str, int]) -> list[Array]:
+    """Views of them; of several payloads at once if it has a dimension for them."""
+    views, begin = [], 0
+    for dtype, count in parts:
+        nbytes = np.dtype(dtype).itemsize * count
+        views.append(as_dtype(payload[..., begin : begin + nbytes], dtype))
+        begin += bytes_of(dtype, count)
+    return views
+
+
+def as_dtype(array: Array, dtype: str) -> Array:
+    """A view of the same bytes."""
+    return array.view(getattr(torch, dtype) if isinstance(array, torch.Tensor) else np.dtype(dtype))
+
+
+def bytes_of(dtype: str, count: int) -> int:
+    """What an array takes in a payload."""
+    return -(-np.dtype(dtype).itemsize * count // _ALIGNMENT) * _ALIGNMENT
