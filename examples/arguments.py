@@ -7,6 +7,12 @@ from typing import Any, NoReturn
 
 import pycomm
 
+COMPRESSORS: dict[str, pycomm.compression.Compressor] = {
+    "float16": pycomm.compression.Float16(),
+    "int8": pycomm.compression.BlockwiseInt8(),
+    "top-k": pycomm.compression.TopK(0.1),
+}
+
 
 class RankZeroParser(argparse.ArgumentParser):
     """Every rank parses the same command line; only rank 0 speaks, and all leave together."""
@@ -44,7 +50,10 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="train in float64, then again in one process, and compare",
     )
+    parser.add_argument("--compress", choices=COMPRESSORS, help="send the gradients in fewer bytes")
     args = parser.parse_args()
+    if args.verify and args.compress:
+        parser.error("--verify compares with exact gradients, and --compress changes them")
     if args.verify and args.resume:
         parser.error("--verify repeats the whole training, so it cannot be combined with --resume")
     return args

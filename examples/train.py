@@ -4,7 +4,7 @@ mpirun -np 4 python examples/train.py
 """
 
 import torch
-from arguments import parse_arguments
+from arguments import COMPRESSORS, parse_arguments
 from dashboard import Dashboard
 from run_folder import open_run
 from sklearn.datasets import load_digits
@@ -70,7 +70,11 @@ def main() -> None:
     loader = shard(train_set, args.batch, pycomm.rank())
 
     model = build_model()
-    optimizer = pycomm.DistributedOptimizer(build_optimizer(model), model.named_parameters())
+    optimizer = pycomm.DistributedOptimizer(
+        build_optimizer(model),
+        model.named_parameters(),
+        compressor=COMPRESSORS.get(args.compress),
+    )
     schedule = build_schedule(optimizer)
     if run.checkpoint:
         model.load_state_dict(run.checkpoint["model"])

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -185,6 +186,19 @@ def test_a_compressor_that_loses_nothing_changes_nothing(options, hosts):
     plain = run_ranks(2, lambda group: gradients_of(group, None, **options), hosts=hosts)
     exact = run_ranks(2, lambda group: gradients_of(group, Exact(), **options), hosts=hosts)
     torch.testing.assert_close(exact, plain, rtol=1e-6, atol=1e-7)
+
+
+def test_the_compressor_of_the_documentation_works():
+    text = (Path(__file__).parent.parent / "docs" / "compression.md").read_text()
+    names = {"np": np}
+    exec(re.search(r"```python\n(class Signs:.*?)```", text, re.DOTALL)[1], names)
+    team = Team(names["Signs"](), 2)
+    np.testing.assert_allclose(
+        team.exchange([np.float32([1, -2]), np.float32([3, 4])]), [2.5, 1.0], rtol=1e-6
+    )
+    np.testing.assert_allclose(  # -0.5 and -0.5, -0.5 and 0.5 were kept
+        team.exchange([np.float32([0, 0]), np.float32([0, 0])]), [-0.5, 0.0], rtol=1e-6
+    )
 
 
 @every_compressor
