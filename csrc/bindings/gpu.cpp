@@ -13,9 +13,10 @@ namespace py = pybind11;
 void bind_gpu(py::module_& module) {
   using nccl::Places;
   using nccl::Report;
-  py::class_<Places>(module, "GpuPlaces",
-                     "Where CUDA, NCCL and our kernels may lie, beside where the loader looks, and how "
-                     "much of a GPU's memory reductions in exact order may take.")
+  py::class_<Places>(
+      module, "GpuPlaces",
+      "Where CUDA, NCCL and our kernels may lie, beside where the loader looks, and how "
+      "much of a GPU's memory reductions in exact order may take.")
       .def(py::init<std::vector<std::string>, std::vector<std::string>, std::string, std::size_t>(),
            py::arg("cuda_folders") = std::vector<std::string>(),
            py::arg("nccl_folders") = std::vector<std::string>(), py::arg("kernels") = "",

@@ -99,9 +99,9 @@ std::shared_ptr<Work> all_reduce(Group& group, std::uintptr_t input, std::uintpt
 
 std::shared_ptr<Work> reduce(Group& group, std::uintptr_t input, std::uintptr_t output,
                              std::size_t count, DType dtype, ReduceOp op, int root,
-                             std::int64_t divisor, double prescale, double postscale, Algorithm algorithm,
-                             const py::object& shape, std::string name, const Place& place,
-                             double timeout_s, bool async_op) {
+                             std::int64_t divisor, double prescale, double postscale,
+                             Algorithm algorithm, const py::object& shape, std::string name,
+                             const Place& place, double timeout_s, bool async_op) {
   Call call(group, Kind::kReduce, shape, std::move(name), place, timeout_s);
   set_memory(call.operation, input, output, count, dtype);
   set_reduction(call.operation, {op, divisor, prescale, postscale, algorithm});
@@ -111,9 +111,9 @@ std::shared_ptr<Work> reduce(Group& group, std::uintptr_t input, std::uintptr_t 
 
 std::shared_ptr<Work> reduce_scatter(Group& group, std::uintptr_t input, std::uintptr_t output,
                                      std::size_t count, DType dtype, ReduceOp op,
-                                     std::int64_t divisor, double prescale, double postscale, Algorithm algorithm,
-                                     const py::object& shape, std::string name, const Place& place,
-                                     double timeout_s, bool async_op) {
+                                     std::int64_t divisor, double prescale, double postscale,
+                                     Algorithm algorithm, const py::object& shape, std::string name,
+                                     const Place& place, double timeout_s, bool async_op) {
   Call call(group, Kind::kReduceScatter, shape, std::move(name), place, timeout_s);
   set_memory(call.operation, input, output, count, dtype);
   set_reduction(call.operation, {op, divisor, prescale, postscale, algorithm});
@@ -215,8 +215,7 @@ void bind_group(py::module_& module) {
       .def_property_readonly("memory_bytes", &Group::memory_bytes,
                              "What this rank reserves for the group beside its buckets.")
       .def("all_reduce", &all_reduce, input, output, count, dtype, op, py::kw_only(), divisor,
-           prescale, postscale, algorithm, no_shape, no_name, on_host,
-           timeout, async_op)
+           prescale, postscale, algorithm, no_shape, no_name, on_host, timeout, async_op)
       .def("reduce", &reduce, input, output, count, dtype, op, root, py::kw_only(), divisor,
            prescale, postscale, algorithm, no_shape, no_name, on_host, timeout, async_op)
       .def("reduce_scatter", &reduce_scatter, input, output, count, dtype, op, py::kw_only(),
