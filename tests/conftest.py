@@ -1,7 +1,8 @@
 """What every test run shares: which tests run where, who reports, and what a hang leaves behind.
 
 The tests marked ``mpi`` run under mpirun, where each rank is a pytest process that runs the same
-tests in the same order; the others run in one process. ``[tool.pytest.ini_options]`` has the times
+tests in the same order; the others run in one process. Those marked ``gpu`` run where
+``make gpu-check`` starts them, under torchrun. ``[tool.pytest.ini_options]`` has the times
 after which a test counts as hanging.
 """
 
@@ -13,8 +14,18 @@ import time
 import hypothesis
 import pytest
 
-RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ.get("PMI_RANK") or 0)
-WORLD_SIZE = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
+ON_GPUS = "PYCOMM_GPU_CHECK" in os.environ
+
+
+def from_launcher(*names: str) -> str | None:
+    """The first of these variables that there is; torchrun's only if it was us who started it."""
+    return next(
+        (os.environ[name] for name in names[: 3 if ON_GPUS else 2] if name in os.environ), None
+    )
+
+
+RANK = int(from_launcher("OMPI_COMM_WORLD_RANK", "PMI_RANK", "RANK") or 0)
+WORLD_SIZE = int(from_launcher("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE") or 1)
 UNDER_MPIRUN = "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ
 
 SECONDS_TO_START_OR_END = 60.0  # to collect the tests; to exit after the last one
@@ -23,7 +34,7 @@ SECONDS_TO_START_OR_END = 60.0  # to collect the tests; to exit after the last o
 # draw the same examples, and replay none that only it has seen fail.
 hypothesis.settings.register_profile("one process", deadline=None, print_blob=True)
 hypothesis.settings.register_profile("ranks", deadline=None, derandomize=True, database=None)
-hypothesis.settings.load_profile("ranks" if UNDER_MPIRUN else "one process")
+hypothesis.settings.load_profile("ranks" if WORLD_SIZE > 1 else "one process")
 
 
 def dump_stacks_later() -> None:
@@ -52,7 +63,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     here, elsewhere = [], []
     for item in items:
         marked = item.get_closest_marker("mpi") is not None
-        (here if marked == UNDER_MPIRUN else elsewhere).append(item)
+        on_gpus = item.get_closest_marker("gpu") is not None
+        runs = on_gpus if ON_GPUS else marked == UNDER_MPIRUN and not on_gpus
+        (here if runs else elsewhere).append(item)
     items[:] = here
     if elsewhere:
         config.hook.pytest_deselected(items=elsewhere)
