@@ -237,3 +237,83 @@ def test_the_real_nccl_loads_without_a_gpu_and_has_all_that_the_tables_name() ->
     text = look(nccl=folders)["nccl"]
     assert re.match(r"2\.\d+\.\d+, .*libnccl\.so\.2 \(from a wheel\); has ncclCommRegister", text)
     assert "ncclCommWindowRegister, ncclCommShrink" in text
+
+
+# --- the real NCCL, without a driver --------------------------------------------------------------
+
+REAL = """
+import ctypes, os, sys
+from pathlib import Path
+import torch
+import double_gpu, pycomm
+from pycomm import device, gpu_libraries
+from run_ranks import RankError, run_ranks
+
+folders = gpu_libraries.places().nccl_folders
+nccl = str(Path(folders[0]) / "libnccl.so.2")
+unique_id = (ctypes.c_byte * 128)()
+print("ncclGetUniqueId:", ctypes.CDLL(nccl).ncclGetUniqueId(unique_id), any(unique_id))
+
+# CUDA's runtime is the double, since ours must believe in a GPU before it asks NCCL.
+os.environ["PYCOMM_NCCL_LIBRARY"] = nccl
+os.environ["PYCOMM_CUDART_LIBRARY"] = str(double_gpu.BUILD / "libdouble_cudart.so")
+double = double_gpu.the_double()
+device.current_stream = double.stream
+
+def body(group):
+    pycomm.all_reduce(double_gpu.on_gpu(torch.ones(4), group.rank), group=group)
+
+try:
+    run_ranks(2, body, gpu_places=double.places)
+except RankError as error:
+    print(error)
+"""
+
+NO_DRIVER = """
+import torch, pycomm
+from pycomm import _core, runtime
+pycomm.init()
+t = torch.ones(4)
+address = t.data_ptr()
+try:
+    runtime.world_group("test").all_reduce(
+        address, address, 4, _core.DType.FLOAT32, _core.ReduceOp.SUM, place=(0, 0)
+    )
+except pycomm.CommError as error:
+    print(error)
+print("CPU:", pycomm.all_reduce(t).tolist())
+"""
+
+without_driver = pytest.mark.skipif(
+    Path("/proc/driver/nvidia/version").exists(), reason="this machine has a driver"
+)
+
+
+def printed_by(program: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=70,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@built
+@without_driver
+def test_double_of_cuda_and_the_real_nccl_end_in_an_error_that_names_the_call() -> None:
+    printed = printed_by(REAL)
+    assert "ncclGetUniqueId: 0 True" in printed
+    assert "CommError: NCCL: ncclCommInitRankConfig failed: unhandled cuda error" in printed
+    assert "NCCL_DEBUG=WARN makes NCCL say more" in printed
+
+
+@built
+@without_driver
+def test_a_cuda_tensor_without_a_driver_is_an_error_and_cpu_tensors_go_on() -> None:
+    printed = printed_by(NO_DRIVER)
+    assert "no NVIDIA driver is loaded, so no GPU can be used" in printed
+    assert "CPU: [1.0, 1.0, 1.0, 1.0]" in printed
