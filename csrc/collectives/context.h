@@ -64,7 +64,7 @@ struct Context {
   int tag;
   const Placement& placement;
   const std::vector<int>& world_ranks;  // by group rank
-  const Arena& arena;                   // this rank's
+  Arena& arena;                         // this rank's
   Staging staging;
   Tuning tuning;
   int rank;

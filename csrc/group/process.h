@@ -88,10 +88,6 @@ class Process {
   /// Free a dead group's memory once no peer reads it any more.
   void retire(std::shared_ptr<ArenaBlock> memory, std::function<bool()> all_left);
 
-  /// Keep memory, and the arena it lies in, to the end of the process: after a failure a peer or
-  /// the network may write to it at any time.
-  static void quarantine(std::shared_ptr<ArenaBlock> memory);
-
   /// While the result lives no other group can be made: two at once could agree on one channel tag.
   /// @throws CommError  another thread is making a group.
   std::unique_lock<std::mutex> begin_group();
