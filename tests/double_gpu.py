@@ -276,6 +276,7 @@ def run_double_gpu_ranks(
     *,
     starving: int = NOBODY,
     hosts: list[int] | None = None,
+    transport: _core.GpuTransport = _core.GpuTransport.AUTO,
 ) -> list[T]:
     """``run_ranks`` where each rank has a GPU of the double, its number the rank's.
 
@@ -285,6 +286,8 @@ def run_double_gpu_ranks(
     with doubles_in_place_of_gpus() as double:
         double.starve(starving)
         try:
-            return run_ranks(world_size, fn, hosts=hosts, gpu_places=double.places)
+            return run_ranks(
+                world_size, fn, hosts=hosts, gpu_places=double.places, gpu_transport=transport
+            )
         finally:
             double.starve(NOBODY)

@@ -30,6 +30,8 @@ class Process {
     /// The same on all ranks.
     Tuning tuning = {};
     nccl::Places gpu_places = {};
+    /// The same on all ranks.
+    nccl::Transport gpu_transport = nccl::Transport::kAuto;
   };
 
   /// Find the other ranks and map the memory of those on the same host. Collective.

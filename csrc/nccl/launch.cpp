@@ -212,10 +212,6 @@ void exchange(const Communicator& communicator, const Operation& operation, int 
 }  // namespace
 
 std::string problem_of(const Operation& operation) {
-  if (operation.algorithm != Algorithm::kAuto) {
-    return std::string("algorithm is ") + name_of(operation.algorithm) +
-           ", and NCCL chooses by itself on GPUs.\n  Pass algorithm=None, or CPU tensors.";
-  }
   if (!reduces(operation.kind)) return "";
   if (!reducible(operation.dtype)) {
     return std::string("NCCL cannot reduce ") + name_of(operation.dtype) +

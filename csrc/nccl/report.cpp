@@ -67,7 +67,11 @@ Report report(const Places& places) {
     report.kernels = kernels_at(places.kernels, &cuda);
     return cuda_version_text(cuda.version) + ", " + where(cuda.library);
   });
-  report.nccl = found_or_why([&] { return nccl_of(NcclTable::load(places.nccl_folders)); });
+  report.nccl = found_or_why([&] {
+    std::string text = nccl_of(NcclTable::load(places.nccl_folders));
+    report.has_nccl = true;
+    return text;
+  });
   return report;
 }
 

@@ -13,12 +13,20 @@ struct Places {
   std::string kernels;
 };
 
+/// What carries the calls on GPUs.
+enum class Transport {
+  kAuto,    // NCCL if every rank has it, else kStaged
+  kNccl,    // NCCL, or an error that says what it lacks
+  kStaged,  // the collectives of the host, through its memory
+};
+
 /// What of the GPU plane is here. Each text is one line, or two where a problem has a remedy.
 struct Report {
   std::string headers;  // that this build was typed from
   std::string runtime;
   std::string driver;  // and its GPUs
   std::string nccl;
+  bool has_nccl = false;  // and it can be used
   std::string kernels;
 };
 

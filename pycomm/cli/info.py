@@ -91,6 +91,21 @@ def _several_hosts() -> str:
     return "yes, over MPI"
 
 
+def _gpu_transport(report: _core.GpuReport) -> str:
+    """What would carry calls on GPUs, if all ranks were like this one."""
+    try:
+        asked = gpu_libraries.transport(os.environ)
+    except CommError as error:
+        return str(error).removeprefix("init: ")
+    if asked is _core.GpuTransport.STAGED:
+        return "the hosts' memory and collectives, as PYCOMM_GPU_TRANSPORT says"
+    if report.has_nccl:
+        return "NCCL, if every rank has the same"
+    if asked is _core.GpuTransport.NCCL:
+        return "none: PYCOMM_GPU_TRANSPORT=nccl, and no NCCL can be used here"
+    return "the hosts' memory and collectives, since no NCCL can be used here"
+
+
 def _gpus() -> list[tuple[str, str]]:
     report = gpu_libraries.report()
     return [
@@ -98,5 +113,6 @@ def _gpus() -> list[tuple[str, str]]:
         ("CUDA runtime", report.runtime),
         ("NVIDIA driver", report.driver),
         ("NCCL", report.nccl),
+        ("GPU transport", _gpu_transport(report)),
         ("CUDA kernels", report.kernels),
     ]

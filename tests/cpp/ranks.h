@@ -17,9 +17,10 @@ inline std::vector<std::string> run_ranks_catching(const std::vector<int>& hosts
                                                    const std::function<void(pycomm::Group&)>& body,
                                                    double timeout_s = 60,
                                                    pycomm::Staging staging = {},
-                                                   const pycomm::nccl::Places& gpu_places = {}) {
-  const auto worlds =
-      pycomm::World::loopback(hosts, {timeout_s, std::size_t{64} << 20, staging, {}, gpu_places});
+                                                   const pycomm::nccl::Places& gpu_places = {},
+                                                   pycomm::nccl::Transport gpu_transport = {}) {
+  const auto worlds = pycomm::World::loopback(
+      hosts, {timeout_s, std::size_t{64} << 20, staging, {}, gpu_places, gpu_transport});
   std::vector<std::string> errors(hosts.size());
   std::vector<std::thread> threads;
   for (std::size_t rank = 0; rank < hosts.size(); ++rank) {
