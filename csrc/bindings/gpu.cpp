@@ -32,6 +32,7 @@ void bind_gpu(py::module_& module) {
                      "do.")
       .def_readonly("headers", &Report::headers)
       .def_readonly("runtime", &Report::runtime)
+      .def_readonly("runtime_file", &Report::runtime_file)
       .def_readonly("driver", &Report::driver)
       .def_readonly("nccl", &Report::nccl)
       .def_readonly("has_nccl", &Report::has_nccl)

@@ -24,7 +24,8 @@ enum class Transport {
 struct Report {
   std::string headers;  // that this build was typed from
   std::string runtime;
-  std::string driver;  // and its GPUs
+  std::string runtime_file;  // empty: none
+  std::string driver;        // and its GPUs
   std::string nccl;
   bool has_nccl = false;  // and it can be used
   std::string kernels;

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pycomm import _core, gpu_libraries, mpi_library
+from pycomm import _core, gpu_libraries, mpi_cuda, mpi_library
 from pycomm.errors import CommError
 from pycomm.launch import detect
 
@@ -106,6 +106,18 @@ def _gpu_transport(report: _core.GpuReport) -> str:
     return "the hosts' memory and collectives, since no NCCL can be used here"
 
 
+def _mpi_on_gpus(report: _core.GpuReport) -> str:
+    """Whether MPI could take GPU memory; what pycomm gives it is the hosts'."""
+    if importlib.util.find_spec("mpi4py") is None:
+        return "no MPI"
+    try:
+        answer = mpi_cuda.detect(os.environ, report.runtime_file)
+    except CommError as error:
+        return str(error)
+    words = {True: "takes GPU memory", False: "takes no GPU memory", None: "unknown"}
+    return f"{words[answer.aware]}: {answer.reason}"
+
+
 def _gpus() -> list[tuple[str, str]]:
     report = gpu_libraries.report()
     return [
@@ -114,5 +126,6 @@ def _gpus() -> list[tuple[str, str]]:
         ("NVIDIA driver", report.driver),
         ("NCCL", report.nccl),
         ("GPU transport", _gpu_transport(report)),
+        ("MPI on GPUs", _mpi_on_gpus(report)),
         ("CUDA kernels", report.kernels),
     ]
