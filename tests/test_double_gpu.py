@@ -5,6 +5,7 @@ What the core does with streams and NCCL's functions is tested in tests/cpp/test
 
 import copy
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from double_gpu import (
     run_double_gpu_ranks,
     the_double,
 )
+from launchers import mpirun
 from run_ranks import RankError, run_ranks
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -155,6 +157,33 @@ def test_double_staged_collectives_give_what_they_give_on_the_host(name):
         transport=_core.GpuTransport.STAGED,
     )
     torch.testing.assert_close(on_double, on_host, rtol=0, atol=0)
+
+
+def test_double_staged_collectives_go_over_mpi_between_hosts():
+    """Each rank is a process with a double of its own: nothing but the host connects them."""
+    the_double()  # built once
+    script = """
+        import sys, torch
+        sys.path.insert(0, sys.argv[1])
+        from double_gpu import doubles_in_place_of_gpus, from_gpu, on_gpu
+        import pycomm
+        with doubles_in_place_of_gpus():
+            pycomm.init()
+            mine = torch.arange(3_000_000.0) / 7 + pycomm.rank()
+            on_host = pycomm.all_reduce(mine)
+            total = pycomm.all_reduce(on_gpu(mine, 0))
+            gathered = pycomm.all_gather(on_gpu(mine[:5], 0))
+            assert torch.equal(from_gpu(total), on_host)
+            assert torch.equal(from_gpu(gathered), torch.arange(5.0) / 7 + torch.arange(3)[:, None])
+            print("rank", pycomm.rank(), "of", len(pycomm.hosts()), "hosts is right")
+            pycomm.shutdown()
+    """
+    done = mpirun(
+        3, script, str(Path(__file__).parent), PYCOMM_HOSTS="a,a,b", PYCOMM_GPU_TRANSPORT="staged"
+    )
+    assert done.returncode == 0, done.err
+    for rank in range(3):
+        assert f"rank {rank} of 2 hosts is right" in done.out
 
 
 def test_double_staged_messages_are_refused_by_name():

@@ -129,9 +129,11 @@ void StagedGroup::copy(const std::vector<Pieces::Copy>& copies, cudaMemcpyKind d
 }
 
 void StagedGroup::copy_down(const Pieces& pieces, std::size_t piece) {
+  const auto copies = pieces.down(piece, slots_->memory_of(piece));
+  if (copies.empty()) return;  // this rank brings nothing, and need not wait for its GPU
   Slots::Slot& slot = slots_->of(piece);
   slot.emptied.order_before(slots_->down.handle());
-  copy(pieces.down(piece, slots_->memory_of(piece)), cudaMemcpyDeviceToHost, slots_->down);
+  copy(copies, cudaMemcpyDeviceToHost, slots_->down);
   slot.filled.record(slots_->down.handle());
 }
 

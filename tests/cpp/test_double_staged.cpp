@@ -112,6 +112,15 @@ void check_like_host(Group& group, Gpu& gpu, const Call& call) {
   if (!call.in_place && !input.empty()) CHECK(gpu.get<std::byte>(data, input.size()) == input);
 }
 
+/// In place, from the last rank.
+template <typename T>
+void broadcast_last(Group& group, const Gpu& gpu, T* data, std::size_t count) {
+  Operation broadcast =
+      gpu.operation(Kind::kBroadcast, DType::kUint8, data, data, count * sizeof(T));
+  broadcast.root = group.size() - 1;
+  group.run(broadcast, no_check);
+}
+
 }  // namespace
 
 TEST(double_staged_calls_have_the_bits_of_the_host) {
@@ -161,12 +170,8 @@ TEST(double_staged_calls_in_place) {
 
       // The root's tensor is where it was: not a byte of it is written.
       const bool is_root = group.rank() == group.size() - 1;
-      Operation broadcast = call_of(group, Kind::kBroadcast, DType::kUint8, 3000).operation;
       std::byte* const data = is_root ? gpu.put(noise(99, 3000)) : gpu.room<std::byte>(3000);
-      broadcast.input = broadcast.output = data;
-      broadcast.device = gpu.device();
-      broadcast.stream = reinterpret_cast<pycomm::StreamAddress>(gpu.stream());
-      group.run(broadcast, no_check);
+      broadcast_last(group, gpu, data, 3000);
       CHECK(gpu.get<std::byte>(data, 3000) == noise(99, 3000));
 
       // This rank's block in its place among all.
@@ -219,16 +224,19 @@ TEST(double_staged_calls_lie_between_what_their_stream_had_before_and_gets_after
           group.run(gpu.sum(data, count), no_check);
           CHECK(gpu.get(data, count) == sums(group.size(), count));
         }
-        // The other ranks bring nothing, and must still not write too early.
-        Operation broadcast = call_of(group, Kind::kBroadcast, DType::kFloat32, 1000).operation;
-        float* const data = gpu.put(values(group.rank(), 1000));
-        broadcast.input = broadcast.output = reinterpret_cast<std::byte*>(data);
-        broadcast.device = gpu.device();
-        broadcast.stream = reinterpret_cast<pycomm::StreamAddress>(gpu.stream());
-        group.run(broadcast, no_check);
-        CHECK(gpu.get(data, 1000) == values(group.size() - 1, 1000));
       });
     }
+  });
+}
+
+TEST(double_staged_ranks_that_bring_nothing_do_not_write_too_early) {
+  run_staged({0, 0}, [](Group& group, Gpu& gpu) {
+    if (group.rank() == 0) gpu_double::hold(gpu.stream(), true);
+    float* const data = gpu.put(values(group.rank(), 100));
+    broadcast_last(group, gpu, data, 100);  // over on the host
+    usleep(50000);
+    gpu_double::hold(gpu.stream(), false);
+    CHECK(gpu.get(data, 100) == values(1, 100));
   });
 }
 
@@ -372,6 +380,23 @@ TEST(double_staged_a_gpu_that_hangs_before_the_call_is_a_timeout_on_every_rank) 
     check_all(errors, "timeout after 0.");
     check_all(errors, "all_reduce of 1 float32, SUM");
   }
+}
+
+TEST(double_staged_a_gpu_that_hangs_after_the_last_piece_is_a_timeout_on_every_rank) {
+  const auto errors = run_staged_catching(
+      {0, 0},
+      [](Group& group, Gpu& gpu) {
+        // Rank 0 has nothing to copy down, so its host comes to the end of the call.
+        if (group.rank() == 0) gpu_double::hold(gpu.stream(), true);
+        broadcast_last(group, gpu, gpu.put(Floats{1, 2}), 2);
+        for (int i = 0; i < 1000; ++i) {
+          group.check_notices();
+          usleep(10000);
+        }
+      },
+      /*timeout_s=*/0.5);
+  check_all(errors, "timeout after 0.");
+  check_all(errors, "and the GPU has not finished it");
 }
 
 TEST(double_staged_a_rank_that_never_comes_is_a_timeout) {
