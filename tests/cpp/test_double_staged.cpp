@@ -399,6 +399,40 @@ TEST(double_staged_a_gpu_that_hangs_after_the_last_piece_is_a_timeout_on_every_r
   check_all(errors, "and the GPU has not finished it");
 }
 
+TEST(double_staged_a_gpu_that_hangs_to_the_end_keeps_what_it_was_given) {
+  use_the_double();
+  cudaSetDevice(1);
+  cudaStream_t hung = nullptr;
+  cudaStreamCreateWithPriority(&hung, cudaStreamNonBlocking, Gpu::kPriority);
+  gpu_double::hold(hung, true);
+  void* data = nullptr;
+  cudaMalloc(&data, 1000);
+  cudaMemsetAsync(data, 0, 1000, hung);
+  const auto before = gpu_double::census();
+  const auto errors = run_ranks_catching(
+      {0, 0},
+      [&](Group& group) {
+        Gpu gpu(group.rank());
+        float* const mine = gpu.room<float>(250);
+        const bool hangs = group.rank() == 1;
+        Operation sum = gpu.sum(hangs ? static_cast<float*>(data) : mine, 250);
+        if (hangs) sum.stream = reinterpret_cast<pycomm::StreamAddress>(hung);
+        group.run(sum, no_check);
+      },
+      /*timeout_s=*/0.3, {}, {{}, {}, DOUBLE_IMAGE}, Transport::kStaged);
+  check_all(errors, "timeout after 0.");
+  // Neither a stream with work on it nor the memory that the work will write is gone.
+  CHECK_EQUAL(gpu_double::errors(), "");
+  CHECK_EQUAL(gpu_double::census().pinned, before.pinned + 1);
+  CHECK_EQUAL(gpu_double::census().streams, before.streams + 3);  // the device's too
+  gpu_double::hold(hung, false);
+  cudaDeviceSynchronize();
+  CHECK_EQUAL(gpu_double::errors(), "");
+  cudaStreamDestroy(hung);
+  cudaFree(data);
+  gpu_double::forgive();
+}
+
 TEST(double_staged_a_rank_that_never_comes_is_a_timeout) {
   const auto errors = run_staged_catching(
       {0, 0},

@@ -144,6 +144,7 @@ class World {
   std::set<cudaStream_t> streams;
   std::set<cudaEvent_t> events;
   std::vector<std::unique_ptr<CUevent_st>> old_events;
+  std::size_t old_streams = 0;
   int communicators = 0;
   int registrations = 0;
   Ranges pinned;
@@ -284,7 +285,7 @@ std::string errors() {
 Census census() {
   World& world = World::get();
   return world.locked([&] {
-    return Census{static_cast<int>(world.streams.size()),
+    return Census{static_cast<int>(world.streams.size() - world.old_streams),
                   static_cast<int>(world.events.size()),
                   static_cast<int>(world.memory.blocks()),
                   world.communicators,
@@ -298,6 +299,7 @@ void forgive() {
   world.locked([&] {
     for (const cudaEvent_t event : world.events) world.old_events.emplace_back(event);
     world.events.clear();
+    world.old_streams = world.streams.size();
     world.communicators = 0;
     world.registrations = 0;
     world.pinned.clear();
