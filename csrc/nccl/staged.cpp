@@ -4,9 +4,11 @@
 #include <array>
 #include <chrono>
 #include <list>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "collectives/open.h"
 #include "collectives/run.h"
@@ -60,7 +62,24 @@ struct Slots {
   const std::size_t slot_bytes;
   PinnedMemory memory;
   std::array<Slot, kCount> slots{Slot(down.device()), Slot(down.device()), Slot(down.device())};
+  Event call_ended{down.device()};  // the last one
 };
+
+using Buckets = std::list<std::shared_ptr<DeviceMemory>>;
+
+/// What a GPU that hangs was given, and may still write when it goes on.
+struct GivenAway {
+  std::unique_ptr<Slots> slots;
+  Buckets buckets;
+};
+
+/// To the end of the process.
+void keep(GivenAway given) {
+  static std::mutex mutex;
+  static auto* const kept = new std::vector<GivenAway>();  // never destroyed
+  std::lock_guard lock(mutex);
+  kept->push_back(std::move(given));
+}
 
 class StagedGroup final : public GpuGroup {
  public:
@@ -82,7 +101,7 @@ class StagedGroup final : public GpuGroup {
   const std::shared_ptr<Device> device_;
   std::unique_ptr<Slots> slots_;  // from the first call on
   InFlight calls_;
-  std::list<std::shared_ptr<DeviceMemory>> buckets_;
+  Buckets buckets_;
   bool aborted_ = false;
 };
 
@@ -102,6 +121,7 @@ Task<> StagedGroup::run(Context& context, const Operation& operation) {
   if (slots_ == nullptr) slots_ = std::make_unique<Slots>(device_, context.arena, slot_bytes);
   call->begin_on(slots_->down.handle());
   call->begin_on(slots_->up.handle());
+  slots_->call_ended.order_before(slots_->down.handle());  // this one may read what it wrote
   if (count > 0) copy_down(pieces, 0);
   for (std::size_t i = 0; i < count; ++i) {
     if (i + 1 < count) copy_down(pieces, i + 1);
@@ -114,6 +134,7 @@ Task<> StagedGroup::run(Context& context, const Operation& operation) {
     co_await run_collective(context, part);
     copy_up(pieces, i);
   }
+  slots_->call_ended.record(slots_->up.handle());
   call->end_on(slots_->up.handle());
   calls_.add(call, description, began, operation.timeout_s);
 }
@@ -143,6 +164,7 @@ void StagedGroup::copy_up(const Pieces& pieces, std::size_t piece) {
 }
 
 bool StagedGroup::in_flight() const {
+  if (aborted_) return false;
   return !calls_.empty() || std::any_of(buckets_.begin(), buckets_.end(),
                                         [](const auto& memory) { return memory.use_count() == 1; });
 }
@@ -158,7 +180,6 @@ void StagedGroup::poll() {
 void StagedGroup::abort() {
   aborted_ = true;
   calls_.clear();
-  buckets_.clear();
 }
 
 bool StagedGroup::idle() const {
@@ -180,7 +201,7 @@ StagedGroup::~StagedGroup() {
   } catch (const CommError&) {
     abort();
   }
-  if (slots_ == nullptr) return;
+  if (slots_ == nullptr) return;  // nothing was ever copied
   if (aborted_) slots_->memory.quarantine();
   bool is_idle = false;
   try {
@@ -188,8 +209,7 @@ StagedGroup::~StagedGroup() {
   } catch (const CommError&) {
     // The GPU, or all of CUDA, is gone before us.
   }
-  // A GPU that hangs may still write there when it goes on: it keeps what it was given.
-  if (!is_idle) static_cast<void>(slots_.release());
+  if (!is_idle) keep({std::move(slots_), std::move(buckets_)});
 }
 
 }  // namespace

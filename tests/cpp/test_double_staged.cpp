@@ -261,6 +261,30 @@ TEST(double_staged_calls_in_flight_keep_their_slots) {
   });
 }
 
+TEST(double_staged_calls_read_what_calls_before_have_written) {
+  under_every_quick_schedule([] {
+    run_staged({0, 0}, [](Group& group, Gpu& gpu) {
+      // Pieces of different lengths: what one piece of the sum reads, several of the other call
+      // write.
+      constexpr std::size_t kBlock = 256;
+      for (int round = 0; round < 10; ++round) {
+        float* const mine = gpu.put(Floats(kBlock, static_cast<float>(group.rank() + round)));
+        float* const all = gpu.put(Floats(2 * kBlock, -1));
+        const auto gather =
+            group.start(gpu.operation(Kind::kAllGather, DType::kFloat32, mine, all, kBlock));
+        const auto sum = group.start(gpu.sum(all, 2 * kBlock));  // nobody waits between
+        for (const auto& work : {gather, sum}) {
+          work->wait(no_check);
+          work->device_call()->order_before(reinterpret_cast<pycomm::StreamAddress>(gpu.stream()));
+        }
+        Floats expected(kBlock, static_cast<float>(2 * round));
+        expected.resize(2 * kBlock, static_cast<float>(2 * (1 + round)));
+        CHECK(gpu.get(all, 2 * kBlock) == expected);
+      }
+    });
+  });
+}
+
 // The tests above without a line that they are about: each must then fail.
 
 TEST(double_catches_a_staged_call_that_waits_for_no_event) {
