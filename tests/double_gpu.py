@@ -33,11 +33,12 @@ NOBODY, CALLERS, NCCLS = 1 << 20, 0, -5  # priorities of streams, for starve()
 
 
 class Double:
-    """The stand-ins for libcudart and libnccl, loaded."""
+    """The stand-ins for libcudart and libnccl, loaded; built before, unless somebody else has."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, build: bool = True) -> None:
         targets = ["double_cudart", "double_nccl", "double_image"]
-        subprocess.run(["cmake", "--build", BUILD, "--target", *targets], check=True)
+        if build:
+            subprocess.run(["cmake", "--build", BUILD, "--target", *targets], check=True)
         self.places = _core.GpuPlaces(kernels=str(BUILD / "libdouble_image.so"))
         self.cuda = ctypes.CDLL(str(BUILD / "libdouble_cudart.so"), mode=ctypes.RTLD_GLOBAL)
         self.cuda.gpu_double_reachable.restype = ctypes.c_void_p

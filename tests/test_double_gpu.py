@@ -159,16 +159,20 @@ def test_double_staged_collectives_give_what_they_give_on_the_host(name):
     torch.testing.assert_close(on_double, on_host, rtol=0, atol=0)
 
 
-def test_double_staged_collectives_go_over_mpi_between_hosts():
+@pytest.mark.parametrize("transport", ["staged", "auto"])
+def test_double_staged_collectives_go_over_mpi_between_hosts(transport):
     """Each rank is a process with a double of its own: nothing but the host connects them."""
-    the_double()  # built once
+    the_double()  # built once, not by every rank
     script = """
-        import sys, torch
+        import os, sys, torch
         sys.path.insert(0, sys.argv[1])
+        import double_gpu, pycomm
         from double_gpu import doubles_in_place_of_gpus, from_gpu, on_gpu
-        import pycomm
+        double_gpu._double = double_gpu.Double(build=False)
         with doubles_in_place_of_gpus():
             pycomm.init()
+            if pycomm.rank() == 2:
+                os.environ["PYCOMM_NCCL_LIBRARY"] = "/nowhere"
             mine = torch.arange(3_000_000.0) / 7 + pycomm.rank()
             on_host = pycomm.all_reduce(mine)
             total = pycomm.all_reduce(on_gpu(mine, 0))
@@ -179,11 +183,14 @@ def test_double_staged_collectives_go_over_mpi_between_hosts():
             pycomm.shutdown()
     """
     done = mpirun(
-        3, script, str(Path(__file__).parent), PYCOMM_HOSTS="a,a,b", PYCOMM_GPU_TRANSPORT="staged"
+        3, script, str(Path(__file__).parent), PYCOMM_HOSTS="a,a,b", PYCOMM_GPU_TRANSPORT=transport
     )
     assert done.returncode == 0, done.err
     for rank in range(3):
         assert f"rank {rank} of 2 hosts is right" in done.out
+    told = done.err.count("pycomm: warning: calls on GPUs go through the memory of the hosts")
+    assert told == (transport == "auto")  # nobody asked for it, and one rank says so
+    assert ("rank 2 cannot use NCCL" in done.err) == (transport == "auto")
 
 
 def test_double_staged_messages_are_refused_by_name():
