@@ -332,10 +332,12 @@ class World:
         cost: CostModel = ...,
         algorithm: Algorithm = ...,
         gpu_places: GpuPlaces = ...,
+        gpu_transport: GpuTransport = ...,
     ) -> None:
         """Find the other ranks. ``arena_bytes=0`` reserves as much as the host has memory.
 
-        ``cost`` and ``algorithm`` (for whatever leaves the choice) are the same on all ranks.
+        ``cost``, ``algorithm`` (for whatever leaves the choice) and ``gpu_transport`` are the same
+        on all ranks.
         """
 
     @property
@@ -355,6 +357,7 @@ def loopback_worlds(
     timeout_s: float = 60.0,
     piece_bytes: int = 524288,
     gpu_places: GpuPlaces = ...,
+    gpu_transport: GpuTransport = ...,
 ) -> list[World]:
     """Worlds whose ranks are threads of this process; rank i lies on pretend host ``hosts[i]``.
 
@@ -505,11 +508,22 @@ class GpuReport:
     @property
     def runtime(self) -> str: ...
     @property
+    def runtime_file(self) -> str: ...
+    @property
     def driver(self) -> str: ...
     @property
     def nccl(self) -> str: ...
     @property
+    def has_nccl(self) -> bool: ...
+    @property
     def kernels(self) -> str: ...
+
+class GpuTransport(enum.Enum):
+    """What carries calls on GPUs: NCCL, or the host's collectives through staging memory."""
+
+    AUTO = 0
+    NCCL = 1
+    STAGED = 2
 
 class GpuPlaces:
     """Where CUDA, NCCL and our kernels may lie, beside where the loader looks, and how much of a

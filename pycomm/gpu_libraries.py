@@ -1,9 +1,11 @@
 """Where the libraries of the GPU plane may lie. None is loaded before it is asked for."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 
 from pycomm import _core
+from pycomm.errors import InvalidArgumentError
 
 
 def report() -> _core.GpuReport:
@@ -21,6 +23,22 @@ def places() -> _core.GpuPlaces:
         _in_wheels("nccl/lib"),
         str(Path(__file__).with_name("libpycomm_cuda.so")),
     )
+
+
+def transport(environ: Mapping[str, str]) -> _core.GpuTransport:
+    """What the environment says should carry calls on GPUs.
+
+    Raises:
+        InvalidArgumentError: ``PYCOMM_GPU_TRANSPORT`` names nothing that could.
+    """
+    text = environ.get("PYCOMM_GPU_TRANSPORT", "auto")
+    choices = {transport.name.lower(): transport for transport in _core.GpuTransport}
+    if text not in choices:
+        raise InvalidArgumentError(
+            f"init: PYCOMM_GPU_TRANSPORT={text!r} carries nothing. "
+            f"Choose one of {', '.join(choices)}."
+        )
+    return choices[text]
 
 
 def _in_wheels(*folders: str) -> list[str]:

@@ -35,6 +35,7 @@ class _Session:
 class _Tuning:
     algorithm: _core.Algorithm  # for whatever leaves the choice; AUTO: the cost decides
     cost: cost.CostModel
+    gpu_transport: _core.GpuTransport
 
 
 _session: _Session | None = None
@@ -79,7 +80,9 @@ def init(*, comm: MPI.Intracomm | None = None, timeout_s: float | None = None) -
         failure.watch(failure.Member(launch.rank, size, host_name, lambda reason: True))
     default_timeout_s = _timeout_s(timeout_s, os.environ)
     arena_bytes = _arena_bytes(os.environ)
-    tuning = _Tuning(_algorithm(os.environ), cost.load(os.environ))
+    tuning = _Tuning(
+        _algorithm(os.environ), cost.load(os.environ), gpu_libraries.transport(os.environ)
+    )
     _core.simd_level()  # reads PYCOMM_SIMD: a typo there shows now, not in the first reduction
 
     if _sessions_begun == 0:
@@ -236,6 +239,7 @@ def _connect(
             "host_key": key,
             "timeout_s": timeout_s,
             "algorithm": tuning.algorithm.name.lower(),
+            "gpu_transport": tuning.gpu_transport.name.lower(),
             "cost": dataclasses.asdict(tuning.cost),
         }
     ).encode()
@@ -248,12 +252,14 @@ def _connect(
                 "  Pass the same to init() everywhere, and PYCOMM_TIMEOUT_S to every rank "
                 "(`mpirun -x PYCOMM_TIMEOUT_S`)."
             )
-        if card["algorithm"] != cards[0]["algorithm"]:
-            raise MismatchError(
-                f"init on rank {rendezvous.rank}: PYCOMM_ALGORITHM is {cards[0]['algorithm']} on "
-                f"rank 0 and {card['algorithm']} on rank {other}.\n"
-                "  Pass it to every rank (`mpirun -x PYCOMM_ALGORITHM`)."
-            )
+        for variable in ("PYCOMM_ALGORITHM", "PYCOMM_GPU_TRANSPORT"):
+            setting = variable.removeprefix("PYCOMM_").lower()
+            if card[setting] != cards[0][setting]:
+                raise MismatchError(
+                    f"init on rank {rendezvous.rank}: {variable} is {cards[0][setting]} on rank 0 "
+                    f"and {card[setting]} on rank {other}.\n"
+                    f"  Pass it to every rank (`mpirun -x {variable}`)."
+                )
     host_keys = [card["host_key"] for card in cards]
     host_count = len(set(host_keys))
     channel = None
@@ -278,6 +284,7 @@ def _connect(
         cost=cost.CostModel(**cards[0]["cost"]).to_core(),
         algorithm=tuning.algorithm,
         gpu_places=gpu_libraries.places(),
+        gpu_transport=tuning.gpu_transport,
     )
 
 

@@ -33,11 +33,12 @@ NOBODY, CALLERS, NCCLS = 1 << 20, 0, -5  # priorities of streams, for starve()
 
 
 class Double:
-    """The stand-ins for libcudart and libnccl, loaded."""
+    """The stand-ins for libcudart and libnccl, loaded; built before, unless somebody else has."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, build: bool = True) -> None:
         targets = ["double_cudart", "double_nccl", "double_image"]
-        subprocess.run(["cmake", "--build", BUILD, "--target", *targets], check=True)
+        if build:
+            subprocess.run(["cmake", "--build", BUILD, "--target", *targets], check=True)
         self.places = _core.GpuPlaces(
             kernels=str(BUILD / "libdouble_image.so"),
             scratch_bytes=1 << 20,  # there is little memory
@@ -279,6 +280,7 @@ def run_double_gpu_ranks(
     *,
     starving: int = NOBODY,
     hosts: list[int] | None = None,
+    transport: _core.GpuTransport = _core.GpuTransport.AUTO,
 ) -> list[T]:
     """``run_ranks`` where each rank has a GPU of the double, its number the rank's.
 
@@ -288,6 +290,8 @@ def run_double_gpu_ranks(
     with doubles_in_place_of_gpus() as double:
         double.starve(starving)
         try:
-            return run_ranks(world_size, fn, hosts=hosts, gpu_places=double.places)
+            return run_ranks(
+                world_size, fn, hosts=hosts, gpu_places=double.places, gpu_transport=transport
+            )
         finally:
             double.starve(NOBODY)

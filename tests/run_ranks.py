@@ -24,6 +24,7 @@ def run_ranks(
     timeout_s: float = 60.0,
     piece_bytes: int = 512 * 1024,
     gpu_places: _core.GpuPlaces | None = None,
+    gpu_transport: _core.GpuTransport = _core.GpuTransport.AUTO,
 ) -> list[T]:
     """Call ``fn(group)`` on every rank of a loopback world; return the results by rank.
 
@@ -34,6 +35,7 @@ def run_ranks(
         timeout_s: after which the stacks of all threads are raised.
         piece_bytes: of staging memory; small ones make small tensors take the way of large ones.
         gpu_places: where CUDA and NCCL, or stand-ins for them, are.
+        gpu_transport: what carries calls on GPUs.
 
     Raises:
         RankError: naming the rank that raised first; the others were then aborted.
@@ -47,6 +49,7 @@ def run_ranks(
         timeout_s=2 * timeout_s,
         piece_bytes=piece_bytes,
         gpu_places=gpu_places or _core.GpuPlaces(),
+        gpu_transport=gpu_transport,
     )
     results: dict[int, T] = {}
     errors: list[tuple[int, BaseException]] = []  # in the order they were raised

@@ -6,6 +6,7 @@ What the core does with streams and NCCL's functions is tested in tests/cpp/test
 import copy
 import functools
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from double_gpu import (
     run_double_gpu_ranks,
     the_double,
 )
+from launchers import mpirun
 from run_ranks import RankError, run_ranks
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -132,6 +134,77 @@ def test_double_collectives_give_what_they_give_on_the_host(name, starved):
     torch.testing.assert_close(on_double, on_host, rtol=0, atol=0)
 
 
+STAGED_CASES = CASES | {
+    "all_reduce of int16": lambda t, group: pycomm.all_reduce(t.to(torch.int16), group=group),
+    "all_reduce BXOR": lambda t, group: pycomm.all_reduce(
+        t.to(torch.int64), pycomm.ReduceOp.BXOR, group=group
+    ),
+    "all_reduce max, scaled": lambda t, group: pycomm.all_reduce(
+        t, pycomm.ReduceOp.MAX, prescale=2, group=group
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STAGED_CASES)
+def test_double_staged_collectives_give_what_they_give_on_the_host(name):
+    def body(group, place):
+        return STAGED_CASES[name](place(whole(group.rank, 4, 3)), group)
+
+    on_host = run_ranks(2, lambda group: body(group, lambda t: t))
+    on_double = run_double_gpu_ranks(
+        2,
+        lambda group: tree_map_only(Tensor, from_gpu, body(group, lambda t: on_gpu(t, group.rank))),
+        hosts=[0, 1],
+        transport=_core.GpuTransport.STAGED,
+    )
+    torch.testing.assert_close(on_double, on_host, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("transport", ["staged", "auto"])
+def test_double_staged_collectives_go_over_mpi_between_hosts(transport):
+    """Each rank is a process with a double of its own: nothing but the host connects them."""
+    the_double()  # built once, not by every rank
+    script = """
+        import os, sys, torch
+        sys.path.insert(0, sys.argv[1])
+        import double_gpu, pycomm
+        from double_gpu import doubles_in_place_of_gpus, from_gpu, on_gpu
+        double_gpu._double = double_gpu.Double(build=False)
+        with doubles_in_place_of_gpus():
+            pycomm.init()
+            if pycomm.rank() == 2:
+                os.environ["PYCOMM_NCCL_LIBRARY"] = "/nowhere"
+            mine = torch.arange(3_000_000.0) / 7 + pycomm.rank()
+            on_host = pycomm.all_reduce(mine)
+            total = pycomm.all_reduce(on_gpu(mine, 0))
+            gathered = pycomm.all_gather(on_gpu(mine[:5], 0))
+            assert torch.equal(from_gpu(total), on_host)
+            assert torch.equal(from_gpu(gathered), torch.arange(5.0) / 7 + torch.arange(3)[:, None])
+            print("rank", pycomm.rank(), "of", len(pycomm.hosts()), "hosts is right")
+            pycomm.shutdown()
+    """
+    done = mpirun(
+        3, script, str(Path(__file__).parent), PYCOMM_HOSTS="a,a,b", PYCOMM_GPU_TRANSPORT=transport
+    )
+    assert done.returncode == 0, done.err
+    for rank in range(3):
+        assert f"rank {rank} of 2 hosts is right" in done.out
+    told = done.err.count("pycomm: warning: calls on GPUs go through the memory of the hosts")
+    assert told == (transport == "auto")  # nobody asked for it, and one rank says so
+    assert ("rank 2 cannot use NCCL" in done.err) == (transport == "auto")
+
+
+def test_double_staged_messages_are_refused_by_name():
+    def body(group):
+        t = on_gpu(torch.ones(2), group.rank)
+        with pytest.raises(InvalidArgumentError, match="PYCOMM_GPU_TRANSPORT is staged"):
+            pycomm.send(t, 1 - group.rank, group=group)
+        return from_gpu(pycomm.all_reduce(t, group=group)).tolist()
+
+    transport = _core.GpuTransport.STAGED
+    assert run_double_gpu_ranks(2, body, transport=transport) == [[2, 2], [2, 2]]
+
+
 def test_double_lists_may_lie_on_host_and_gpu():
     def body(group):
         mixed = [whole(group.rank, 3), on_gpu(whole(group.rank, 2), group.rank)]
@@ -234,7 +307,7 @@ BAD_CALLS = {
     ),
     "an algorithm": (
         lambda t, group: pycomm.all_reduce(t, algorithm="ring", group=group),
-        "NCCL chooses by itself.*Pass algorithm=None",
+        "none to choose.*Pass algorithm=None",
     ),
     "int16": (
         lambda t, group: pycomm.all_reduce(t.to(torch.int16), group=group),
@@ -285,6 +358,19 @@ def train(net: nn.Module, group: _core.Group, place, **options) -> list[Tensor]:
             param.grad = place(gradient.t().contiguous().t() if step == 2 else gradient)
         optimizer.step()
     return [p.detach() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("hosts", [[0, 0, 0], [0, 0, 1]])
+def test_double_staged_gradients_give_the_bits_they_give_on_the_host(hosts):
+    on_host = run_ranks(3, lambda group: train(model(), group, lambda t: t), hosts=hosts)
+
+    def body(group):
+        net = module_on_gpu(model(), group.rank)
+        return [from_gpu(p) for p in train(net, group, lambda t: on_gpu(t, group.rank))]
+
+    on_double = run_double_gpu_ranks(3, body, hosts=hosts, transport=_core.GpuTransport.STAGED)
+    for rank in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(on_host[0], on_double[rank], strict=True))
 
 
 @starving

@@ -10,10 +10,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from pycomm import _core
+from pycomm.cli import info
+from pycomm.errors import InvalidArgumentError
+from pycomm.gpu_libraries import transport
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +29,7 @@ first, *places = json.loads(sys.argv[1])
 if first:
     ctypes.CDLL(first)  # as PyTorch would
 report = _core.gpu_report(_core.GpuPlaces(*places))
-fields = ("headers", "runtime", "driver", "nccl", "kernels")
+fields = ("headers", "runtime", "driver", "nccl", "has_nccl", "kernels")
 print(json.dumps({name: getattr(report, name) for name in fields}))
 """
 
@@ -101,6 +106,32 @@ def test_a_build_without_the_headers_says_what_to_install() -> None:
     assert report.nccl == report.runtime == "not looked for: see GPU headers"
 
 
+def test_an_unknown_transport_is_refused() -> None:
+    assert transport({}) is _core.GpuTransport.AUTO
+    assert transport({"PYCOMM_GPU_TRANSPORT": "staged"}) is _core.GpuTransport.STAGED
+    with pytest.raises(InvalidArgumentError, match=r"'mpi' carries nothing.*auto, nccl, staged"):
+        transport({"PYCOMM_GPU_TRANSPORT": "mpi"})
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_nccl", "told"),
+    [
+        ("auto", True, "NCCL, if every rank has the same"),
+        ("auto", False, "the hosts' memory and collectives, since no NCCL"),
+        ("nccl", True, "NCCL, if every rank has the same"),
+        ("nccl", False, "none: PYCOMM_GPU_TRANSPORT=nccl"),
+        ("staged", True, "the hosts' memory and collectives, as PYCOMM_GPU_TRANSPORT says"),
+        ("mpi", True, "PYCOMM_GPU_TRANSPORT='mpi' carries nothing"),
+    ],
+)
+def test_info_says_what_would_carry_calls(
+    monkeypatch: pytest.MonkeyPatch, asked: str, has_nccl: bool, told: str
+) -> None:
+    monkeypatch.setenv("PYCOMM_GPU_TRANSPORT", asked)
+    report = SimpleNamespace(has_nccl=has_nccl)
+    assert info._gpu_transport(cast(_core.GpuReport, report)).startswith(told)
+
+
 @built
 def test_what_is_nowhere_is_named_with_every_place_and_a_remedy(tmp_path: Path) -> None:
     found = look([tmp_path], [tmp_path / "a", tmp_path / "b"], PYCOMM_CUDART_LIBRARY="/nowhere")
@@ -112,6 +143,7 @@ def test_what_is_nowhere_is_named_with_every_place_and_a_remedy(tmp_path: Path) 
         "\n  Install a PyTorch for CUDA, which brings it, or nvidia-nccl-cu13, or name the file in "
         "PYCOMM_NCCL_LIBRARY."
     )
+    assert not found["has_nccl"]
     assert found["runtime"].startswith("CUDA runtime: PYCOMM_CUDART_LIBRARY=/nowhere cannot be")
     assert found["driver"] == "unknown without a CUDA runtime"
     assert "/nowhere/libpycomm_cuda.so" in found["kernels"]
@@ -126,6 +158,7 @@ def test_the_first_place_that_has_it_decides(tmp_path: Path) -> None:
     folders = [wheel.parent]
     from_wheel = look(nccl=folders)["nccl"]
     assert from_wheel.startswith(f"2.28.3, {wheel} (from a wheel)")
+    assert look(nccl=folders)["has_nccl"]
     already = look(nccl=folders, loaded_before=loaded)["nccl"]
     assert already.startswith(f"2.29.7, {loaded} (already loaded)")
     override = look(nccl=folders, loaded_before=loaded, PYCOMM_NCCL_LIBRARY=named)["nccl"]

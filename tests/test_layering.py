@@ -27,6 +27,7 @@ PYTHON_LAYERS = [
     {
         "launch",
         "mpi_library",
+        "mpi_cuda",
         "gpu_libraries",
         "failure",
         "work",

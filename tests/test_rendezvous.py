@@ -37,6 +37,25 @@ def test_ranks_of_one_host(launch):
         assert report(rank, 3, rank, 3, 0, 1, [[0, 1, 2]]) in done.out
 
 
+def test_a_setting_that_differs_is_an_error_on_every_rank():
+    done = mpirun(
+        2,
+        """
+        import os, pycomm
+        rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["PMI_RANK"]
+        os.environ["PYCOMM_GPU_TRANSPORT"] = "staged" if rank == "1" else "auto"
+        try:
+            pycomm.init()
+        except pycomm.MismatchError as error:
+            print(str(error).splitlines()[0])
+        """,
+    )
+    assert done.returncode == 0, done.err
+    for rank in range(2):
+        text = f"init on rank {rank}: PYCOMM_GPU_TRANSPORT is auto on rank 0 and staged on rank 1."
+        assert text in done.out
+
+
 def test_interleaved_hosts():
     done = mpirun(3, REPORT, PYCOMM_HOSTS="b,a,b")
     assert done.returncode == 0, done.err

@@ -1,3 +1,4 @@
+#include <pybind11/native_enum.h>
 #include <pybind11/stl.h>
 
 #include <string>
@@ -13,6 +14,14 @@ namespace py = pybind11;
 void bind_gpu(py::module_& module) {
   using nccl::Places;
   using nccl::Report;
+  py::native_enum<nccl::Transport>(
+      module, "GpuTransport", "enum.Enum",
+      "What carries calls on GPUs: NCCL, or the host's collectives through staging memory. AUTO is "
+      "NCCL if every rank has it.")
+      .value("AUTO", nccl::Transport::kAuto)
+      .value("NCCL", nccl::Transport::kNccl)
+      .value("STAGED", nccl::Transport::kStaged)
+      .finalize();
   py::class_<Places>(
       module, "GpuPlaces",
       "Where CUDA, NCCL and our kernels may lie, beside where the loader looks, and how "
@@ -27,8 +36,10 @@ void bind_gpu(py::module_& module) {
                      "do.")
       .def_readonly("headers", &Report::headers)
       .def_readonly("runtime", &Report::runtime)
+      .def_readonly("runtime_file", &Report::runtime_file)
       .def_readonly("driver", &Report::driver)
       .def_readonly("nccl", &Report::nccl)
+      .def_readonly("has_nccl", &Report::has_nccl)
       .def_readonly("kernels", &Report::kernels);
   module.def(
       "gpu_report",

@@ -25,15 +25,17 @@ std::size_t default_arena_bytes() {
 }
 
 Process::Options options_of(double timeout_s, std::size_t arena_bytes, const Tuning& tuning,
-                            const nccl::Places& gpu_places) {
-  return {timeout_s, arena_bytes > 0 ? arena_bytes : default_arena_bytes(), {}, tuning, gpu_places};
+                            const nccl::Places& gpu_places, nccl::Transport gpu_transport) {
+  return {timeout_s,  arena_bytes > 0 ? arena_bytes : default_arena_bytes(),
+          {},         tuning,
+          gpu_places, gpu_transport};
 }
 
 std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
                                const py::function& all_gather_bytes, double timeout_s,
                                std::shared_ptr<Channel> channel, std::size_t arena_bytes,
                                const CostModel& cost, Algorithm algorithm,
-                               const nccl::Places& gpu_places) {
+                               const nccl::Places& gpu_places, nccl::Transport gpu_transport) {
   const auto gather = [&](const std::string& mine) {
     const py::gil_scoped_acquire gil;
     std::vector<std::string> all;
@@ -43,8 +45,9 @@ std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
     return all;
   };
   const py::gil_scoped_release no_gil;
-  return World::connect(rank, size, host_key, gather, std::move(channel),
-                        options_of(timeout_s, arena_bytes, {cost, algorithm}, gpu_places));
+  return World::connect(
+      rank, size, host_key, gather, std::move(channel),
+      options_of(timeout_s, arena_bytes, {cost, algorithm}, gpu_places, gpu_transport));
 }
 
 }  // namespace
@@ -55,7 +58,8 @@ void bind_world(py::module_& module) {
       .def(py::init(&connect), py::arg("rank"), py::arg("size"), py::arg("host_key"),
            py::arg("all_gather_bytes"), py::kw_only(), py::arg("timeout_s"),
            py::arg("channel") = nullptr, py::arg("arena_bytes") = 0, py::arg("cost") = CostModel(),
-           py::arg("algorithm") = Algorithm::kAuto, py::arg("gpu_places") = nccl::Places())
+           py::arg("algorithm") = Algorithm::kAuto, py::arg("gpu_places") = nccl::Places(),
+           py::arg("gpu_transport") = nccl::Transport::kAuto)
       .def_property_readonly("group", &World::group)
       .def("abort", &World::abort, py::arg("reason"), py::call_guard<py::gil_scoped_release>(),
            "Make every rank's pending and later calls raise `reason`; True if none was before.")
@@ -69,17 +73,19 @@ void bind_world(py::module_& module) {
   module.def(
       "loopback_worlds",
       [](const std::vector<int>& hosts, double timeout_s, std::size_t piece_bytes,
-         const nccl::Places& gpu_places) {
+         const nccl::Places& gpu_places, nccl::Transport gpu_transport) {
         if (piece_bytes < Staging::kLeastPieceBytes || piece_bytes % 64 != 0) {
           throw InvalidArgumentError("loopback_worlds: piece_bytes is " +
                                      std::to_string(piece_bytes) +
                                      ". Pass a multiple of 64, at least 1024.");
         }
         return World::loopback(
-            hosts, {timeout_s, std::size_t{1} << 30, Staging{piece_bytes}, {}, gpu_places});
+            hosts,
+            {timeout_s, std::size_t{1} << 30, Staging{piece_bytes}, {}, gpu_places, gpu_transport});
       },
       py::arg("hosts"), py::kw_only(), py::arg("timeout_s") = 60.0,
       py::arg("piece_bytes") = Staging().piece_bytes, py::arg("gpu_places") = nccl::Places(),
+      py::arg("gpu_transport") = nccl::Transport::kAuto,
       "Worlds whose ranks are threads of this process; rank i lies on pretend host hosts[i]. "
       "Small pieces make small tensors take the way of large ones.");
 }

@@ -85,11 +85,13 @@ Task<> broadcast(Context& context, const Operation& operation) {
     co_return;
   }
   const int root = context.placement.local_rank_of[static_cast<std::size_t>(operation.root)];
-  const std::byte* const in_arena = context.window.announced_buffer(root, context.sequence);
   if (small) {
     std::memcpy(operation.output, context.window.announced_payload(root, context.sequence, bytes),
                 bytes);
-  } else if (in_arena != nullptr) {
+    co_return;
+  }
+  const std::byte* const in_arena = context.window.announced_buffer(root, context.sequence);
+  if (in_arena != nullptr) {
     if (operation.output != in_arena) std::memcpy(operation.output, in_arena, bytes);
     co_await meet(context);  // the root may change its buffer only now
   } else {

@@ -49,6 +49,10 @@ struct Staging {
   /// within its cache.
   std::size_t piece_bytes = 512 << 10;
 
+  /// Each of the slots through which tensors on GPUs go where there is no NCCL (nccl/staged.h):
+  /// long enough for copies at the speed of the bus. The same on all ranks.
+  std::size_t gpu_slot_bytes = 4 << 20;
+
   constexpr std::size_t bytes(int host_count) const {
     return (host_count == 1 ? 3 : 10) * piece_bytes;
   }
@@ -64,7 +68,7 @@ struct Context {
   int tag;
   const Placement& placement;
   const std::vector<int>& world_ranks;  // by group rank
-  const Arena& arena;                   // this rank's
+  Arena& arena;                         // this rank's
   Staging staging;
   Tuning tuning;
   int rank;

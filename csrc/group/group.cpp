@@ -102,7 +102,7 @@ std::shared_ptr<Group> Group::create(
     try {
       records = gather({memory->offset(), process->free_tag.load()});
     } catch (...) {
-      Process::quarantine(memory);  // the other members may have built their group on it
+      ArenaBlock::quarantine(memory);  // the other members may have built their group on it
       throw;
     }
     for (const GroupRecord& record : records) tag = std::max(tag, record.free_tag);
@@ -150,7 +150,7 @@ Group::~Group() {
   }
   window_.leave();
   if (failure_ && placement_.host_count() > 1) {
-    Process::quarantine(memory_);  // MPI may still send from it, or receive into it
+    ArenaBlock::quarantine(memory_);  // MPI may still send from it, or receive into it
   } else {
     process_->retire(memory_, [window = window_] { return window.all_left(); });
   }
@@ -434,7 +434,7 @@ void Group::fail(const std::string& call) {
 }
 
 void Group::quarantine(std::shared_ptr<ArenaBlock> memory) {
-  Process::quarantine(std::move(memory));
+  ArenaBlock::quarantine(std::move(memory));
 }
 
 std::shared_ptr<ArenaBlock> Group::allocate(std::size_t bytes) { return process_->allocate(bytes); }

@@ -63,7 +63,7 @@ PostOffice::PostOffice(Group& group) : group_(group) {
       if (!courier_) {
         courier_ = std::make_unique<Courier>(
             *process.channel, group.context_.tag + 1,
-            [&group](std::size_t bytes) { return group.allocate(bytes); }, &Process::quarantine);
+            [&group](std::size_t bytes) { return group.allocate(bytes); }, &ArenaBlock::quarantine);
       }
       links.push_back(&courier_->link_to(world_rank));
     } else {

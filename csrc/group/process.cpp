@@ -142,7 +142,8 @@ std::shared_ptr<ArenaBlock> Process::allocate(std::size_t bytes) {
 
 nccl::Plane& Process::gpu_plane() {
   std::lock_guard lock(mutex_);
-  if (gpu_plane_ == nullptr) gpu_plane_ = nccl::make_plane(options.gpu_places);
+  if (gpu_plane_ == nullptr)
+    gpu_plane_ = nccl::make_plane(options.gpu_places, options.gpu_transport);
   return *gpu_plane_;
 }
 
@@ -157,13 +158,6 @@ void Process::retire(std::shared_ptr<ArenaBlock> memory, std::function<bool()> a
 void Process::free_retired() {
   std::lock_guard lock(mutex_);
   std::erase_if(retired_, [](const Retired& group) { return group.all_left(); });
-}
-
-void Process::quarantine(std::shared_ptr<ArenaBlock> memory) {
-  static std::mutex mutex;
-  static auto* const kept = new std::vector<std::shared_ptr<ArenaBlock>>();  // never destroyed
-  std::lock_guard lock(mutex);
-  kept->push_back(std::move(memory));
 }
 
 std::unique_lock<std::mutex> Process::begin_group() {

@@ -30,6 +30,8 @@ class Process {
     /// The same on all ranks.
     Tuning tuning = {};
     nccl::Places gpu_places = {};
+    /// The same on all ranks.
+    nccl::Transport gpu_transport = nccl::Transport::kAuto;
   };
 
   /// Find the other ranks and map the memory of those on the same host. Collective.
@@ -87,10 +89,6 @@ class Process {
 
   /// Free a dead group's memory once no peer reads it any more.
   void retire(std::shared_ptr<ArenaBlock> memory, std::function<bool()> all_left);
-
-  /// Keep memory, and the arena it lies in, to the end of the process: after a failure a peer or
-  /// the network may write to it at any time.
-  static void quarantine(std::shared_ptr<ArenaBlock> memory);
 
   /// While the result lives no other group can be made: two at once could agree on one channel tag.
   /// @throws CommError  another thread is making a group.

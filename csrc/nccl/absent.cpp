@@ -16,10 +16,10 @@ constexpr const char* kWhy = "not in this build (" PYCOMM_GPU_LACKS
 
 Report report(const Places&) {
   const std::string as_above = "not looked for: see GPU headers";
-  return {kWhy, as_above, as_above, as_above, as_above};
+  return {kWhy, as_above, "", as_above, as_above, false, as_above};
 }
 
-std::unique_ptr<Plane> make_plane(const Places&) {
+std::unique_ptr<Plane> make_plane(const Places&, Transport) {
   throw CommError(std::string("calls on CUDA tensors: ") + kWhy);
 }
 

@@ -16,6 +16,10 @@ void put(std::array<char, length>& field, const std::string& text) {
   std::copy_n(text.begin(), std::min(text.size(), length - 1), field.begin());
 }
 
+std::string name_of(std::size_t index, const std::vector<int>& ranks) {
+  return std::to_string(ranks.empty() ? static_cast<int>(index) : ranks[index]);
+}
+
 }  // namespace
 
 void Card::set_bus_id(const std::string& text) { put(bus_id, text); }
@@ -24,15 +28,18 @@ void Card::set_problem(const std::string& text) { put(problem, text); }
 
 void Card::set_kernels_problem(const std::string& text) { put(kernels_problem, text); }
 
-std::string problem_of(const std::vector<Card>& cards, const Placement& placement,
-                       const std::vector<int>& ranks) {
-  const auto name = [&](std::size_t index) {
-    return std::to_string(ranks.empty() ? static_cast<int>(index) : ranks[index]);
-  };
+std::string without_nccl(const std::vector<Card>& cards, const std::vector<int>& ranks) {
   for (std::size_t rank = 0; rank < cards.size(); ++rank) {
     if (cards[rank].problem[0] == '\0') continue;
-    return "rank " + name(rank) + " cannot use NCCL: " + cards[rank].problem.data();
+    return "rank " + name_of(rank, ranks) + " cannot use NCCL: " + cards[rank].problem.data();
   }
+  return "";
+}
+
+std::string problem_of(const std::vector<Card>& cards, const Placement& placement,
+                       const std::vector<int>& ranks) {
+  const auto name = [&](std::size_t index) { return name_of(index, ranks); };
+  if (std::string lack = without_nccl(cards, ranks); !lack.empty()) return lack;
   for (std::size_t rank = 1; rank < cards.size(); ++rank) {
     if (cards[rank].nccl_version == cards[0].nccl_version) continue;
     return "rank " + name(0) + " has NCCL " + nccl_version_text(cards[0].nccl_version) +

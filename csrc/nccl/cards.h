@@ -24,9 +24,13 @@ struct Card {
   void set_kernels_problem(const std::string& text);
 };
 
+/// Which rank has no usable NCCL and why, the first there is; empty: all have one.
+/// @param ranks  what they are called; none: 0, 1, ...
+std::string without_nccl(const std::vector<Card>& cards, const std::vector<int>& ranks = {});
+
 /// Why GPUs with these cards, by rank, cannot be connected, with the remedy; empty: they can. All
 /// ranks hold the same cards, so they come to the same answer.
-/// @param ranks  what they are called; none: 0, 1, ...
+/// @param ranks  as above.
 std::string problem_of(const std::vector<Card>& cards, const Placement& placement,
                        const std::vector<int>& ranks = {});
 

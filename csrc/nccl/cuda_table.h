@@ -24,11 +24,14 @@ namespace pycomm::nccl {
   X(cudaEventQuery)                   \
   X(cudaEventRecord)                  \
   X(cudaFree)                         \
+  X(cudaFreeHost)                     \
   X(cudaGetDevice)                    \
   X(cudaGetDeviceCount)               \
   X(cudaGetErrorName)                 \
   X(cudaGetErrorString)               \
   X(cudaGetLastError)                 \
+  X(cudaHostRegister)                 \
+  X(cudaHostUnregister)               \
   X(cudaLaunchKernelExC)              \
   X(cudaMemcpyAsync)                  \
   X(cudaMemsetAsync)                  \
@@ -39,9 +42,13 @@ namespace pycomm::nccl {
   X(cudaStreamWaitEvent)
 
 /// Those that cuda_runtime.h, which nccl.h includes, overloads: their types are written out.
-#define PYCOMM_CUDA_OVERLOADED_FUNCTIONS(X) X(cudaMalloc)
+#define PYCOMM_CUDA_OVERLOADED_FUNCTIONS(X) \
+  X(cudaMalloc)                             \
+  X(cudaMallocHost)
 using cudaMallocType = cudaError_t(void**, std::size_t);
 using MallocIsOfThatType = decltype(static_cast<cudaMallocType*>(&::cudaMalloc));
+using cudaMallocHostType = cudaError_t(void**, std::size_t);
+using MallocHostIsOfThatType = decltype(static_cast<cudaMallocHostType*>(&::cudaMallocHost));
 
 /// Since 12.8; null before. Without them no kernel of ours can be loaded.
 #define PYCOMM_CUDA_LIBRARY_FUNCTIONS(X) \

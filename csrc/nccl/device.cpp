@@ -6,6 +6,22 @@
 #include "core/error.h"
 
 namespace pycomm::nccl {
+namespace {
+
+/// On the current GPU.
+cudaStream_t make_stream(const CudaTable& cuda) {
+  int lowest = 0;
+  int highest = 0;  // the smaller number
+  cuda.check(cuda.cudaDeviceGetStreamPriorityRange(&lowest, &highest),
+             "cudaDeviceGetStreamPriorityRange");
+  cudaStream_t stream = nullptr;
+  // Non-blocking: not ordered with the default stream but by our events.
+  cuda.check(cuda.cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, highest),
+             "cudaStreamCreateWithPriority");
+  return stream;
+}
+
+}  // namespace
 
 Device::Device(const Places& places, int ordinal_in)
     : cuda(CudaTable::load(places.cuda_folders)),
@@ -25,13 +41,7 @@ Device::Device(const Places& places, int ordinal_in)
   } catch (const CommError& error) {
     nccl_problem = error.what();
   }
-  int lowest = 0;
-  int highest = 0;  // the smaller number
-  cuda.check(cuda.cudaDeviceGetStreamPriorityRange(&lowest, &highest),
-             "cudaDeviceGetStreamPriorityRange");
-  // Non-blocking: not ordered with the default stream but by our events.
-  cuda.check(cuda.cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, highest),
-             "cudaStreamCreateWithPriority");
+  stream = make_stream(cuda);
 }
 
 // What fails here fails because the GPU, or all of CUDA, is gone before us.
@@ -107,6 +117,13 @@ Device::Current::~Current() {
   if (before_ != device_.ordinal) device_.cuda.cudaSetDevice(before_);
 }
 
+Stream::Stream(std::shared_ptr<const Device> device) : device_(std::move(device)) {
+  const Device::Current current(*device_);
+  stream_ = make_stream(device_->cuda);
+}
+
+Stream::~Stream() { device_->cuda.cudaStreamDestroy(stream_); }
+
 Event::Event(std::shared_ptr<const Device> device) : device_(std::move(device)) {
   const Device::Current current(*device_);
   device_->cuda.check(device_->cuda.cudaEventCreateWithFlags(&event_, cudaEventDisableTiming),
@@ -142,9 +159,5 @@ Call::Call(std::shared_ptr<const Device> device, StreamAddress stream)
 }
 
 void Call::order_before(StreamAddress stream) { done_.order_before(stream_at(stream)); }
-
-void Call::begin() { ready_.order_before(device_->stream); }
-
-void Call::end() { done_.record(device_->stream); }
 
 }  // namespace pycomm::nccl

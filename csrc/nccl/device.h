@@ -75,6 +75,23 @@ inline cudaStream_t stream_at(StreamAddress address) {
   return reinterpret_cast<cudaStream_t>(address);
 }
 
+/// Work in order on this rank's GPU, before that of the training loop, and at the same time as that
+/// of other streams.
+class Stream {
+ public:
+  explicit Stream(std::shared_ptr<const Device> device);
+  ~Stream();
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+
+  cudaStream_t handle() const { return stream_; }
+  const std::shared_ptr<const Device>& device() const { return device_; }
+
+ private:
+  const std::shared_ptr<const Device> device_;
+  cudaStream_t stream_ = nullptr;
+};
+
 /// A point in the work of a stream.
 class Event {
  public:
@@ -106,8 +123,11 @@ class Call final : public DeviceCall {
   bool finished() const override { return done_.passed(); }
 
   /// The launch, on the device's stream, lies between these two.
-  void begin();
-  void end();
+  void begin() { begin_on(device_->stream); }
+  void end() { end_on(device_->stream); }
+  /// The same where a call has streams of its own: it begins on each, and ends on one.
+  void begin_on(cudaStream_t stream) { ready_.order_before(stream); }
+  void end_on(cudaStream_t stream) { done_.record(stream); }
 
  private:
   const std::shared_ptr<const Device> device_;

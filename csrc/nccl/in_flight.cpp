@@ -7,10 +7,23 @@
 namespace pycomm::nccl {
 
 void InFlight::poll(const Communicator& communicator) {
-  while (!calls_.empty() && calls_.front().call->finished()) calls_.pop_front();
+  forget_finished();
   if (calls_.empty()) return;
-  const Launched& first = calls_.front();
   communicator.accepted();
+  check_deadline();
+}
+
+void InFlight::poll() {
+  forget_finished();
+  if (!calls_.empty()) check_deadline();
+}
+
+void InFlight::forget_finished() {
+  while (!calls_.empty() && calls_.front().call->finished()) calls_.pop_front();
+}
+
+void InFlight::check_deadline() const {
+  const Launched& first = calls_.front();
   const double seconds = std::chrono::duration<double>(Clock::now() - first.began).count();
   if (seconds <= first.timeout_s) return;
   char waited[32];

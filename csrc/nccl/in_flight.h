@@ -11,7 +11,7 @@
 
 namespace pycomm::nccl {
 
-/// The calls of a communicator that were launched and have not been seen to end.
+/// The calls of a group, or of a pair, that were launched and have not been seen to end.
 class InFlight {
  public:
   using Clock = std::chrono::steady_clock;
@@ -24,12 +24,17 @@ class InFlight {
   bool empty() const { return calls_.empty(); }
   void clear() { calls_.clear(); }
 
-  /// Look at them.
+  /// Look at them, and at what NCCL says of theirs.
   /// @throws CommTimeoutError  the GPU has not come to one for too long.
   /// @throws PeerLostError, CommError  NCCL or the GPU has failed.
   void poll(const Communicator& communicator);
+  /// The same without NCCL.
+  void poll();
 
  private:
+  void forget_finished();
+  void check_deadline() const;
+
   struct Launched {
     std::shared_ptr<Call> call;
     std::string description;

@@ -7,6 +7,7 @@
 
 #include "core/error.h"
 #include "kernels/fold.h"
+#include "nccl/exact_order.h"
 #include "nccl/exchange.h"
 
 namespace pycomm::nccl {
@@ -175,11 +176,7 @@ void exchange(const Communicator& communicator, const Operation& operation, int 
 }  // namespace
 
 std::string problem_of(const Operation& operation) {
-  if (operation.algorithm == Algorithm::kExactOrder && is_scalable(operation.dtype)) return "";
-  if (operation.algorithm != Algorithm::kAuto && operation.algorithm != Algorithm::kExactOrder) {
-    return std::string("algorithm is ") + name_of(operation.algorithm) +
-           ", and NCCL chooses by itself on GPUs.\n  Pass algorithm=None, or CPU tensors.";
-  }
+  if (needs_exact_order(operation)) return "";
   if (!reduces(operation.kind)) return "";
   if (!reducible(operation.dtype)) {
     return std::string("NCCL cannot reduce ") + name_of(operation.dtype) +

@@ -8,6 +8,7 @@
 
 #include "collectives/open.h"
 #include "collectives/run.h"
+#include "nccl/choice.h"
 #include "nccl/communicator.h"
 #include "nccl/device.h"
 #include "nccl/exact_order.h"
@@ -18,6 +19,7 @@
 #include "nccl/pair.h"
 #include "nccl/place.h"
 #include "nccl/registry.h"
+#include "nccl/staged.h"
 
 namespace pycomm::nccl {
 namespace {
@@ -67,6 +69,9 @@ Task<> NcclGroup::run(Context& context, const Operation& operation) {
   Place place(device_->order, id_);
   const std::string description = describe_call(context, operation);
   place.agree(co_await open_with_largest(context, operation, place.proposal()));
+  if (const std::string problem = problem_of(operation); !problem.empty()) {
+    throw RefusedError(std::string(name_of(operation.kind)) + ": " + problem);
+  }
   if (communicator_ == nullptr) co_await connect(context);
   Place::Next next(place);
   co_await until(next);
@@ -150,13 +155,16 @@ NcclGroup::~NcclGroup() {
 
 class CudaPlane final : public Plane {
  public:
-  explicit CudaPlane(const Places& places) : places_(places) {}
+  CudaPlane(const Places& places, Transport transport) : places_(places), transport_(transport) {}
 
   void issue(Operation& operation) override {
-    if (const std::string problem = problem_of(operation); !problem.empty()) {
-      throw InvalidArgumentError(std::string(name_of(operation.kind)) + ": " + problem);
-    }
     const bool in_order = operation.algorithm == Algorithm::kExactOrder;
+    if (operation.algorithm != Algorithm::kAuto && !in_order) {
+      throw InvalidArgumentError(
+          std::string(name_of(operation.kind)) + ": algorithm is " + name_of(operation.algorithm) +
+          ", and on GPUs there is none to choose.\n  Pass algorithm=None, or "
+          "CPU tensors.");
+    }
     operation.algorithm = in_order ? Algorithm::kNcclExactOrder : Algorithm::kNccl;
     const auto gpu = device(name_of(operation.kind), operation.device);
     if (operation.kind == Kind::kAllocateOnDevice) {
@@ -176,12 +184,29 @@ class CudaPlane final : public Plane {
   }
 
   std::shared_ptr<DeviceCall> record(const char* call, int ordinal, StreamAddress stream) override {
+    if (transport_ == Transport::kStaged) {
+      throw InvalidArgumentError(std::string(call) +
+                                 ": messages between GPUs go over NCCL alone, and "
+                                 "PYCOMM_GPU_TRANSPORT is staged.\n  Pass t.cpu(), or let it be "
+                                 "auto.");
+    }
     return std::make_shared<Call>(device(call, ordinal), stream);
   }
 
   std::unique_ptr<GpuGroup> join(std::uint64_t id) override {
     std::lock_guard lock(mutex_);
-    return std::make_unique<NcclGroup>(device_, id);
+    const auto on_nccl = [device = device_, id]() -> std::unique_ptr<GpuGroup> {
+      return std::make_unique<NcclGroup>(device, id);
+    };
+    switch (transport_) {
+      case Transport::kNccl:
+        return on_nccl();
+      case Transport::kStaged:
+        return make_staged_group(device_);
+      case Transport::kAuto:
+        break;
+    }
+    return make_choosing_group(device_, on_nccl);
   }
 
   std::unique_ptr<GpuPair> join(const Pairing& pairing) override {
@@ -206,6 +231,7 @@ class CudaPlane final : public Plane {
   }
 
   const Places places_;
+  const Transport transport_;
   std::mutex mutex_;
   std::shared_ptr<Device> device_;  // from the first `issue` on
   std::unique_ptr<Packer> packer_;
@@ -213,8 +239,8 @@ class CudaPlane final : public Plane {
 
 }  // namespace
 
-std::unique_ptr<Plane> make_plane(const Places& places) {
-  return std::make_unique<CudaPlane>(places);
+std::unique_ptr<Plane> make_plane(const Places& places, Transport transport) {
+  return std::make_unique<CudaPlane>(places, transport);
 }
 
 }  // namespace pycomm::nccl

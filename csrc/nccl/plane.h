@@ -20,8 +20,8 @@
 
 namespace pycomm::nccl {
 
-/// The GPUs of a group cannot be connected: every rank raises the same, nothing was sent between
-/// them, and the group goes on.
+/// The GPUs of a group cannot be connected, or NCCL cannot do what it is asked for: every rank
+/// raises the same, nothing was sent between them, and the group goes on.
 class RefusedError : public InvalidArgumentError {
  public:
   using InvalidArgumentError::InvalidArgumentError;
@@ -37,7 +37,7 @@ class GpuGroup {
   /// open it on the host, wait for its turn on the GPU, launch it. Over once it was launched.
   ///
   /// The group's first call also connects its GPUs.
-  /// @throws RefusedError  they cannot be connected.
+  /// @throws RefusedError  they cannot be connected, or what carries the calls cannot do this one.
   virtual Task<> run(Context& context, const Operation& operation) = 0;
 
   /// Whether the GPU has yet to finish a call, or nobody holds some of the group's memory any more.
@@ -104,7 +104,7 @@ class Plane {
   /// agree on, and note which of the work on the caller's stream it comes after. For
   /// kAllocateOnDevice allocate its memory, zeroed on that stream.
   ///
-  /// @throws InvalidArgumentError  NCCL cannot do this, or the process uses another GPU.
+  /// @throws InvalidArgumentError  it names an algorithm, or the process uses another GPU.
   /// @throws CommError  no CUDA runtime, no driver or no memory.
   virtual void issue(Operation& operation) = 0;
 
@@ -126,7 +126,8 @@ class Plane {
 };
 
 /// Loads nothing yet.
+/// @param transport  the same on all ranks.
 /// @throws CommError  pycomm was built without the GPU plane.
-std::unique_ptr<Plane> make_plane(const Places& places);
+std::unique_ptr<Plane> make_plane(const Places& places, Transport transport);
 
 }  // namespace pycomm::nccl

@@ -63,11 +63,16 @@ Report report(const Places& places) {
   report.kernels = kernels_at(places.kernels, nullptr);
   report.runtime = found_or_why([&] {
     const CudaTable cuda = CudaTable::load(places.cuda_folders);
+    report.runtime_file = cuda.library.path();
     report.driver = driver_of(cuda);
     report.kernels = kernels_at(places.kernels, &cuda);
     return cuda_version_text(cuda.version) + ", " + where(cuda.library);
   });
-  report.nccl = found_or_why([&] { return nccl_of(NcclTable::load(places.nccl_folders)); });
+  report.nccl = found_or_why([&] {
+    std::string text = nccl_of(NcclTable::load(places.nccl_folders));
+    report.has_nccl = true;
+    return text;
+  });
   return report;
 }
 

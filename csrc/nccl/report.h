@@ -17,12 +17,21 @@ struct Places {
   std::size_t scratch_bytes = 32 << 20;
 };
 
+/// What carries the calls on GPUs.
+enum class Transport {
+  kAuto,    // NCCL if every rank has it, else kStaged
+  kNccl,    // NCCL, or an error that says what it lacks
+  kStaged,  // the collectives of the host, through its memory
+};
+
 /// What of the GPU plane is here. Each text is one line, or two where a problem has a remedy.
 struct Report {
   std::string headers;  // that this build was typed from
   std::string runtime;
-  std::string driver;  // and its GPUs
+  std::string runtime_file;  // empty: none
+  std::string driver;        // and its GPUs
   std::string nccl;
+  bool has_nccl = false;  // and it can be used
   std::string kernels;
 };
 

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <iterator>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "core/fork_guard.h"
 #include "core/system_error.h"
@@ -125,6 +127,13 @@ void Arena::release(std::size_t offset) {
     }
   }
   free_[offset] = bytes;
+}
+
+void ArenaBlock::quarantine(std::shared_ptr<ArenaBlock> block) {
+  static std::mutex mutex;
+  static auto* const kept = new std::vector<std::shared_ptr<ArenaBlock>>();  // never destroyed
+  std::lock_guard lock(mutex);
+  kept->push_back(std::move(block));
 }
 
 std::size_t Arena::allocated_bytes() const {

@@ -74,6 +74,10 @@ class ArenaBlock {
   ArenaBlock(const ArenaBlock&) = delete;
   ArenaBlock& operator=(const ArenaBlock&) = delete;
 
+  /// Keep memory, and the arena it lies in, to the end of the process: after a failure a peer or
+  /// the network may write to it at any time.
+  static void quarantine(std::shared_ptr<ArenaBlock> block);
+
   std::byte* data() const { return arena_->base() + offset_; }
   std::size_t offset() const { return offset_; }
   std::size_t bytes() const { return bytes_; }

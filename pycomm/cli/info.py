@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pycomm import _core, gpu_libraries, mpi_library
+from pycomm import _core, gpu_libraries, mpi_cuda, mpi_library
 from pycomm.errors import CommError
 from pycomm.launch import detect
 
@@ -91,6 +91,33 @@ def _several_hosts() -> str:
     return "yes, over MPI"
 
 
+def _gpu_transport(report: _core.GpuReport) -> str:
+    """What would carry calls on GPUs, if all ranks were like this one."""
+    try:
+        asked = gpu_libraries.transport(os.environ)
+    except CommError as error:
+        return str(error).removeprefix("init: ")
+    if asked is _core.GpuTransport.STAGED:
+        return "the hosts' memory and collectives, as PYCOMM_GPU_TRANSPORT says"
+    if report.has_nccl:
+        return "NCCL, if every rank has the same"
+    if asked is _core.GpuTransport.NCCL:
+        return "none: PYCOMM_GPU_TRANSPORT=nccl, and no NCCL can be used here"
+    return "the hosts' memory and collectives, since no NCCL can be used here"
+
+
+def _mpi_on_gpus(report: _core.GpuReport) -> str:
+    """Whether MPI could take GPU memory; what pycomm gives it is the hosts'."""
+    if importlib.util.find_spec("mpi4py") is None:
+        return "no MPI"
+    try:
+        answer = mpi_cuda.detect(os.environ, report.runtime_file)
+    except CommError as error:
+        return str(error)
+    words = {True: "takes GPU memory", False: "takes no GPU memory", None: "unknown"}
+    return f"{words[answer.aware]}: {answer.reason}"
+
+
 def _gpus() -> list[tuple[str, str]]:
     report = gpu_libraries.report()
     return [
@@ -98,5 +125,7 @@ def _gpus() -> list[tuple[str, str]]:
         ("CUDA runtime", report.runtime),
         ("NVIDIA driver", report.driver),
         ("NCCL", report.nccl),
+        ("GPU transport", _gpu_transport(report)),
+        ("MPI on GPUs", _mpi_on_gpus(report)),
         ("CUDA kernels", report.kernels),
     ]

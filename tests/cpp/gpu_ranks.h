@@ -98,7 +98,9 @@ class Gpu {
 /// left of them, and the double must have had nothing to blame.
 inline std::vector<std::string> run_gpu_ranks_catching(
     const std::vector<int>& hosts, const std::function<void(pycomm::Group&, Gpu&)>& body,
-    double timeout_s = 20, const pycomm::nccl::Places& places = places_of_the_double()) {
+    double timeout_s = 20, const pycomm::nccl::Places& places = places_of_the_double(),
+    pycomm::nccl::Transport transport = pycomm::nccl::Transport::kNccl,
+    pycomm::Staging staging = {}) {
   use_the_double();
   const auto errors = run_ranks_catching(
       hosts,
@@ -106,7 +108,7 @@ inline std::vector<std::string> run_gpu_ranks_catching(
         Gpu gpu(group.rank());
         body(group, gpu);
       },
-      timeout_s, {}, places);
+      timeout_s, staging, places, transport);
   CHECK_EQUAL(gpu_double::errors(), "");
   const auto left = gpu_double::census();
   CHECK_EQUAL(left.communicators, 0);
@@ -114,12 +116,16 @@ inline std::vector<std::string> run_gpu_ranks_catching(
   CHECK_EQUAL(left.events, 0);
   CHECK_EQUAL(left.streams, 0);
   CHECK_EQUAL(left.allocations, 0);
+  CHECK_EQUAL(left.pinned, 0);
   return errors;
 }
 
 inline void run_gpu_ranks(const std::vector<int>& hosts,
-                          const std::function<void(pycomm::Group&, Gpu&)>& body) {
-  const auto errors = run_gpu_ranks_catching(hosts, body);
+                          const std::function<void(pycomm::Group&, Gpu&)>& body,
+                          pycomm::nccl::Transport transport = pycomm::nccl::Transport::kNccl,
+                          pycomm::Staging staging = {}) {
+  const auto errors = run_gpu_ranks_catching(hosts, body, /*timeout_s=*/20, places_of_the_double(),
+                                             transport, staging);
   for (std::size_t rank = 0; rank < errors.size(); ++rank) {
     if (!errors[rank].empty()) {
       throw check::Failure("rank " + std::to_string(rank) + ": " + errors[rank]);

@@ -18,9 +18,10 @@ inline std::vector<std::string> run_ranks_catching(const std::vector<int>& hosts
                                                    double timeout_s = 60,
                                                    pycomm::Staging staging = {},
                                                    const pycomm::nccl::Places& gpu_places = {},
+                                                   pycomm::nccl::Transport gpu_transport = {},
                                                    const pycomm::Tuning& tuning = {}) {
   const auto worlds = pycomm::World::loopback(
-      hosts, {timeout_s, std::size_t{64} << 20, staging, tuning, gpu_places});
+      hosts, {timeout_s, std::size_t{64} << 20, staging, tuning, gpu_places, gpu_transport});
   std::vector<std::string> errors(hosts.size());
   std::vector<std::thread> threads;
   for (std::size_t rank = 0; rank < hosts.size(); ++rank) {

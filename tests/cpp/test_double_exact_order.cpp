@@ -217,6 +217,17 @@ TEST(double_groups_take_turns_in_the_scratch) {
   });
 }
 
+TEST(double_exact_order_without_nccl_is_what_the_hosts_do) {
+  check_none(run_gpu_ranks_catching(
+      {0, 0, 1},
+      [](Group& group, Gpu& gpu) {
+        for (const Kind kind : {Kind::kAllReduce, Kind::kReduce, Kind::kReduceScatter}) {
+          check_bits(group, gpu, {.kind = kind, .op = ReduceOp::kAvg, .count = 3000});
+        }
+      },
+      20, places_of_the_double(), pycomm::nccl::Transport::kStaged));
+}
+
 TEST(double_the_least_scratch_of_the_ranks_decides_for_all) {
   const auto errors = run_gpu_ranks_catching(
       {0, 0}, [](Group& group, Gpu& gpu) { check_bits(group, gpu, {.count = 2000}); }, 20,
@@ -275,7 +286,7 @@ TEST(double_exact_order_on_the_host_is_never_the_ring) {
                                     if (run(algorithm) != in_order && group.rank() == 0)
                                       ++different;
                                   },
-                                  60, {}, {}, {{}, Algorithm::kRing}));
+                                  60, {}, {}, {}, {{}, Algorithm::kRing}));
     return different;
   };
   CHECK_EQUAL(differs(Algorithm::kAuto), 1);

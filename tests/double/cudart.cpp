@@ -49,6 +49,17 @@ constexpr std::size_t kAlignment = 512;
 /// nothing else could for so long: longer than any host thread needs to issue its next call.
 constexpr auto kPatience = std::chrono::milliseconds(100);
 
+/// Of a process: no stream of pycomm's copies to or from other memory of the host.
+using Ranges = std::map<const std::byte*, std::size_t>;
+
+bool lies_in(const Ranges& ranges, const void* address, std::size_t bytes) {
+  const auto* const begin = static_cast<const std::byte*>(address);
+  auto next = ranges.upper_bound(begin);
+  if (next == ranges.begin()) return false;
+  const auto& [start, length] = *--next;
+  return begin + bytes <= start + length;
+}
+
 [[noreturn]] void die(const char* what) {
   std::perror(what);
   std::abort();
@@ -90,6 +101,7 @@ class Memory {
     const bool on_device = at >= host_ && at < host_ + kMemoryBytes;
     return on_device ? steps_ + (at - host_) : const_cast<std::byte*>(at);
   }
+  bool contains(const void* address) const { return reachable(address) != address; }
   std::size_t blocks() const { return blocks_.size(); }
 
  private:
@@ -132,8 +144,12 @@ class World {
   std::set<cudaStream_t> streams;
   std::set<cudaEvent_t> events;
   std::vector<std::unique_ptr<CUevent_st>> old_events;
+  std::size_t old_streams = 0;
   int communicators = 0;
   int registrations = 0;
+  Ranges pinned;
+  bool refuses_to_register = false;
+  std::chrono::milliseconds patience = kPatience;
   std::array<int, kDevices> waiting_hosts{};
   int starved = kNobody;
   std::pair<std::string, int> forgotten{"", kNobody};
@@ -152,7 +168,7 @@ class World {
   void run() {
     std::unique_lock lock(mutex_);
     for (;;) {
-      const auto patient_until = std::chrono::steady_clock::now() + kPatience;
+      const auto patient_until = std::chrono::steady_clock::now() + patience;
       cudaStream_t stream = nullptr;
       for (bool expired = false; stream == nullptr;) {
         stream = choose(Whose::kFree);
@@ -240,6 +256,14 @@ void starve(int priority) {
   World::get().locked([&] { World::get().starved = priority; });
 }
 
+void set_patience(std::chrono::milliseconds patience) {
+  World::get().locked([&] { World::get().patience = patience; });
+}
+
+void refuse_to_register(bool refused) {
+  World::get().locked([&] { World::get().refuses_to_register = refused; });
+}
+
 void hold(cudaStream_t stream, bool held) {
   World::get().locked([&] { stream->held = held; });
 }
@@ -261,9 +285,12 @@ std::string errors() {
 Census census() {
   World& world = World::get();
   return world.locked([&] {
-    return Census{static_cast<int>(world.streams.size()), static_cast<int>(world.events.size()),
-                  static_cast<int>(world.memory.blocks()), world.communicators,
-                  world.registrations};
+    return Census{static_cast<int>(world.streams.size() - world.old_streams),
+                  static_cast<int>(world.events.size()),
+                  static_cast<int>(world.memory.blocks()),
+                  world.communicators,
+                  world.registrations,
+                  static_cast<int>(world.pinned.size())};
   });
 }
 
@@ -272,8 +299,10 @@ void forgive() {
   world.locked([&] {
     for (const cudaEvent_t event : world.events) world.old_events.emplace_back(event);
     world.events.clear();
+    world.old_streams = world.streams.size();
     world.communicators = 0;
     world.registrations = 0;
+    world.pinned.clear();
   });
 }
 
@@ -434,8 +463,11 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t event) {
-  return World::get().locked(
-      [&] { return event->passed >= event->recorded ? cudaSuccess : fail(cudaErrorNotReady); });
+  return World::get().locked([&] {
+    const bool passed = event->passed >= event->recorded;
+    return passed || gpu_double::forgotten("cudaEventQuery") ? cudaSuccess
+                                                             : fail(cudaErrorNotReady);
+  });
 }
 
 cudaError_t cudaMalloc(void** address, std::size_t bytes) {
@@ -446,6 +478,40 @@ cudaError_t cudaMalloc(void** address, std::size_t bytes) {
 cudaError_t cudaFree(void* address) {
   return address == nullptr || gpu_double::free(address) ? cudaSuccess
                                                          : fail(cudaErrorInvalidValue);
+}
+
+cudaError_t cudaHostRegister(void* address, std::size_t bytes, unsigned) {
+  return World::get().locked([&] {
+    World& world = World::get();
+    if (world.refuses_to_register) return fail(cudaErrorNotSupported);
+    if (!world.pinned.try_emplace(static_cast<const std::byte*>(address), bytes).second) {
+      return fail(cudaErrorHostMemoryAlreadyRegistered);
+    }
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaHostUnregister(void* address) {
+  return World::get().locked([&] {
+    if (gpu_double::forgotten("cudaHostUnregister")) return cudaSuccess;
+    if (World::get().pinned.erase(static_cast<const std::byte*>(address)) == 0) {
+      gpu_double::blame("memory was unpinned that was not pinned");
+    }
+    return cudaSuccess;
+  });
+}
+
+cudaError_t cudaMallocHost(void** address, std::size_t bytes) {
+  *address = std::malloc(bytes);
+  World::get().locked(
+      [&] { World::get().pinned[static_cast<const std::byte*>(*address)] = bytes; });
+  return cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void* address) {
+  cudaHostUnregister(address);
+  std::free(address);
+  return cudaSuccess;
 }
 
 cudaError_t cudaMemsetAsync(void* address, int value, std::size_t bytes, cudaStream_t stream) {
@@ -477,6 +543,15 @@ cudaError_t cudaDeviceSynchronize() {
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind,
                             cudaStream_t stream) {
   if (bytes == 0) return cudaSuccess;  // of no address
+  World::get().locked([&] {
+    const World& world = World::get();
+    // CUDA would wait for such a copy: a training loop may, pycomm must not.
+    if (stream->priority != gpu_double::kHighestPriority) return;
+    for (const void* const side : {static_cast<const void*>(to), from}) {
+      if (world.memory.contains(side) || gpu_double::lies_in(world.pinned, side, bytes)) continue;
+      gpu_double::blame("a copy from or to memory of the host that is not pinned");
+    }
+  });
   gpu_double::push(stream, {always, [=] {
                               std::memcpy(gpu_double::reachable(to), gpu_double::reachable(from),
                                           bytes);

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -52,6 +53,12 @@ bool free(void* address);
 void starve(int priority);
 constexpr int kNobody = 1 << 20;
 
+/// How long a starved stream waits when nothing else can move; 100 ms unless told.
+void set_patience(std::chrono::milliseconds patience);
+
+/// From now on CUDA refuses to pin memory that is not its own, or no more.
+void refuse_to_register(bool refused);
+
 /// The stream stops before its next step: a GPU that hangs.
 void hold(cudaStream_t stream, bool held);
 
@@ -74,6 +81,7 @@ struct Census {
   int allocations;
   int communicators;
   int registrations;  // of memory, with communicators
+  int pinned;         // blocks of host memory
 };
 Census census();
 /// Count nothing that exists now.
