@@ -56,7 +56,8 @@ std::string problem_of(const std::vector<Card>& cards, const Placement& placemen
     return "ranks " + name(user->second) + " and " + name(rank) + " both use GPU " + bus_id +
            " of one host, and NCCL takes one rank a GPU.\n  Call "
            "torch.cuda.set_device(pycomm.local_rank()) before making CUDA tensors, and start no "
-           "more ranks on a host than it has GPUs.";
+           "more ranks on a host than it has GPUs. PYCOMM_GPU_TRANSPORT=staged lets ranks share "
+           "one.";
   }
   return "";
 }

@@ -348,6 +348,15 @@ TEST(double_staged_calls_do_without_an_arena_that_can_be_pinned) {
   gpu_double::refuse_to_register(false);
 }
 
+TEST(double_staged_ranks_may_share_a_gpu) {
+  run_staged({0, 0, 1}, [](Group& group, Gpu&) {
+    Gpu shared(group.rank() / 2);
+    float* const data = shared.put(values(group.rank(), 2000));
+    group.run(shared.sum(data, 2000), no_check);
+    CHECK(shared.get(data, 2000) == sums(3, 2000));
+  });
+}
+
 TEST(double_staged_buckets_live_as_long_as_somebody_holds_them) {
   run_staged({0, 0, 1}, [](Group& group, Gpu& gpu) {
     const auto stream = reinterpret_cast<pycomm::StreamAddress>(gpu.stream());

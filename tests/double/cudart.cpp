@@ -49,7 +49,7 @@ constexpr std::size_t kAlignment = 512;
 /// nothing else could for so long: longer than any host thread needs to issue its next call.
 constexpr auto kPatience = std::chrono::milliseconds(100);
 
-/// Of a process: no stream of pycomm's copies to or from other memory of the host.
+/// Pinned memory of the host, by where it begins: bytes.
 using Ranges = std::map<const std::byte*, std::size_t>;
 
 bool lies_in(const Ranges& ranges, const void* address, std::size_t bytes) {
@@ -223,6 +223,24 @@ thread_local cudaError_t last_error = cudaSuccess;
 cudaError_t fail(cudaError_t error) { return last_error = error; }
 
 bool always() { return true; }
+
+/// A host that was made not to wait for a copy races with it: the thread sanitizer, which would say
+/// so, does not see this one.
+__attribute__((no_sanitize("thread"))) void copy_unseen(void* to, const void* from,
+                                                        std::size_t bytes) {
+  auto* const target = static_cast<volatile unsigned char*>(to);
+  const auto* const source = static_cast<const unsigned char*>(from);
+  for (std::size_t i = 0; i < bytes; ++i) target[i] = source[i];
+}
+
+/// Under the lock.
+void copy(void* to, const void* from, std::size_t bytes) {
+  if (forgotten("cudaEventQuery")) {
+    copy_unseen(to, from, bytes);
+  } else {
+    std::memcpy(to, from, bytes);
+  }
+}
 
 bool known(cudaStream_t stream) { return World::get().streams.count(stream) != 0; }
 
@@ -553,8 +571,8 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
     }
   });
   gpu_double::push(stream, {always, [=] {
-                              std::memcpy(gpu_double::reachable(to), gpu_double::reachable(from),
-                                          bytes);
+                              gpu_double::copy(gpu_double::reachable(to),
+                                               gpu_double::reachable(from), bytes);
                             }});
   return cudaSuccess;
 }
