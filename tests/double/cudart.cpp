@@ -80,6 +80,7 @@ class World {
   std::array<int, kDevices> nccl_versions{};
   std::array<int, kDevices> nccl_errors{};
   std::array<bool, kDevices> without_windows{};
+  bool tells_of_lost_processes = false;
 
  private:
   World() {
@@ -162,11 +163,26 @@ void push(cudaStream_t stream, Step step) {
   World::get().locked([&] { stream->steps.push_back(std::move(step)); });
 }
 
+void put_back(cudaStream_t stream, Step step) { stream->steps.push_front(std::move(step)); }
+
 void change(const std::function<void()>& change) {
   World::get().locked([&] { change(); });
 }
 
 void* reachable(const void* address) { return World::get().memory.reachable(address); }
+
+std::optional<std::size_t> memory_offset(const void* address) {
+  return World::get().memory.offset_of(address);
+}
+
+SharedFile::Name memory_name() { return World::get().memory.name(); }
+
+std::shared_ptr<MappedMemory> find_memory(const SharedFile::Name& name) {
+  const Memory& own = World::get().memory;
+  if (name == own.name()) return own.mapped();
+  const auto file = SharedFile::find(name);
+  return file ? std::make_shared<MappedMemory>(*file) : nullptr;
+}
 
 void blame(const std::string& what) { World::get().errors += what + "\n"; }
 
@@ -250,6 +266,12 @@ void set_nccl_error(int device, int error) {
 }
 
 int nccl_error(int device) { return World::get().nccl_errors.at(static_cast<std::size_t>(device)); }
+
+void tell_of_lost_processes(bool told) {
+  World::get().locked([&] { World::get().tells_of_lost_processes = told; });
+}
+
+bool tells_of_lost_processes() { return World::get().tells_of_lost_processes; }
 
 }  // namespace gpu_double
 

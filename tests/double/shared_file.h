@@ -17,6 +17,8 @@ class SharedFile {
     pid_t process;
     int descriptor;
     ino_t inode;  // descriptors and processes are numbered anew, these are not
+
+    bool operator==(const Name&) const = default;
   };
 
   /// Of zeros. Aborts if there is no memory.
