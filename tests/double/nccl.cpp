@@ -115,8 +115,9 @@ struct Member {
 
   /// What others have made of the communicator.
   ncclResult_t error() {
+    const bool tells_of_lost = gpu_double::tells_of_lost_processes() && !aborted;
     return clique->locked([&](const Clique::Ranks& ranks) {
-      for (int r = 0; gpu_double::tells_of_lost_processes() && r < ranks.size; ++r) {
+      for (int r = 0; tells_of_lost && r < ranks.size; ++r) {
         const Seat& seat = ranks.seats[static_cast<std::size_t>(r)];
         if (seat.taken && gpu_double::find_memory(seat.memory) == nullptr) return ncclRemoteError;
       }
