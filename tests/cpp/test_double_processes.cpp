@@ -122,16 +122,28 @@ void run_processes(int size, const Body& body, const std::vector<int>& killed = 
   CHECK_EQUAL(failures, "");
 }
 
+ncclUniqueId new_id() {
+  ncclUniqueId id;
+  ncclGetUniqueId(&id);
+  return id;
+}
+
+/// As a rank on the current GPU.
+ncclComm_t join(const ncclUniqueId& id, int size, int rank,
+                ncclResult_t expected = ncclInProgress) {
+  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+  config.blocking = 0;
+  ncclComm_t communicator = nullptr;
+  CHECK_EQUAL(ncclCommInitRankConfig(&communicator, size, id, rank, &config), expected);
+  return communicator;
+}
+
 using ConnectedBody = std::function<void(NcclRank&, Stage&)>;
 
 /// The same, all ranks in one communicator.
 void run_connected(int size, const ConnectedBody& body, const std::vector<int>& killed = {}) {
   const auto connected = [&](int rank, Stage& stage) {
-    if (rank == 0) {
-      ncclUniqueId id;
-      ncclGetUniqueId(&id);
-      stage.set_id(id);
-    }
+    if (rank == 0) stage.set_id(new_id());
     Gpu gpu(rank);
     const auto device = std::make_shared<Device>(pycomm::nccl::Places{}, rank);
     NcclRank me{rank, gpu, device, std::make_unique<Communicator>(device, stage.id(), size, rank)};
@@ -238,48 +250,37 @@ TEST(double_processes_with_different_counts_are_caught) {
 
 TEST(double_processes_on_one_gpu_are_refused) {
   run_processes(2, [](int rank, Stage& stage) {
-    if (rank == 0) {
-      ncclUniqueId made;
-      ncclGetUniqueId(&made);
-      stage.set_id(made);
-    }
-    const ncclUniqueId id = stage.id();
-    if (rank == 1) stage.wait_for(1);
     cudaSetDevice(3);
-    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    config.blocking = 0;
-    ncclComm_t communicator = nullptr;
-    const ncclResult_t result = ncclCommInitRankConfig(&communicator, 2, id, rank, &config);
-    stage.reach(rank + 1);
-    stage.wait_for(2);
     if (rank == 0) {
-      CHECK_EQUAL(result, ncclInProgress);
-      ncclCommAbort(communicator);
+      stage.set_id(new_id());
+      ncclComm_t first = join(stage.id(), 2, 0);
+      stage.reach(1);
+      stage.wait_for(2);
+      ncclCommAbort(first);
     } else {
-      CHECK_EQUAL(result, ncclInvalidUsage);
+      stage.wait_for(1);
+      join(stage.id(), 2, 1, ncclInvalidUsage);
       CHECK_EQUAL(gpu_double::errors(), "two ranks on one GPU\n");
+      stage.reach(2);
     }
   });
 }
 
 TEST(double_a_process_that_has_given_up_cannot_be_joined) {
   run_processes(2, [](int rank, Stage& stage) {
-    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    config.blocking = 0;
-    ncclComm_t communicator = nullptr;
     cudaSetDevice(rank);
     if (rank == 0) {
-      ncclUniqueId id;
-      ncclGetUniqueId(&id);
+      const ncclUniqueId id = new_id();
       stage.set_id(id);
-      CHECK_EQUAL(ncclCommInitRankConfig(&communicator, 2, id, 0, &config), ncclInProgress);
-      ncclCommAbort(communicator);
+      ncclCommAbort(join(id, 2, 0));
+      // Its descriptor is used again, by another communicator.
+      ncclComm_t other = join(new_id(), 2, 0);
       stage.reach(1);
       stage.wait_for(2);
+      ncclCommAbort(other);
     } else {
       stage.wait_for(1);
-      CHECK_EQUAL(ncclCommInitRankConfig(&communicator, 2, stage.id(), 1, &config),
-                  ncclRemoteError);
+      join(stage.id(), 2, 1, ncclRemoteError);
       stage.reach(2);
     }
   });
@@ -341,15 +342,22 @@ TEST(double_a_process_that_is_killed_as_it_moves_data_wedges_nobody) {
   run_connected(3,
                 [](NcclRank& me, Stage& stage) {
                   if (me.rank == 1) {
-                    const auto names = stage.id();
+                    const ncclUniqueId id = stage.id();
                     gpu_double::SharedFile::Name name{};
-                    std::memcpy(&name, names.internal, sizeof(name));
+                    std::memcpy(&name, id.internal, sizeof(name));
                     const auto clique = Clique::find(name);
-                    stage.wait_for(1);
-                    clique->locked([&](Clique::Ranks&) { die(); });
+                    for (;;) {
+                      clique->locked([&](Clique::Ranks& ranks) {
+                        const auto& seats = ranks.seats;
+                        if (seats[0].call_count == 0 || seats[2].call_count == 0) return;
+                        ranks.seats[1].calls = seats[0].calls;  // it has come to the same call
+                        ranks.seats[1].call_count = 1;
+                        die();
+                      });
+                      usleep(1000);
+                    }
                   }
                   begin_sum(me);
-                  if (me.rank == 0) stage.reach(1);
                   check_hangs(me);
                   abort_and_drain(me);
                 },
