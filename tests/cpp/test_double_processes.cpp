@@ -224,6 +224,22 @@ TEST(double_processes_get_what_threads_get) {
   }
 }
 
+TEST(double_a_process_whose_host_is_elsewhere_does_not_stop_its_gpu) {
+  run_connected(2, [](NcclRank& me, Stage& stage) {
+    if (me.rank == 1) {
+      stage.wait_for(1);
+      usleep(20000);  // the GPU of rank 0 has nothing to do
+    }
+    for (int i = 0; i < 2; ++i) begin_sum(me);
+    if (me.rank == 0) {
+      stage.reach(1);
+      stage.wait_for(2);  // and does not ask for its GPU
+    }
+    cudaStreamSynchronize(me.device->stream);
+    stage.reach(2);
+  });
+}
+
 TEST(double_processes_with_different_counts_are_caught) {
   run_connected(2, [](NcclRank& me, Stage& stage) {
     const std::size_t count = me.rank == 0 ? 8 : 7;
