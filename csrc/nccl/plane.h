@@ -86,6 +86,7 @@ class GpuPair {
 
   /// As those of GpuGroup.
   virtual bool in_flight() const = 0;
+  virtual std::string describe() const = 0;
   virtual void poll() = 0;
   virtual void abort() = 0;
 };
