@@ -6,10 +6,13 @@ computes on the CPU, once all that is on the double's current stream of that GPU
 anything that gets there later: a wait that pycomm forgets between its stream and the caller's is
 seen as wrong numbers.
 
-Ranks are threads of this process, rank ``n`` with GPU ``n``, as ``run_ranks`` has them.
+Rank ``n`` has GPU ``n``. Ranks are threads of this process, as ``run_ranks`` has them, or processes
+of this host that call ``pycomm.init()``.
 """
 
 import ctypes
+import fcntl
+import os
 import subprocess
 import threading
 import weakref
@@ -23,7 +26,7 @@ import torch
 from run_ranks import run_ranks
 from torch.utils._pytree import tree_map_only
 
-from pycomm import _core, device, gradient_sync
+from pycomm import _core, device, gpu_libraries, gradient_sync
 
 T = TypeVar("T")
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -38,7 +41,9 @@ class Double:
     def __init__(self, *, build: bool = True) -> None:
         targets = ["double_cudart", "double_nccl", "double_image"]
         if build:
-            subprocess.run(["cmake", "--build", BUILD, "--target", *targets], check=True)
+            with (BUILD / "CMakeCache.txt").open() as turn:  # ranks may be processes
+                fcntl.flock(turn, fcntl.LOCK_EX)
+                subprocess.run(["cmake", "--build", BUILD, "--target", *targets], check=True)
         self.places = _core.GpuPlaces(
             kernels=str(BUILD / "libdouble_image.so"),
             scratch_bytes=1 << 20,  # there is little memory
@@ -82,6 +87,10 @@ class Double:
         reachable = self.cuda.gpu_double_reachable(ctypes.c_void_p(address))
         array = (ctypes.c_byte * max(nbytes, 1)).from_address(reachable)
         return torch.frombuffer(array, dtype=torch.uint8)[:nbytes]
+
+    def hold(self, gpu: int, held: bool) -> None:
+        """The stream of the GPU's rank stops before its next step."""
+        self.cuda.gpu_double_hold(ctypes.c_void_p(self.stream(gpu)), held)
 
     def starve(self, priority: int) -> None:
         self.cuda.gpu_double_starve(priority)
@@ -267,11 +276,23 @@ def doubles_in_place_of_gpus() -> Iterator[Double]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYCOMM_CUDART_LIBRARY", str(BUILD / "libdouble_cudart.so"))
         patch.setenv("PYCOMM_NCCL_LIBRARY", str(BUILD / "libdouble_nccl.so"))
+        patch.setattr(gpu_libraries, "places", lambda: double.places)
         patch.setattr(device, "current_stream", double.stream)
         patch.setattr(device, "bytes_of", _bytes_of)
         patch.setattr(gradient_sync, "lies_like", _lies_like)
         yield double
     assert double.errors() == ""
+
+
+def open_files() -> int:
+    """How many files of the double this process has open: its memory, and one a communicator."""
+    count = 0
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            count += "memfd:gpu double" in os.readlink(entry)
+        except FileNotFoundError:  # that of the folder itself, for one
+            continue
+    return count
 
 
 def run_double_gpu_ranks(

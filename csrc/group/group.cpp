@@ -349,12 +349,17 @@ void Group::check() {
     }
   }
   if (!gpus_busy()) return;
-  const std::string call = "what is on the GPU of rank " + std::to_string(rank());
+  const std::string call = describe_gpu_call();
   try {
     check_peers(window_, call);
   } catch (...) {
     fail(call);  // watch_gpus() aborts
   }
+}
+
+std::string Group::describe_gpu_call() const {
+  const std::string call = gpus_->describe();
+  return call.empty() ? "what is on the GPU of rank " + std::to_string(rank()) : call;
 }
 
 void Group::watch_gpus() {
@@ -363,7 +368,7 @@ void Group::watch_gpus() {
   try {
     gpus_->poll();
   } catch (...) {
-    fail("what is on the GPU of rank " + std::to_string(rank()));  // aborted with the next look
+    fail(describe_gpu_call());  // aborted with the next look
   }
 }
 

@@ -184,6 +184,7 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
 
   // What was launched on the GPU and has not been seen to end (progress thread).
   bool gpus_busy() const { return gpus_ != nullptr && gpus_->in_flight(); }
+  std::string describe_gpu_call() const;  // if they are busy
   /// Look at it; errors finish the group.
   void watch_gpus();
 

@@ -365,7 +365,9 @@ void PostOffice::check(Item& item) {
 
 std::string PostOffice::first_unfinished() const {
   const auto unfinished = exchange_->unfinished();
-  return unfinished.empty() ? "send or recv" : describe(*unfinished.front());
+  if (!unfinished.empty()) return describe(*unfinished.front());
+  const std::string launched = exchange_->gpus().describe_launched();
+  return launched.empty() ? "send or recv" : launched;
 }
 
 void PostOffice::fail(const std::string& call) {

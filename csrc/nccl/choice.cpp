@@ -40,6 +40,7 @@ class ChoosingGroup final : public GpuGroup {
     co_await chosen_->run(context, operation);
   }
   bool in_flight() const override { return chosen_ != nullptr && chosen_->in_flight(); }
+  std::string describe() const override { return chosen_ != nullptr ? chosen_->describe() : ""; }
   void poll() override {
     if (chosen_ != nullptr) chosen_->poll();
   }

@@ -23,6 +23,8 @@ class InFlight {
   }
   bool empty() const { return calls_.empty(); }
   void clear() { calls_.clear(); }
+  /// The oldest one, for errors; "" if there is none.
+  std::string describe() const { return calls_.empty() ? "" : calls_.front().description; }
 
   /// Look at them, and at what NCCL says of theirs.
   /// @throws CommTimeoutError  the GPU has not come to one for too long.

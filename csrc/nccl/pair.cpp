@@ -26,6 +26,7 @@ class NcclPair final : public GpuPair {
   std::vector<std::byte> propose() override;
   Task<> launch(std::vector<GpuMessage> batch, std::vector<std::byte> theirs) override;
   bool in_flight() const override { return !in_flight_.empty(); }
+  std::string describe() const override { return in_flight_.describe(); }
   void poll() override;
   void abort() override;
 

@@ -44,6 +44,7 @@ class NcclGroup final : public GpuGroup {
 
   Task<> run(Context& context, const Operation& operation) override;
   bool in_flight() const override { return !calls_.empty() || registry_.has_abandoned(); }
+  std::string describe() const override { return calls_.describe(); }
   void poll() override;
   void abort() override;
 

@@ -43,6 +43,9 @@ class GpuGroup {
   /// Whether the GPU has yet to finish a call, or nobody holds some of the group's memory any more.
   virtual bool in_flight() const = 0;
 
+  /// For errors: the oldest call in flight; "" if there is only memory to give back.
+  virtual std::string describe() const = 0;
+
   /// Look at what is in flight; give back memory that nobody holds, when nothing is.
   /// @throws CommTimeoutError, PeerLostError, CommError  the group is finished: abort().
   virtual void poll() = 0;
@@ -83,6 +86,7 @@ class GpuPair {
 
   /// As those of GpuGroup.
   virtual bool in_flight() const = 0;
+  virtual std::string describe() const = 0;
   virtual void poll() = 0;
   virtual void abort() = 0;
 };

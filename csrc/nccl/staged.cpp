@@ -88,6 +88,7 @@ class StagedGroup final : public GpuGroup {
 
   Task<> run(Context& context, const Operation& operation) override;
   bool in_flight() const override;
+  std::string describe() const override { return calls_.describe(); }
   void poll() override;
   void abort() override;
 

@@ -153,6 +153,13 @@ void GpuMail::append_unfinished(std::vector<TransferPtr>& all) const {
   }
 }
 
+std::string GpuMail::describe_launched() const {
+  for (const auto& [number, peer] : peers_) {
+    if (peer.pair != nullptr && peer.pair->in_flight()) return peer.pair->describe();
+  }
+  return "";
+}
+
 std::string GpuMail::obstacle(const Transfer& transfer) const {
   const auto peer = peers_.find(transfer.peer);
   if (peer == peers_.end()) return "";

@@ -75,6 +75,8 @@ class GpuMail {
   std::vector<TransferPtr> take_done() { return std::exchange(done_, {}); }
 
   void append_unfinished(std::vector<TransferPtr>& all) const;
+  /// A message that was launched and that a GPU has yet to finish, for errors; "" if there is none.
+  std::string describe_launched() const;
   /// What a message waits for that has been matched; empty: it has not.
   std::string obstacle(const Transfer& transfer) const;
 

@@ -7,39 +7,15 @@
 #include <thread>
 
 #include "core/error.h"
-#include "gpu_checks.h"
-#include "gpu_ranks.h"
-#include "nccl/communicator.h"
-#include "nccl/launch.h"
+#include "nccl_rank.h"
 
 using pycomm::nccl::Communicator;
 using pycomm::nccl::Device;
 
 namespace {
 
-/// One rank of a communicator, around groups.
-struct Rank {
-  int rank;
-  Gpu& gpu;
-  std::shared_ptr<Device> device;
-  std::unique_ptr<Communicator> communicator;
-
-  void sum(const Communicator& over, float* data, std::size_t count) const {
-    pycomm::nccl::launch(over, gpu.sum(data, count), rank, 0);
-    over.settle();
-  }
-  /// The sum of everyone's number among those that `over` connects.
-  float summed(const Communicator& over, float mine) const {
-    float* const data = gpu.put(Floats{mine});
-    cudaStreamSynchronize(gpu.stream());
-    sum(over, data, 1);
-    cudaStreamSynchronize(device->stream);
-    return gpu.get(data, 1)[0];
-  }
-};
-
 /// Runs `body` on every rank of a communicator; nothing may be left, nor blamed.
-void run_connected(int size, const std::function<void(Rank&)>& body) {
+void run_connected(int size, const std::function<void(NcclRank&)>& body) {
   use_the_double();
   ncclUniqueId id;
   ncclGetUniqueId(&id);
@@ -50,7 +26,7 @@ void run_connected(int size, const std::function<void(Rank&)>& body) {
       try {
         Gpu gpu(rank);
         const auto device = std::make_shared<Device>(pycomm::nccl::Places{}, rank);
-        Rank me{rank, gpu, device, std::make_unique<Communicator>(device, id, size, rank)};
+        NcclRank me{rank, gpu, device, std::make_unique<Communicator>(device, id, size, rank)};
         me.communicator->settle();
         body(me);
       } catch (const std::exception& error) {
@@ -60,16 +36,13 @@ void run_connected(int size, const std::function<void(Rank&)>& body) {
   }
   for (auto& thread : threads) thread.join();
   for (const std::string& error : errors) CHECK_EQUAL(error, "");
-  CHECK_EQUAL(gpu_double::errors(), "");
-  CHECK_EQUAL(gpu_double::census().communicators, 0);
-  CHECK_EQUAL(gpu_double::census().streams, 0);
-  CHECK_EQUAL(gpu_double::census().allocations, 0);
+  check_nothing_is_left();
 }
 
 }  // namespace
 
 TEST(double_the_ranks_that_are_left_go_on_in_their_order) {
-  run_connected(4, [](Rank& me) {
+  run_connected(4, [](NcclRank& me) {
     CHECK_EQUAL(me.summed(*me.communicator, float(me.rank)), 6);
     if (me.rank == 1) return;
     const auto left = me.communicator->shrink({1}, /*has_failed=*/false);
@@ -84,7 +57,7 @@ TEST(double_the_ranks_that_are_left_go_on_in_their_order) {
 }
 
 TEST(double_ranks_get_out_of_a_call_that_hangs_by_leaving_others_behind) {
-  run_connected(3, [](Rank& me) {
+  run_connected(3, [](NcclRank& me) {
     if (me.rank == 2) return me.communicator->abort();  // never comes to the call
     float* const data = me.gpu.put(Floats{1});
     cudaStreamSynchronize(me.gpu.stream());
@@ -98,7 +71,7 @@ TEST(double_ranks_get_out_of_a_call_that_hangs_by_leaving_others_behind) {
 
 TEST(double_catches_a_hanging_call_that_is_not_dropped_first) {
   std::string failure = failure_of([] {
-    run_connected(3, [](Rank& me) {
+    run_connected(3, [](NcclRank& me) {
       if (me.rank == 2) return me.communicator->abort();
       float* const data = me.gpu.put(Floats{1});
       cudaStreamSynchronize(me.gpu.stream());
@@ -112,7 +85,7 @@ TEST(double_catches_a_hanging_call_that_is_not_dropped_first) {
 }
 
 TEST(double_a_shrink_that_is_given_up_leaves_nothing) {
-  run_connected(3, [](Rank& me) {
+  run_connected(3, [](NcclRank& me) {
     if (me.rank != 0) return;
     const auto began = std::chrono::steady_clock::now();
     me.communicator->shrink({2}, true).reset();  // rank 1 never comes
@@ -134,7 +107,7 @@ TEST(double_an_old_nccl_cannot_shrink_and_says_so) {
 }
 
 TEST(double_a_shrink_without_lost_ranks_is_refused) {
-  run_connected(1, [](Rank& me) {
+  run_connected(1, [](NcclRank& me) {
     CHECK_THROWS(me.communicator->shrink({}, false), pycomm::InvalidArgumentError,
                  "no ranks are excluded");
   });
@@ -142,7 +115,7 @@ TEST(double_a_shrink_without_lost_ranks_is_refused) {
 
 TEST(double_an_error_of_nccl_that_lasts_ends_the_shrink_with_it) {
   use_the_double();
-  run_connected(2, [](Rank& me) {
+  run_connected(2, [](NcclRank& me) {
     if (me.rank == 1) return me.communicator->abort();
     gpu_double::set_nccl_error(0, ncclRemoteError);
     CHECK_THROWS(me.communicator->shrink({1}, true), pycomm::PeerLostError,

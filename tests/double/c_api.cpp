@@ -11,6 +11,8 @@ void* gpu_double_reachable(const void* address) { return gpu_double::reachable(a
 
 void gpu_double_starve(int priority) { gpu_double::starve(priority); }
 
+void gpu_double_hold(cudaStream_t stream, bool held) { gpu_double::hold(stream, held); }
+
 void gpu_double_forget(const char* function, int priority) {
   gpu_double::forget(function, priority);
 }

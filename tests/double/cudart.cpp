@@ -1,15 +1,10 @@
 // The stand-in for libcudart.
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <map>
@@ -23,6 +18,7 @@
 
 #include "double/gpu.h"
 #include "double/kernels.h"
+#include "double/memory.h"
 
 // CUDA's own names for what it hands out.
 struct CUstream_st {
@@ -43,8 +39,6 @@ namespace {
 
 constexpr int kDevices = 8;
 constexpr int kHighestPriority = -5;
-constexpr std::size_t kMemoryBytes = std::size_t{64} << 20;
-constexpr std::size_t kAlignment = 512;
 /// A starved stream moves when nothing else can and a host thread waits for the GPU, or when
 /// nothing else could for so long: longer than any host thread needs to issue its next call.
 constexpr auto kPatience = std::chrono::milliseconds(100);
@@ -59,62 +53,6 @@ bool lies_in(const Ranges& ranges, const void* address, std::size_t bytes) {
   const auto& [start, length] = *--next;
   return begin + bytes <= start + length;
 }
-
-[[noreturn]] void die(const char* what) {
-  std::perror(what);
-  std::abort();
-}
-
-/// Memory mapped twice: where the host must not reach, and where steps do.
-class Memory {
- public:
-  Memory() {
-    const int file = memfd_create("gpu double", MFD_CLOEXEC);
-    if (file < 0 || ftruncate(file, kMemoryBytes) != 0) die("gpu double: memfd");
-    host_ = map(file, PROT_NONE);
-    steps_ = map(file, PROT_READ | PROT_WRITE);
-    close(file);
-  }
-
-  void* allocate(std::size_t bytes) {
-    bytes = (std::max<std::size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
-    std::size_t place = 0;
-    for (const auto& [offset, length] : blocks_) {
-      if (offset - place >= bytes) break;
-      place = offset + length;
-    }
-    if (place + bytes > kMemoryBytes) return nullptr;
-    blocks_[place] = bytes;
-    std::memset(steps_ + place, 0xEE, bytes);  // nobody may count on zeros
-    return host_ + place;
-  }
-  bool free(const void* address) {
-    const auto block =
-        blocks_.find(static_cast<std::size_t>(static_cast<const std::byte*>(address) - host_));
-    if (block == blocks_.end()) return false;
-    std::memset(steps_ + block->first, 0xDD, block->second);
-    blocks_.erase(block);
-    return true;
-  }
-  std::byte* reachable(const void* address) const {
-    const auto* const at = static_cast<const std::byte*>(address);
-    const bool on_device = at >= host_ && at < host_ + kMemoryBytes;
-    return on_device ? steps_ + (at - host_) : const_cast<std::byte*>(at);
-  }
-  bool contains(const void* address) const { return reachable(address) != address; }
-  std::size_t blocks() const { return blocks_.size(); }
-
- private:
-  static std::byte* map(int file, int protection) {
-    void* const at = mmap(nullptr, kMemoryBytes, protection, MAP_SHARED, file, 0);
-    if (at == MAP_FAILED) die("gpu double: mmap");
-    return static_cast<std::byte*>(at);
-  }
-
-  std::byte* host_;
-  std::byte* steps_;
-  std::map<std::size_t, std::size_t> blocks_;  // bytes, by offset
-};
 
 std::atomic<int> launches{0};
 
@@ -131,10 +69,10 @@ class World {
     std::lock_guard lock(mutex_);
     if constexpr (std::is_void_v<decltype(action())>) {
       action();
-      changed_.notify_all();
+      memory.mapped()->bell().ring();
     } else {
       auto result = action();
-      changed_.notify_all();
+      memory.mapped()->bell().ring();
       return result;
     }
   }
@@ -157,6 +95,7 @@ class World {
   std::array<int, kDevices> nccl_versions{};
   std::array<int, kDevices> nccl_errors{};
   std::array<bool, kDevices> without_windows{};
+  bool tells_of_lost_processes = false;
 
  private:
   World() {
@@ -166,22 +105,30 @@ class World {
   enum class Whose { kFree, kWaitedFor, kStarved };
 
   void run() {
+    Bell& bell = memory.mapped()->bell();
     std::unique_lock lock(mutex_);
+    const auto sleep = [&](std::uint32_t heard, auto until) {
+      lock.unlock();
+      const bool has_rung = bell.wait(heard, until);
+      lock.lock();
+      return has_rung;
+    };
     for (;;) {
       const auto patient_until = std::chrono::steady_clock::now() + patience;
       cudaStream_t stream = nullptr;
       for (bool expired = false; stream == nullptr;) {
+        const std::uint32_t heard = bell.rings;  // before looking
         stream = choose(Whose::kFree);
         if (stream == nullptr) stream = choose(Whose::kWaitedFor);
         if (stream != nullptr) break;
         if (choose(Whose::kStarved) == nullptr) {
-          changed_.wait(lock);
+          sleep(heard, std::nullopt);
           break;  // patience begins anew
         }
         if (expired)
           stream = choose(Whose::kStarved);
         else
-          expired = changed_.wait_until(lock, patient_until) == std::cv_status::timeout;
+          expired = !sleep(heard, patient_until);
       }
       if (stream != nullptr) move(stream);
       lock.unlock();  // let the host in
@@ -213,7 +160,6 @@ class World {
   }
 
   std::mutex mutex_;
-  std::condition_variable changed_;
   std::mt19937 random_{1};
 };
 
@@ -250,11 +196,26 @@ void push(cudaStream_t stream, Step step) {
   World::get().locked([&] { stream->steps.push_back(std::move(step)); });
 }
 
+void put_back(cudaStream_t stream, Step step) { stream->steps.push_front(std::move(step)); }
+
 void change(const std::function<void()>& change) {
   World::get().locked([&] { change(); });
 }
 
 void* reachable(const void* address) { return World::get().memory.reachable(address); }
+
+std::optional<std::size_t> memory_offset(const void* address) {
+  return World::get().memory.offset_of(address);
+}
+
+SharedFile::Name memory_name() { return World::get().memory.name(); }
+
+std::shared_ptr<MappedMemory> find_memory(const SharedFile::Name& name) {
+  const Memory& own = World::get().memory;
+  if (name == own.name()) return own.mapped();
+  const auto file = SharedFile::find(name);
+  return file ? std::make_shared<MappedMemory>(*file) : nullptr;
+}
 
 void blame(const std::string& what) { World::get().errors += what + "\n"; }
 
@@ -351,6 +312,12 @@ void set_nccl_error(int device, int error) {
 }
 
 int nccl_error(int device) { return World::get().nccl_errors.at(static_cast<std::size_t>(device)); }
+
+void tell_of_lost_processes(bool told) {
+  World::get().locked([&] { World::get().tells_of_lost_processes = told; });
+}
+
+bool tells_of_lost_processes() { return World::get().tells_of_lost_processes; }
 
 }  // namespace gpu_double
 
@@ -566,7 +533,9 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
     // CUDA would wait for such a copy: a training loop may, pycomm must not.
     if (stream->priority != gpu_double::kHighestPriority) return;
     for (const void* const side : {static_cast<const void*>(to), from}) {
-      if (world.memory.contains(side) || gpu_double::lies_in(world.pinned, side, bytes)) continue;
+      if (world.memory.offset_of(side).has_value() ||
+          gpu_double::lies_in(world.pinned, side, bytes))
+        continue;
       gpu_double::blame("a copy from or to memory of the host that is not pinned");
     }
   });

@@ -6,7 +6,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
+#include <optional>
 #include <string>
+
+#include "double/memory.h"
 
 // A stand-in for GPUs, for tests: libcudart (cudart.cpp) and libnccl (nccl.cpp) as shared libraries
 // that the tables of csrc/nccl/ load like the real ones. Nothing here has seen a GPU.
@@ -17,7 +21,8 @@
 // never mapped for the host: to touch it is a segmentation fault. Steps reach it under a second
 // address.
 //
-// All ranks that share these GPUs are threads of one process; each has one GPU.
+// The ranks that share these GPUs are threads of one process, or processes of one host, each with
+// its streams and its memory; each rank has one GPU. NCCL alone knows of the others (clique.h).
 
 namespace gpu_double {
 
@@ -31,11 +36,21 @@ struct Step {
 /// Put a step behind what is on the stream.
 void push(cudaStream_t stream, Step step);
 
+/// By a step that runs and finds that it cannot after all: another process has come between. It
+/// waits again, as `step`.
+void put_back(cudaStream_t stream, Step step);
+
 /// Run `change` while no step runs, then look at all streams again.
 void change(const std::function<void()>& change);
 
 /// Where steps find device memory; host memory is where it is.
 void* reachable(const void* address);
+
+/// Device memory as other processes know it: where it lies in it, if it does, and its name.
+std::optional<std::size_t> memory_offset(const void* address);
+SharedFile::Name memory_name();
+/// That of any process; null: it is gone.
+std::shared_ptr<MappedMemory> find_memory(const SharedFile::Name& name);
 
 /// Something is wrong that a real GPU would not tell, or not in time: kept for errors().
 void blame(const std::string& what);
@@ -102,5 +117,10 @@ int nccl_version(int device);
 /// What NCCL says has become of every communicator on a GPU (a ncclResult_t); 0: the truth.
 void set_nccl_error(int device, int error);
 int nccl_error(int device);
+
+/// Whether NCCL says so when a rank's process is gone. At first it does not, and calls with that
+/// rank hang: nobody may count on it.
+void tell_of_lost_processes(bool told);
+bool tells_of_lost_processes();
 
 }  // namespace gpu_double
