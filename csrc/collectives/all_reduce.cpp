@@ -13,8 +13,8 @@
 namespace pycomm {
 namespace {
 
-/// The one place that turns kAuto and kExactOrder into an algorithm. The same on all ranks: the operation's
-/// signature is compared, the tuning was agreed upon by init.
+/// The one place that turns kAuto and kExactOrder into an algorithm. The same on all ranks: the
+/// operation's signature is compared, the tuning was agreed upon by init.
 Algorithm resolve(const Context& context, const Operation& operation) {
   const bool in_order = operation.algorithm == Algorithm::kExactOrder;
   if (operation.algorithm != Algorithm::kAuto && !in_order) return operation.algorithm;
