@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import pycomm
+from pycomm.bench.report import bus_factor
 
 COLLECTIVES = ["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all", "send_recv"]
 REDUCTIONS = {"all_reduce", "reduce_scatter"}
@@ -146,6 +147,7 @@ def table(sizes: list[int], rounds: int) -> list[dict[str, Any]]:
                 rows.append(
                     {"collective": collective, "dtype": name}
                     | {"nbytes": max(output.nbytes, input.nbytes)}
+                    | {"bus_factor": bus_factor(collective, pycomm.size())}
                     | {"seconds": turns(calls, repeat_of(nbytes), rounds)}
                 )
                 if pycomm.rank() == 0:

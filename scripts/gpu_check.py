@@ -260,21 +260,8 @@ def report(
     return "\n".join(parts)
 
 
-def bus_factor(collective: str, ranks: int) -> float:
-    """Bus over algorithm bandwidth: the share of a buffer that crosses the slowest link.
-
-    Source: nccl-tests, doc/PERFORMANCE.md.
-    """
-    if collective == "all_reduce":
-        return 2 * (ranks - 1) / ranks
-    if collective in ("broadcast", "send_recv"):
-        return 1.0
-    return (ranks - 1) / ranks
-
-
 def tables(figures: dict[str, Any]) -> str:
     """Markdown: a table for each collective and dtype, then the training step."""
-    ranks = figures["ranks"]
     parts = [
         f"Medians of {figures['rounds']} rounds in turns with {figures['peer']}; time of one call, "
         "algorithm and bus bandwidth as nccl-tests define them. Ratio: the peer's time over "
@@ -295,7 +282,7 @@ def tables(figures: dict[str, Any]) -> str:
                 taken = row["seconds"][name]
                 bandwidth = row["nbytes"] / taken / 1e9
                 cells += [f"{1e6 * taken:.1f}", f"{bandwidth:.2f}"]
-                cells.append(f"{bandwidth * bus_factor(collective, ranks):.2f}")
+                cells.append(f"{bandwidth * row['bus_factor']:.2f}")
             peer = row["seconds"][contenders[-1]]
             cells += [f"{peer / row['seconds'][name]:.2f}" for name in contenders[:-1]]
             lines.append(cells)

@@ -84,7 +84,7 @@ def test_bandwidths_are_those_of_nccl_tests():
     figures = {
         "ranks": 4, "rounds": 3, "peer": "nccl", "width": 8, "step": {"pycomm": 0.001},
         "rows": [
-            {"collective": "all_reduce", "dtype": "float32", "nbytes": 1 << 30,
+            {"collective": "all_reduce", "dtype": "float32", "nbytes": 1 << 30, "bus_factor": 1.5,
              "seconds": {"pycomm": 0.01, "torch.distributed": 0.02}},
         ],
     }  # fmt: skip
@@ -92,8 +92,6 @@ def test_bandwidths_are_those_of_nccl_tests():
     # 2**30 bytes in 10 ms, and 2 * 3/4 of that on the bus; the peer takes twice as long.
     row = "| 1073741824 | 10000.0 | 107.37 | 161.06 | 20000.0 | 53.69 | 80.53 | 2.00 |"
     assert row in text
-    for collective, factor in [("all_gather", 0.75), ("broadcast", 1), ("all_reduce", 1.5)]:
-        assert gpu_check.bus_factor(collective, 4) == factor
 
 
 @pytest.mark.parametrize(("status", "printed", "passed"), [

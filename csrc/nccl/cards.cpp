@@ -5,6 +5,7 @@
 #include <map>
 #include <utility>
 
+#include "collectives/run.h"
 #include "nccl/versions.h"
 
 namespace pycomm::nccl {
@@ -27,6 +28,19 @@ void Card::set_bus_id(const std::string& text) { put(bus_id, text); }
 void Card::set_problem(const std::string& text) { put(problem, text); }
 
 void Card::set_kernels_problem(const std::string& text) { put(kernels_problem, text); }
+
+Task<std::vector<Card>> gather_cards(Context& context, const Card& mine, std::string name) {
+  std::vector<Card> cards(static_cast<std::size_t>(context.size()));
+  Operation gather;
+  gather.kind = Kind::kAllGather;
+  gather.count = sizeof(Card);
+  gather.input = reinterpret_cast<const std::byte*>(&mine);
+  gather.output = reinterpret_cast<std::byte*>(cards.data());
+  gather.name = std::move(name);
+  ++context.sequence;
+  co_await run_collective(context, gather);
+  co_return cards;
+}
 
 std::string without_nccl(const std::vector<Card>& cards, const std::vector<int>& ranks) {
   for (std::size_t rank = 0; rank < cards.size(); ++rank) {

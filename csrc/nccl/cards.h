@@ -5,7 +5,9 @@
 #include <string>
 #include <vector>
 
+#include "collectives/context.h"
 #include "collectives/placement.h"
+#include "core/task.h"
 
 namespace pycomm::nccl {
 
@@ -23,6 +25,9 @@ struct Card {
   void set_problem(const std::string& text);
   void set_kernels_problem(const std::string& text);
 };
+
+/// Every rank's, by rank: an all-gather of the host. `name` is the user's, for errors.
+Task<std::vector<Card>> gather_cards(Context& context, const Card& mine, std::string name);
 
 /// Which rank has no usable NCCL and why, the first there is; empty: all have one.
 /// @param ranks  what they are called; none: 0, 1, ...

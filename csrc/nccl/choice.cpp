@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "collectives/open.h"
-#include "collectives/run.h"
 #include "nccl/cards.h"
 #include "nccl/staged.h"
 
@@ -51,15 +50,8 @@ class ChoosingGroup final : public GpuGroup {
  private:
   Task<> choose(Context& context) {
     const Card mine = device_->card(/*makes_id=*/false);
-    std::vector<Card> cards(static_cast<std::size_t>(context.size()));
-    Operation gather;
-    gather.kind = Kind::kAllGather;
-    gather.count = sizeof(Card);
-    gather.input = reinterpret_cast<const std::byte*>(&mine);
-    gather.output = reinterpret_cast<std::byte*>(cards.data());
-    gather.name = "choosing between NCCL and staging";
-    ++context.sequence;
-    co_await run_collective(context, gather);
+    const std::vector<Card> cards =
+        co_await gather_cards(context, mine, "choosing between NCCL and staging");
     const std::string reason = without_nccl(cards);
     if (!reason.empty() && context.rank == 0) warn_of_staging(reason);
     chosen_ = reason.empty() ? make_nccl_() : make_staged_group(device_);

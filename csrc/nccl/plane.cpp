@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "collectives/open.h"
-#include "collectives/run.h"
+#include "nccl/cards.h"
 #include "nccl/choice.h"
 #include "nccl/communicator.h"
 #include "nccl/device.h"
@@ -100,15 +100,7 @@ Task<> NcclGroup::run(Context& context, const Operation& operation) {
 
 Task<> NcclGroup::connect(Context& context) {
   const Card mine = device_->card(/*makes_id=*/context.rank == 0);
-  std::vector<Card> cards(static_cast<std::size_t>(context.size()));
-  Operation gather;
-  gather.kind = Kind::kAllGather;
-  gather.count = sizeof(Card);
-  gather.input = reinterpret_cast<const std::byte*>(&mine);
-  gather.output = reinterpret_cast<std::byte*>(cards.data());
-  gather.name = "connecting GPUs";
-  ++context.sequence;
-  co_await run_collective(context, gather);
+  const std::vector<Card> cards = co_await gather_cards(context, mine, "connecting GPUs");
   if (const std::string problem = problem_of(cards, context.placement); !problem.empty()) {
     throw RefusedError("this group's GPUs cannot be connected: " + problem);
   }
