@@ -4,7 +4,8 @@ torchrun --standalone --nproc-per-node N benchmarks/gpu_table.py --json figures.
 
 As nccl-tests measure: the time of one call in a row of them, the slowest rank's, GPU and host
 together; here the median over rounds in which every contender has a turn. Sizes are nccl-tests':
-the larger of input and output. The result of each call is compared with what it must be.
+the larger of input and output. Of each contender one call is checked first, at both ends of its
+output; the timed ones are not.
 """
 
 from __future__ import annotations

@@ -112,14 +112,14 @@ class CompressedExchange:
                 "  Return a contiguous one of one dimension."
             )
         self._dtypes[number] = t.dtype if on_gpu else t.numpy().dtype
-        return t.view(torch.uint8)
+        return t.view(torch.uint8) if len(t) else t.new_empty(0, dtype=torch.uint8)
 
     @contextlib.contextmanager
     def _ending_the_group(self, method: str, bucket: GradientBucket) -> Iterator[None]:
         """The others wait for this rank: let them know what it raises."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C too: the rank may live on
             self._group.abort(
                 f"rank {bucket.rank}: {described(self._compressor)}.{method}() of {bucket.name} "
                 f"raised {type(error).__name__}: {error}"

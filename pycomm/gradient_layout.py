@@ -242,6 +242,9 @@ def _flat(
     memory: _core.Buffer | _core.DeviceMemory, offset_bytes: int, dtype: torch.dtype, count: int
 ) -> Tensor:
     """Some of a bucket's elements."""
+    if count == 0:  # an empty view is of no memory
+        where = "cpu" if isinstance(memory, _core.Buffer) else f"cuda:{memory.device}"
+        return torch.empty(0, dtype=dtype, device=where)
     if isinstance(memory, _core.Buffer):
         return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset_bytes)
     nbytes = count * dtype.itemsize

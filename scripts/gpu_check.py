@@ -8,6 +8,7 @@ pycomm and a PyTorch for CUDA (the Makefile makes one).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -66,7 +67,8 @@ def no_gpu() -> str:
             "there is no NVIDIA driver on this machine, so there is no GPU to check.\n"
             "  Run it on a machine with an NVIDIA GPU, in a container with --gpus all."
         )
-    if shutil.which("nvidia-smi") and not output_of(["nvidia-smi", "-L"]).strip():
+    listed = output_of(["nvidia-smi", "-L"])
+    if shutil.which("nvidia-smi") and not re.search(r"^GPU \d+:", listed, re.MULTILINE):
         return "nvidia-smi lists no GPU.\n  In a container pass --gpus all; see `nvidia-smi`."
     return ""
 
@@ -115,30 +117,51 @@ def torchrun(python: str, ranks: int, *arguments: str) -> list[str]:
 
 def run(command: list[str], limit_s: float, **environ: str) -> tuple[int, str]:
     """Exit status and all that was printed; 124 and what there was by then, after the limit."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,  # so that its ranks can be ended with it
-    )
-    try:
-        printed, _ = process.communicate(timeout=limit_s)
-        return process.returncode, printed
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)
+    with tempfile.TemporaryFile("w+", errors="replace") as printed:  # nobody waits for its writers
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+            stdin=subprocess.DEVNULL,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is ours
+        )
         try:
-            printed, _ = process.communicate(timeout=20)
+            status = process.wait(limit_s)
+            end = ""
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            printed, _ = process.communicate()
-        return 124, printed + f"\n(ended after {limit_s:g} s)"
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+            end_all(process)
+            status, end = 124, f"\n(ended after {limit_s:g} s)"
+        except BaseException:
+            end_all(process)
+            raise
+        printed.seek(0)
+        return status, printed.read() + end
+
+
+def end_all(process: subprocess.Popen[bytes], patience_s: float = 10) -> None:
+    """End a launcher and its ranks, each of which has a session of its own."""
+    ranks = descendants(process.pid)
+    process.terminate()
+    try:
+        process.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, signal.SIGKILL)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes that this one has started, and those they have."""
+    found: list[int] = []
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, listed.read_text().split()):
+                found += [child, *descendants(child)]
+    return found
 
 
 def run_tests(python: str, ranks: int, device: str = "cuda") -> list[Outcome]:

@@ -213,6 +213,40 @@ def test_all_ranks_have_the_same_bits(name, dtype):
     assert [g is None for g in plain[0]] == [g is None for g in gradients[0]]
 
 
+@every_compressor
+def test_a_bucket_of_nothing_but_empty_parameters(name):
+    def body(group):
+        weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.empty(0, dtype=torch.bfloat16))]
+        optimizer = pycomm.DistributedOptimizer(
+            torch.optim.SGD(weights, lr=1), group=group, compressor=COMPRESSORS[name]
+        )
+        for _ in range(2):
+            optimizer.zero_grad()
+            (weights[0].sum() + weights[1].sum()).backward()
+            optimizer.step()
+        return weights[0].grad.tolist()
+
+    gradients = run_ranks(2, body)
+    assert gradients[0] == gradients[1]
+    np.testing.assert_allclose(gradients[0], 1, rtol=1e-6)
+
+
+def test_ctrl_c_in_a_compressor_is_heard_by_the_others():
+    class Interrupted(Exact):
+        def compress(self, bucket):
+            if bucket.rank == 1:
+                raise KeyboardInterrupt
+            return super().compress(bucket)
+
+    def body(group):
+        kinds = KeyboardInterrupt if group.rank == 1 else PeerLostError
+        with pytest.raises(kinds) as caught:
+            linear_step(group, Interrupted())
+        assert group.rank == 1 or "raised KeyboardInterrupt" in str(caught.value)
+
+    run_ranks(2, body)
+
+
 def test_accumulated_gradients_are_compressed_once():
     calls = []
 

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,25 @@ def test_bandwidths_are_those_of_nccl_tests():
     # 2**30 bytes in 10 ms, and 2 * 3/4 of that on the bus; the peer takes twice as long.
     row = "| 1073741824 | 10000.0 | 107.37 | 161.06 | 20000.0 | 53.69 | 80.53 | 2.00 |"
     assert row in text
+
+
+def test_ranks_that_hang_are_ended_though_they_have_sessions_of_their_own():
+    hang = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    launcher = (
+        "import subprocess, sys\n"
+        f"rank = subprocess.Popen([sys.executable, '-c', {hang!r}], start_new_session=True)\n"
+        "print(rank.pid, flush=True)\n"
+        "rank.wait()\n"
+    )
+    status, printed = gpu_check.run([sys.executable, "-c", launcher], 3)
+    assert status == 124 and "ended after 3 s" in printed
+    stat = Path(f"/proc/{int(printed.split()[0])}/stat")
+    for _ in range(100):  # the kernel takes a moment
+        ended = not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        if ended:
+            break
+        time.sleep(0.05)
+    assert ended
 
 
 @pytest.mark.parametrize(("status", "printed", "passed"), [

@@ -55,7 +55,7 @@ Reducer::~Reducer() {
   // The memory must outlive the operations, and the abort ends them at once.
   try {
     group_->abort("gradients were dropped while they were being reduced (" +
-                  state_[launched_ - 1].description + ")");
+                  (launched_ > 0 ? state_[launched_ - 1].description : pass()) + ")");
   } catch (const CommError&) {
     // Finished already: its operations are over, or about to be.
   }

@@ -40,8 +40,10 @@ class Compressor(Protocol):
     """Turns a bucket into what travels, and what has come back into gradients.
 
     Every rank has one with the same arguments; the ``repr`` says them, where it is defined, and is
-    compared. Both methods are called by the thread that calls ``backward()``, in the same order on
-    every rank. Whatever one raises ends the group on every rank, and is raised by ``backward()``.
+    compared. ``compress`` is called by the thread that computes gradients (on a GPU autograd's
+    own), ``decompress`` by the one that calls ``backward()``, in the same order on every rank; in
+    a group of one rank neither is. Whatever one raises is raised by ``backward()``, and ends the
+    group on the other ranks (docs/compression.md says when they hear of it).
     """
 
     def compress(self, bucket: GradientBucket) -> Array:

@@ -16,6 +16,8 @@ import pycomm
 
 def main(fault: str) -> None:
     pycomm.init(timeout_s=4)
+    # torchrun ends the others as soon as one rank has died: they are to speak first.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     last = pycomm.rank() == pycomm.size() - 1
     gpu = 0 if fault == "shared" else pycomm.local_rank()
     device = torch.device("cuda", gpu) if ON_GPUS else torch.device("cpu")
