@@ -537,8 +537,6 @@ class GpuPlaces:
         kernels: str = "",
         scratch_bytes: int = ...,
     ) -> None: ...
-    @property
-    def nccl_folders(self) -> list[str]: ...
 
 def gpu_report(places: GpuPlaces) -> GpuReport:
     """Look for CUDA and NCCL; loads the libraries and starts nothing."""

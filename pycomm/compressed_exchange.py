@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +13,47 @@ from torch import Tensor
 from pycomm import _core, device
 from pycomm.compression.protocol import Compressor, GradientBucket, described
 from pycomm.errors import InvalidArgumentError
+
+
+@dataclasses.dataclass
+class _Part:
+    """A bucket, and what of it travels."""
+
+    gradients: Tensor
+    widened: Tensor  # the same, as float32
+    bucket: GradientBucket
+    payloads: Tensor = dataclasses.field(init=False)  # bytes, a row for each rank
+    dtype: Any = None  # what their compressor made them of
+
+    def __post_init__(self) -> None:
+        self.payloads = self.gradients.new_empty(self.bucket.ranks, 0, dtype=torch.uint8)
+
+    def take(self, payload: Any) -> Tensor:
+        """Copy this rank's payload, an array, into its row, which is returned."""
+        on_gpu = self.gradients.is_cuda
+        protocol = "__cuda_array_interface__" if on_gpu else "__array_interface__"
+        if isinstance(payload, Tensor) and payload.is_cuda == on_gpu:
+            t = payload.detach()
+        elif hasattr(payload, protocol):
+            t = torch.as_tensor(payload, device=self.gradients.device)
+        else:
+            kind = "CUDA array" if on_gpu else "NumPy array"
+            raise InvalidArgumentError(
+                f"it returned a {type(payload).__name__}, which is no {kind}.\n"
+                f"  Return a {kind} of one dimension."
+            )
+        if t.dim() != 1 or not t.is_contiguous():
+            raise InvalidArgumentError(
+                f"it returned an array of shape {tuple(t.shape)} and strides {t.stride()}.\n"
+                "  Return a contiguous one of one dimension."
+            )
+        self.dtype = t.dtype if on_gpu else t.numpy().dtype
+        t = t.view(torch.uint8) if len(t) else t.new_empty(0, dtype=torch.uint8)
+        if self.payloads.shape[1] != len(t):
+            self.payloads = t.new_empty(self.bucket.ranks, len(t))
+        own = self.payloads.select(0, self.bucket.rank)
+        own.copy_(t)
+        return own
 
 
 class CompressedExchange:
@@ -29,49 +71,38 @@ class CompressedExchange:
     def __init__(self, compressor: Compressor, group: _core.Group) -> None:
         self._compressor = compressor
         self._group = group
-        self._gradients: list[Tensor] = []
-        self._widened: list[Tensor] = []  # the same, as float32
-        self._buckets: list[GradientBucket] = []
-        self._payloads: dict[int, Tensor] = {}  # by bucket: bytes, a row for each rank
-        self._dtypes: dict[int, Any] = {}  # what their compressor made them of
+        self._parts: list[_Part] = []  # by bucket
 
-    def place(self, gradients: Sequence[Tensor]) -> None:
-        """Say where the buckets lie: a flat tensor each."""
-        self._gradients = list(gradients)
-        self._widened = [t if t.dtype is torch.float32 else t.float() for t in gradients]
-        self._buckets = [
-            GradientBucket(
-                name=f"bucket {number}",
-                values=t if t.is_cuda else t.numpy(),
-                divisor=1,
-                rank=self._group.rank,
-                ranks=self._group.size,
-            )
-            for number, t in enumerate(self._widened)
-        ]
+    def place(self, gradients: Tensor) -> None:
+        """Say where the next bucket lies: a flat tensor."""
+        widened = gradients if gradients.dtype is torch.float32 else gradients.float()
+        bucket = GradientBucket(
+            name=f"bucket {len(self._parts)}",
+            values=widened if widened.is_cuda else widened.numpy(),
+            divisor=1,
+            rank=self._group.rank,
+            ranks=self._group.size,
+        )
+        self._parts.append(_Part(gradients, widened, bucket))
 
     def launch(self, number: int, divisor: int, name: str) -> _core.Work:
         """Start what brings the other ranks' payloads of a bucket."""
-        bucket, gradients = self._buckets[number], self._gradients[number]
+        part = self._parts[number]
+        bucket = part.bucket
         bucket.name, bucket.divisor = name, divisor
-        if gradients.is_cuda:
-            bucket.stream = device.current_stream(gradients.get_device())
+        if part.gradients.is_cuda:
+            bucket.stream = device.current_stream(part.gradients.get_device())
         with self._ending_the_group("compress", bucket):
-            if self._widened[number] is not gradients:
-                self._widened[number].copy_(gradients)
-            payload = self._bytes_of(self._compressor.compress(bucket), bucket, number)
-            rows = self._payloads.get(number)
-            if rows is None or rows.shape[1] != len(payload):
-                rows = self._payloads[number] = payload.new_empty(bucket.ranks, len(payload))
-            own = rows.select(0, bucket.rank)
-            own.copy_(payload)
+            if part.widened is not part.gradients:
+                part.widened.copy_(part.gradients)
+            own = part.take(self._compressor.compress(bucket))
         work = self._group.all_gather(
             own.data_ptr(),
-            rows.data_ptr(),
-            len(payload),
+            part.payloads.data_ptr(),
+            len(own),
             _core.DType.UINT8,
             name=f"{described(self._compressor)} of {name}",
-            place=device.place_of(rows),
+            place=device.place_of(part.payloads),
             async_op=True,
         )
         assert work is not None
@@ -79,40 +110,17 @@ class CompressedExchange:
 
     def finish(self, number: int) -> None:
         """Write the result into a bucket whose payloads have come."""
-        bucket, gradients = self._buckets[number], self._gradients[number]
-        rows = self._payloads[number]
-        if rows.is_cuda:
-            bucket.stream = device.current_stream(rows.get_device())
-            payloads = rows.view(self._dtypes[number])
+        part = self._parts[number]
+        if part.payloads.is_cuda:
+            part.bucket.stream = device.current_stream(part.payloads.get_device())
+            payloads = part.payloads.view(part.dtype)
         else:
-            payloads = rows.numpy().view(self._dtypes[number])
+            payloads = part.payloads.numpy().view(part.dtype)
             payloads.flags.writeable = False
-        with self._ending_the_group("decompress", bucket):
-            self._compressor.decompress(payloads, bucket)
-            if self._widened[number] is not gradients:
-                gradients.copy_(self._widened[number])
-
-    def _bytes_of(self, payload: Any, bucket: GradientBucket, number: int) -> Tensor:
-        """A payload as bytes; keeps what they are."""
-        on_gpu = self._gradients[number].is_cuda
-        protocol = "__cuda_array_interface__" if on_gpu else "__array_interface__"
-        if isinstance(payload, Tensor) and payload.is_cuda == on_gpu:
-            t = payload.detach()
-        elif hasattr(payload, protocol):
-            t = torch.as_tensor(payload, device=self._gradients[number].device)
-        else:
-            kind = "CUDA array" if on_gpu else "NumPy array"
-            raise InvalidArgumentError(
-                f"it returned a {type(payload).__name__}, which is no {kind}.\n"
-                f"  Return a {kind} of one dimension."
-            )
-        if t.dim() != 1 or not t.is_contiguous():
-            raise InvalidArgumentError(
-                f"it returned an array of shape {tuple(t.shape)} and strides {t.stride()}.\n"
-                "  Return a contiguous one of one dimension."
-            )
-        self._dtypes[number] = t.dtype if on_gpu else t.numpy().dtype
-        return t.view(torch.uint8) if len(t) else t.new_empty(0, dtype=torch.uint8)
+        with self._ending_the_group("decompress", part.bucket):
+            self._compressor.decompress(payloads, part.bucket)
+            if part.widened is not part.gradients:
+                part.gradients.copy_(part.widened)
 
     @contextlib.contextmanager
     def _ending_the_group(self, method: str, bucket: GradientBucket) -> Iterator[None]:

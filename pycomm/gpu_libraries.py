@@ -21,7 +21,8 @@ def places() -> _core.GpuPlaces:
     return _core.GpuPlaces(
         _in_wheels("cu13/lib", "cuda_runtime/lib"),
         _in_wheels("nccl/lib"),
-        str(Path(__file__).with_name("libpycomm_cuda.so")),
+        # Beside the core, which an editable installation has elsewhere than these sources.
+        str(Path(_core.__file__).with_name("libpycomm_cuda.so")),
     )
 
 

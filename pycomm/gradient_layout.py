@@ -101,9 +101,7 @@ def lay_out(
         MismatchError: ranks train different parameters; on every rank.
     """
     for slot in slots:
-        check_gradient_dtype(slot.name, slot.param)  # frozen until now, it may have any
-        if compressor is not None:
-            check_compressible(slot.name, slot.param)
+        check_gradient_dtype(slot.name, slot.param, compressor)  # frozen until now, it may have any
         slot.last_pass = 0
     for index, slot in enumerate(slots):
         slot.index = index
@@ -136,21 +134,12 @@ def lay_out(
         overlap=overlap,
         algorithm=algorithm,
     )
-    if exchange is not None:
-        exchange.place(
-            [
-                _flat(
-                    store.memory(number),
-                    0,
-                    slots[bucket.parameters[0]].param.dtype,
-                    bucket.flags_offset,
-                )
-                for number, bucket in enumerate(buckets)
-            ]
-        )
     _keep_heap()
     for number, bucket in enumerate(buckets):
         memory = store.memory(number)
+        if exchange is not None:
+            dtype = slots[bucket.parameters[0]].param.dtype
+            exchange.place(_flat(memory, 0, dtype, bucket.flags_offset))
         for index, offset in zip(bucket.parameters, bucket.offsets, strict=True):
             param = slots[index].param
             offset_bytes = offset * param.element_size() // core[index][1]
@@ -171,21 +160,14 @@ def _keep_heap() -> None:
     torch.empty(_LARGEST_TEMPORARY_BYTES, dtype=torch.uint8)
 
 
-def check_gradient_dtype(name: str, param: Tensor) -> None:
-    if param.dtype not in _GRADIENT_DTYPES:
-        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in _GRADIENT_DTYPES)
+def check_gradient_dtype(name: str, param: Tensor, compressor: Compressor | None) -> None:
+    allowed = _GRADIENT_DTYPES if compressor is None else _COMPRESSIBLE
+    if param.dtype not in allowed:
+        done = "reduced as" if compressor is None else "compressed from"
+        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise InvalidArgumentError(
-            f"parameter '{name}' is {param.dtype}, and gradients are reduced as {supported}.\n"
+            f"parameter '{name}' is {param.dtype}, and gradients are {done} {supported}.\n"
             "  Convert or freeze it."
-        )
-
-
-def check_compressible(name: str, param: Tensor) -> None:
-    if param.dtype not in _COMPRESSIBLE:
-        supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in _COMPRESSIBLE)
-        raise InvalidArgumentError(
-            f"parameter '{name}' is {param.dtype}, and gradients are compressed from {supported}.\n"
-            "  Convert or freeze it, or give it to an optimizer without a compressor."
         )
 
 

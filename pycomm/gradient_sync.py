@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from pycomm import _core, device
-from pycomm.arguments import Precision
+from pycomm.arguments import Precision, reduction_algorithm
 from pycomm.compression.protocol import Compressor, described
 from pycomm.end_of_backward import EndOfBackward, no_backward
 from pycomm.errors import CommError, InvalidArgumentError
@@ -466,10 +466,8 @@ class GradientSync:
             self.group,
             bucket_cap_bytes=self.options.bucket_cap_bytes,
             overlap=self.options.overlap,
-            algorithm=(
-                _core.Algorithm.AUTO
-                if self.options.precision is None
-                else _core.Algorithm.EXACT_ORDER
+            algorithm=reduction_algorithm(
+                "DistributedOptimizer", self.options.precision, self.group
             ),
             compressor=self.options.compressor,
         )

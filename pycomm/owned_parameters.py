@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pycomm import _core, device
 from pycomm.errors import InvalidArgumentError, MismatchError
-from pycomm.gradient_layout import check_compressible, check_gradient_dtype
+from pycomm.gradient_layout import check_gradient_dtype
 from pycomm.gradient_sync import SyncOptions
 from pycomm.objects import all_gather_object, raise_together
 
@@ -56,9 +56,7 @@ class OwnedParameters:
                 self._learn_names(named_parameters)
             added = self._new(param_groups)
             for name, param in added:
-                _check_parameter(name, param)
-                if options.compressor is not None and param.requires_grad:
-                    check_compressible(name, param)
+                _check_parameter(name, param, options)
             if not any(param.requires_grad for _, param in self.named + added):
                 raise InvalidArgumentError(
                     "a model with no trainable parameter: none of the optimizer's "
@@ -132,7 +130,7 @@ class OwnedParameters:
         return added
 
 
-def _check_parameter(name: str, param: Tensor) -> None:
+def _check_parameter(name: str, param: Tensor, options: SyncOptions) -> None:
     if not device.supported(param) or param.layout is not torch.strided:
         raise InvalidArgumentError(
             f"parameter '{name}' is a {param.layout} tensor on {param.device}; gradients are "
@@ -140,7 +138,7 @@ def _check_parameter(name: str, param: Tensor) -> None:
             "  Move the model with model.cpu() or model.cuda() first."
         )
     if param.requires_grad:
-        check_gradient_dtype(name, param)
+        check_gradient_dtype(name, param, options.compressor)
     if id(param) in _owners:
         raise InvalidArgumentError(
             f"parameter '{name}' already belongs to another DistributedOptimizer, and its "

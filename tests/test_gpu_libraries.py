@@ -15,7 +15,7 @@ from typing import cast
 
 import pytest
 
-from pycomm import _core
+from pycomm import _core, gpu_libraries
 from pycomm.cli import info
 from pycomm.errors import InvalidArgumentError
 from pycomm.gpu_libraries import transport
@@ -232,7 +232,7 @@ def test_the_driver_is_asked_for_its_gpus(
 
 @built
 def test_a_runtime_without_kernel_loading_is_told(tmp_path: Path) -> None:
-    image = ROOT / "pycomm/libpycomm_cuda.so"
+    image = Path(_core.__file__).with_name("libpycomm_cuda.so")
     if not image.exists():
         pytest.skip("built without the CUDA kernels")
     old = stand_in_cudart(tmp_path / "old", 12060, 13000, "*n = 1; return 0;")
@@ -241,6 +241,14 @@ def test_a_runtime_without_kernel_loading_is_told(tmp_path: Path) -> None:
     assert text.startswith("built by nvcc")
     assert text.endswith("this CUDA runtime cannot load them, 12.8 can")
     assert "cannot" not in look([new.parent], kernels=str(image))["kernels"]
+
+
+@built
+def test_this_installation_finds_its_own_kernels() -> None:
+    """An editable one, too, whose modules lie elsewhere than their sources."""
+    if not Path(_core.__file__).with_name("libpycomm_cuda.so").exists():
+        pytest.skip("built without the CUDA kernels")
+    assert gpu_libraries.report().kernels.startswith("built by nvcc")
 
 
 @built
@@ -260,14 +268,20 @@ def test_kernels_of_another_build_are_refused(tmp_path: Path) -> None:
     assert f"the CUDA kernels in {file} are of another build of pycomm (number 99" in text
 
 
-@built
-def test_the_real_nccl_loads_without_a_gpu_and_has_all_that_the_tables_name() -> None:
+def real_nccl() -> Path:
+    """The file in NVIDIA's wheel."""
     spec = importlib.util.find_spec("nvidia")
     places = (spec.submodule_search_locations if spec is not None else None) or []
-    folders = [Path(place) / "nccl/lib" for place in places]
-    if not any((folder / "libnccl.so.2").exists() for folder in folders):
+    files = [Path(place) / "nccl/lib/libnccl.so.2" for place in places]
+    found = [file for file in files if file.exists()]
+    if not found:
         pytest.skip("needs nvidia-nccl-cu13")
-    text = look(nccl=folders)["nccl"]
+    return found[0]
+
+
+@built
+def test_the_real_nccl_loads_without_a_gpu_and_has_all_that_the_tables_name() -> None:
+    text = look(nccl=[real_nccl().parent])["nccl"]
     assert re.match(r"2\.\d+\.\d+, .*libnccl\.so\.2 \(from a wheel\); has ncclCommRegister", text)
     assert "ncclCommWindowRegister, ncclCommShrink" in text
 
@@ -276,14 +290,12 @@ def test_the_real_nccl_loads_without_a_gpu_and_has_all_that_the_tables_name() ->
 
 REAL = """
 import ctypes, os, sys
-from pathlib import Path
 import torch
 import double_gpu, pycomm
-from pycomm import device, gpu_libraries
+from pycomm import device
 from run_ranks import RankError, run_ranks
 
-folders = gpu_libraries.places().nccl_folders
-nccl = str(Path(folders[0]) / "libnccl.so.2")
+nccl = sys.argv[1]
 unique_id = (ctypes.c_byte * 128)()
 print("ncclGetUniqueId:", ctypes.CDLL(nccl).ncclGetUniqueId(unique_id), any(unique_id))
 
@@ -322,9 +334,9 @@ without_driver = pytest.mark.skipif(
 )
 
 
-def printed_by(program: str) -> str:
+def printed_by(program: str, *arguments: str) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", program, *arguments],
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         capture_output=True,
         text=True,
@@ -338,7 +350,7 @@ def printed_by(program: str) -> str:
 @built
 @without_driver
 def test_double_of_cuda_and_the_real_nccl_end_in_an_error_that_names_the_call() -> None:
-    printed = printed_by(REAL)
+    printed = printed_by(REAL, str(real_nccl()))
     assert "ncclGetUniqueId: 0 True" in printed
     assert "CommError: NCCL: ncclCommInitRankConfig failed: unhandled cuda error" in printed
     assert "NCCL_DEBUG=WARN makes NCCL say more" in printed

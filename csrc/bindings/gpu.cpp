@@ -29,8 +29,7 @@ void bind_gpu(py::module_& module) {
       .def(py::init<std::vector<std::string>, std::vector<std::string>, std::string, std::size_t>(),
            py::arg("cuda_folders") = std::vector<std::string>(),
            py::arg("nccl_folders") = std::vector<std::string>(), py::arg("kernels") = "",
-           py::arg("scratch_bytes") = Places().scratch_bytes)
-      .def_readonly("nccl_folders", &Places::nccl_folders);
+           py::arg("scratch_bytes") = Places().scratch_bytes);
   py::class_<Report>(module, "GpuReport",
                      "What of the GPU plane is here; each text says what, or why not and what to "
                      "do.")

@@ -15,9 +15,9 @@ std::unique_ptr<LaneExchange> LaneExchange::make(Algorithm algorithm, LaneStream
       return std::make_unique<GatherFoldExchange>(stream, share);
     case Algorithm::kDirect:
     case Algorithm::kAuto:
-    case Algorithm::kNccl:  // these never come here
+    case Algorithm::kGpu:  // these never come here
     case Algorithm::kExactOrder:
-    case Algorithm::kNcclExactOrder:
+    case Algorithm::kGpuExactOrder:
       break;
   }
   return std::make_unique<DirectExchange>(stream, share);

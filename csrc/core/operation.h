@@ -41,13 +41,13 @@ enum class Algorithm : std::uint8_t {
   kDirect = 1,
   kRing = 2,
   kGatherFold = 3,
-  kNccl = 4,
+  kGpu = 4,
   kExactOrder = 5,
-  kNcclExactOrder = 6
+  kGpuExactOrder = 6
 };
 
 constexpr bool is_on_gpus(Algorithm algorithm) {
-  return algorithm == Algorithm::kNccl || algorithm == Algorithm::kNcclExactOrder;
+  return algorithm == Algorithm::kGpu || algorithm == Algorithm::kGpuExactOrder;
 }
 
 constexpr const char* name_of(Algorithm algorithm) {
@@ -60,10 +60,10 @@ constexpr const char* name_of(Algorithm algorithm) {
       return "ring";
     case Algorithm::kGatherFold:
       return "gather_fold";
-    case Algorithm::kNccl:
-      return "nccl";
+    case Algorithm::kGpu:
+      return "gpu";
     case Algorithm::kExactOrder:
-    case Algorithm::kNcclExactOrder:
+    case Algorithm::kGpuExactOrder:
       return "exact_order";
   }
   return "unknown algorithm";

@@ -133,7 +133,7 @@ std::string Signature::describe() const {
     if (divisor > 1) text += " divided by " + std::to_string(divisor);
     if (prescale != 1) text += ", inputs times " + short_number(prescale);
     if (postscale != 1) text += ", result times " + short_number(postscale);
-    if (algorithm != Algorithm::kAuto && algorithm != Algorithm::kNccl) {
+    if (algorithm != Algorithm::kAuto && algorithm != Algorithm::kGpu) {
       text += std::string(", ") + name_of(algorithm);
     }
   }

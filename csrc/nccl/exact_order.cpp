@@ -276,7 +276,7 @@ class ExactReduction {
 }  // namespace
 
 bool needs_exact_order(const Operation& operation) {
-  return operation.algorithm == Algorithm::kNcclExactOrder && is_scalable(operation.dtype);
+  return operation.algorithm == Algorithm::kGpuExactOrder && is_scalable(operation.dtype);
 }
 
 std::string problem_of_exact_order(const Operation& operation, const Placement& placement,

@@ -175,7 +175,7 @@ void exchange(const Communicator& communicator, const Operation& operation, int 
 
 }  // namespace
 
-std::string problem_of(const Operation& operation) {
+std::string unsupported(const Operation& operation) {
   if (needs_exact_order(operation)) return "";
   if (!reduces(operation.kind)) return "";
   if (!reducible(operation.dtype)) {

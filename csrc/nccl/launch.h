@@ -10,7 +10,7 @@
 namespace pycomm::nccl {
 
 /// What NCCL cannot do of `operation`, with the remedy; empty: it can.
-std::string problem_of(const Operation& operation);
+std::string unsupported(const Operation& operation);
 
 /// Ask NCCL for `operation` on the device's stream, which must be the current device's: wait for
 /// Communicator::Accepted then.

@@ -165,7 +165,7 @@ Operation Pieces::part(std::size_t piece, std::byte* slot) const {
   part.kind = operation_.kind;
   part.dtype = operation_.dtype;
   part.op = operation_.op;
-  if (operation_.algorithm == Algorithm::kNcclExactOrder) part.algorithm = Algorithm::kExactOrder;
+  if (operation_.algorithm == Algorithm::kGpuExactOrder) part.algorithm = Algorithm::kExactOrder;
   part.root = operation_.root;
   part.divisor = operation_.divisor;
   part.prescale = operation_.prescale;

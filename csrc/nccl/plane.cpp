@@ -70,7 +70,7 @@ Task<> NcclGroup::run(Context& context, const Operation& operation) {
   Place place(device_->order, id_);
   const std::string description = describe_call(context, operation);
   place.agree(co_await open_with_largest(context, operation, place.proposal()));
-  if (const std::string problem = problem_of(operation); !problem.empty()) {
+  if (const std::string problem = unsupported(operation); !problem.empty()) {
     throw RefusedError(std::string(name_of(operation.kind)) + ": " + problem);
   }
   if (communicator_ == nullptr) co_await connect(context);
@@ -158,7 +158,7 @@ class CudaPlane final : public Plane {
           ", and on GPUs there is none to choose.\n  Pass algorithm=None, or "
           "CPU tensors.");
     }
-    operation.algorithm = in_order ? Algorithm::kNcclExactOrder : Algorithm::kNccl;
+    operation.algorithm = in_order ? Algorithm::kGpuExactOrder : Algorithm::kGpu;
     const auto gpu = device(name_of(operation.kind), operation.device);
     if (operation.kind == Kind::kAllocateOnDevice) {
       operation.device_memory = std::make_shared<Memory>(gpu, operation.count, operation.stream);

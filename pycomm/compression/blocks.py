@@ -6,7 +6,7 @@ The arrays are NumPy's, or on a GPU torch's.
 import numpy as np
 import torch
 
-from pycomm.compression.protocol import Array
+from pycomm.compression.protocol import Array, GradientBucket
 
 BLOCK = 256
 _ALIGNMENT = 16  # of every array in a payload
@@ -16,18 +16,21 @@ def block_count(count: int) -> int:
     return -(-count // BLOCK)
 
 
-def blocked(values: Array) -> Array:
-    """Shape ``(blocks, 256)``; what is missing in the last one is zero. Of a NumPy array."""
-    padded = np.zeros(block_count(values.size) * BLOCK, np.float32)
-    padded[: values.size] = values
-    return padded.reshape(-1, BLOCK)
+def residual_of(bucket: GradientBucket) -> Array:
+    """What has not been sent yet, flat; zeros at first. Whole blocks, where the values are."""
+    if "residual" not in bucket.memory:
+        count = block_count(len(bucket.values)) * BLOCK
+        on_gpu = isinstance(bucket.values, torch.Tensor)
+        zeros = bucket.values.new_zeros(count) if on_gpu else np.zeros(count, np.float32)
+        bucket.memory["residual"] = zeros
+    return bucket.memory["residual"]
 
 
-def zeros_like(values: Array, count: int) -> Array:
-    """``count`` zeros of float32, where ``values`` are."""
-    if isinstance(values, torch.Tensor):
-        return values.new_zeros(count)
-    return np.zeros(count, np.float32)
+def corrected(bucket: GradientBucket) -> Array:
+    """Gradients and residual together, on the host: shape ``(blocks, 256)``."""
+    total = residual_of(bucket).copy()
+    total[: len(bucket.values)] += bucket.values
+    return total.reshape(-1, BLOCK)
 
 
 def payload_like(values: Array, *parts: tuple[str, int]) -> Array:

@@ -7,11 +7,11 @@ import numpy as np
 from pycomm.compression.blocks import (
     BLOCK,
     block_count,
-    blocked,
     bytes_of,
+    corrected,
     parts_of,
     payload_like,
-    zeros_like,
+    residual_of,
 )
 from pycomm.compression.protocol import Array, GradientBucket
 
@@ -33,19 +33,16 @@ class BlockwiseInt8:
     """
 
     def compress(self, bucket: GradientBucket) -> Array:
-        values = bucket.values
-        parts = _parts(len(values))
-        payload = payload_like(values, *parts)
+        parts = _parts(len(bucket.values))
+        payload = payload_like(bucket.values, *parts)
         scales, codes = parts_of(payload, *parts)
-        if "residual" not in bucket.memory:
-            bucket.memory["residual"] = zeros_like(values, len(codes))
-        residual = bucket.memory["residual"]
+        residual = residual_of(bucket)
         if bucket.stream is not None:
             from pycomm.compression import cuda
 
             cuda.quantize(bucket, residual, scales, codes)
             return payload
-        blocks = blocked(values) + residual.reshape(-1, BLOCK)
+        blocks = corrected(bucket)
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             scales[:] = np.abs(blocks).max(axis=1) / np.float32(LARGEST)
             finite = np.isfinite(scales)

@@ -7,11 +7,11 @@ import numpy as np
 from pycomm.compression.blocks import (
     BLOCK,
     block_count,
-    blocked,
     bytes_of,
+    corrected,
     parts_of,
     payload_like,
-    zeros_like,
+    residual_of,
 )
 from pycomm.compression.protocol import Array, GradientBucket
 from pycomm.errors import InvalidArgumentError
@@ -50,19 +50,16 @@ class TopK:
         return max(1, round(BLOCK * self.ratio))
 
     def compress(self, bucket: GradientBucket) -> Array:
-        values = bucket.values
-        parts = self._parts(len(values))
-        payload = payload_like(values, *parts)
+        parts = self._parts(len(bucket.values))
+        payload = payload_like(bucket.values, *parts)
         chosen, places = parts_of(payload, *parts)
-        if "residual" not in bucket.memory:
-            bucket.memory["residual"] = zeros_like(values, block_count(len(values)) * BLOCK)
-        residual = bucket.memory["residual"]
+        residual = residual_of(bucket)
         if bucket.stream is not None:
             from pycomm.compression import cuda
 
             cuda.choose(bucket, residual, chosen, places, self.k)
             return payload
-        blocks = blocked(values) + residual.reshape(-1, BLOCK)
+        blocks = corrected(bucket)
         magnitudes = np.abs(blocks)
         magnitudes[np.isnan(magnitudes)] = np.inf
         order = np.argsort(-magnitudes, axis=1, kind="stable")[:, : self.k]

@@ -1,6 +1,7 @@
 // Reductions on GPUs in exact order, against the stand-ins for libcudart and libnccl: the bits are
 // those of the host's plane. No GPU.
 
+#include <algorithm>
 #include <chrono>
 #include <random>
 #include <thread>
@@ -226,6 +227,33 @@ TEST(double_exact_order_without_nccl_is_what_the_hosts_do) {
         }
       },
       20, places_of_the_double(), pycomm::nccl::Transport::kStaged));
+}
+
+TEST(double_exact_order_sends_the_bytes_that_its_header_names) {
+  // n bytes of an all-reduce of 16-bit floats; p ranks on H hosts.
+  for (const auto& hosts : {std::vector{0, 0, 0, 0}, {0, 0, 1, 1}, {0, 1, 0, 1, 2, 2}}) {
+    const std::size_t n = 9600 * 2;
+    gpu_double::sent();
+    run_gpu_ranks(hosts, [](Group& group, Gpu& gpu) { on_gpu(group, gpu, {.count = 9600}); });
+    const std::size_t p = hosts.size();
+    const std::size_t host_count = 1 + static_cast<std::size_t>(std::ranges::max(hosts));
+    const std::size_t on_host = p / host_count;
+    std::vector<std::size_t> inside(p);            // by rank
+    std::vector<std::size_t> outside(host_count);  // by host
+    for (const auto& [way, bytes] : gpu_double::sent()) {
+      const auto from = static_cast<std::size_t>(way.first);
+      const auto to = static_cast<std::size_t>(way.second);
+      if (hosts[from] == hosts[to]) {
+        inside[from] += bytes;
+      } else {
+        outside[static_cast<std::size_t>(hosts[from])] += bytes;
+      }
+    }
+    for (const std::size_t bytes : inside) CHECK_EQUAL(bytes, 2 * (on_host - 1) * n / on_host);
+    for (const std::size_t bytes : outside) {
+      CHECK_EQUAL(bytes, (host_count - 1) * 3 * n / host_count);
+    }
+  }
 }
 
 TEST(double_the_least_scratch_of_the_ranks_decides_for_all) {

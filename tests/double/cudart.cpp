@@ -91,6 +91,7 @@ class World {
   std::array<int, kDevices> waiting_hosts{};
   int starved = kNobody;
   std::pair<std::string, int> forgotten{"", kNobody};
+  std::map<std::pair<int, int>, std::size_t> sent;  // bytes, by ranks
   std::string errors;
   std::array<int, kDevices> nccl_versions{};
   std::array<int, kDevices> nccl_errors{};
@@ -256,6 +257,16 @@ bool forgotten(const char* function, int priority) {
 }
 
 int kernel_launches() { return launches; }
+
+void count_sent(int from, int to, std::size_t bytes) {
+  World& world = World::get();
+  world.locked([&] { world.sent[{from, to}] += bytes; });
+}
+
+std::map<std::pair<int, int>, std::size_t> sent() {
+  World& world = World::get();
+  return world.locked([&] { return std::exchange(world.sent, {}); });
+}
 
 std::string errors() {
   return World::get().locked([] { return std::exchange(World::get().errors, ""); });

@@ -6,9 +6,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "double/memory.h"
 
@@ -85,6 +87,11 @@ bool forgotten(const char* function, int priority = kNobody);
 
 /// Kernels that were started so far.
 int kernel_launches();
+
+/// By whoever carries messages: one from a rank to a rank.
+void count_sent(int from, int to, std::size_t bytes);
+/// What has been counted since the last time.
+std::map<std::pair<int, int>, std::size_t> sent();
 
 /// What has been blamed since the last time, one line each.
 std::string errors();

@@ -656,6 +656,8 @@ ncclResult_t ncclAllGather(const void* input, void* output, size_t count, ncclDa
 
 ncclResult_t ncclSend(const void* input, size_t count, ncclDataType_t type, int peer,
                       ncclComm_t communicator, cudaStream_t stream) {
+  const std::size_t bytes = count * size_of(dtype_of(type));
+  gpu_double::count_sent(static_cast<int>(communicator->member->rank), peer, bytes);
   return enqueue(communicator, stream, input, nullptr,
                  {What::kSend, 0, 0, count, type, ncclSum, peer});
 }
