@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <functional>
+#include <span>
+#include <utility>
 #include <vector>
 
 #include "collectives/fold_specs.h"
 #include "collectives/partition.h"
 #include "kernels/cuda/kernels.h"
-#include "nccl/exchange.h"
+#include "nccl/spread.h"
 
 namespace pycomm::nccl {
 namespace {
@@ -58,9 +60,9 @@ std::size_t piece_of(const Placement& placement, DType dtype, std::size_t scratc
 
 class ExactReduction {
  public:
-  ExactReduction(const Communicator& communicator, const Operation& operation,
-                 const Placement& placement, int rank, std::size_t scratch_bytes)
-      : communicator_(communicator),
+  ExactReduction(Carrier& carrier, const Operation& operation, const Placement& placement, int rank,
+                 std::span<std::byte> scratch)
+      : carrier_(carrier),
         placement_(placement),
         rank_(rank),
         host_(placement.host_of[static_cast<std::size_t>(rank)]),
@@ -68,9 +70,9 @@ class ExactReduction {
         element_(size_of(operation_.dtype)),
         specs_(FoldSpecs::of(operation_, placement)),
         wire_(size_of(specs_.wire_dtype)),
-        piece_count_(piece_of(placement, operation_.dtype, scratch_bytes)),
+        piece_count_(piece_of(placement, operation_.dtype, scratch.size())),
         room_(room_of(placement, rank, operation_.dtype, piece_count_)),
-        scratch_(communicator.device().scratch()) {
+        scratch_(scratch.data()) {
     for (int owner = 0; owner < size(); ++owner) {
       if (placement.folder(host_, owner) == rank) folded_.push_back(owner);
     }
@@ -79,31 +81,17 @@ class ExactReduction {
   Task<> run() {
     std::size_t longest = 0;
     for (int owner = 0; owner < size(); ++owner) longest = std::max(longest, block(owner).count());
-    Communicator::Accepted accepted(communicator_);
     for (begin_ = 0; begin_ < longest; begin_ += piece_count_) {
-      if (size() > hosts()) {
-        send_inputs();
-        co_await until(accepted);
-      }
+      if (size() > hosts()) co_await send_inputs();
       if (hosts() == 1) {
         fold_block(specs_.whole, rank_, result());
       } else {
         fold_sums_of_host();
-        send_sums();
-        co_await until(accepted);
+        co_await send_sums();
         fold_hosts();
       }
-      if (operation_.kind == Kind::kReduce) {
-        send_to_root();
-        co_await until(accepted);
-      } else if (operation_.kind == Kind::kAllReduce) {
-        if (hosts() > 1) {
-          send_results_to_folders();
-          co_await until(accepted);
-        }
-        send_results_inside_host();
-        co_await until(accepted);
-      }
+      if (operation_.kind == Kind::kReduce) co_await send_to_root();
+      if (operation_.kind == Kind::kAllReduce) co_await spread_results();
     }
   }
 
@@ -160,8 +148,8 @@ class ExactReduction {
     return scratch_ + room_.received + room_.sums + at * piece_count_ * wire_;
   }
 
-  void send_inputs() {
-    Exchange messages(communicator_, element_);
+  Task<> send_inputs() {
+    Exchange messages(element_);
     for (int owner = 0; owner < size(); ++owner) {
       const int folder = placement_.folder(host_, owner);
       if (folder != rank_) messages.send(folder, input(owner), piece(owner).count());
@@ -172,7 +160,7 @@ class ExactReduction {
         messages.receive(peer, received(index, peer), piece(folded_[index]).count());
       }
     }
-    messages.finish();
+    co_await carrier_.carry(messages);
   }
 
   /// What this host's ranks bring to a block.
@@ -193,8 +181,8 @@ class ExactReduction {
     }
   }
 
-  void send_sums() {
-    Exchange messages(communicator_, wire_);
+  Task<> send_sums() {
+    Exchange messages(wire_);
     for (const int owner : folded_) {
       if (owner != rank_) messages.send(owner, outgoing(owner), piece(owner).count());
     }
@@ -202,7 +190,7 @@ class ExactReduction {
       if (host == host_) continue;
       messages.receive(placement_.folder(host, rank_), sum_of(host), piece(rank_).count());
     }
-    messages.finish();
+    co_await carrier_.carry(messages);
   }
 
   void fold_hosts() {
@@ -213,8 +201,8 @@ class ExactReduction {
     fold(specs_.of_hosts, result(), sources, piece(rank_).count());
   }
 
-  void send_to_root() {
-    Exchange messages(communicator_, element_);
+  Task<> send_to_root() {
+    Exchange messages(element_);
     if (rank_ != operation_.root) {
       messages.send(operation_.root, result(), piece(rank_).count());
     } else {
@@ -222,43 +210,26 @@ class ExactReduction {
         if (owner != rank_) messages.receive(owner, output(owner), piece(owner).count());
       }
     }
-    messages.finish();
+    co_await carrier_.carry(messages);
   }
 
-  void send_results_to_folders() {
-    Exchange messages(communicator_, element_);
-    for (int host = 0; host < hosts(); ++host) {
-      if (host == host_) continue;
-      messages.send(placement_.folder(host, rank_), output(rank_), piece(rank_).count());
-    }
-    for (const int owner : folded_) {
-      if (owner != rank_) messages.receive(owner, output(owner), piece(owner).count());
-    }
-    messages.finish();
-  }
-
-  void send_results_inside_host() {
-    Exchange messages(communicator_, element_);
-    for (const int peer : here()) {
-      if (peer == rank_) continue;
-      for (const int owner : folded_) messages.send(peer, output(owner), piece(owner).count());
-    }
+  Task<> spread_results() {
+    std::vector<std::span<std::byte>> blocks;
     for (int owner = 0; owner < size(); ++owner) {
-      const int folder = placement_.folder(host_, owner);
-      if (folder != rank_) messages.receive(folder, output(owner), piece(owner).count());
+      blocks.emplace_back(output(owner), piece(owner).count() * element_);
     }
-    messages.finish();
+    return spread(carrier_, placement_, rank_, std::move(blocks));
   }
 
   void fold(const FoldSpec& spec, std::byte* destination, std::span<const void* const> sources,
             std::size_t count) {
-    const Device::Current current(communicator_.device());
-    Kernels::StreamLauncher launcher(*communicator_.device().kernels(),
-                                     communicator_.device().stream);
+    const Device& device = carrier_.device();
+    const Device::Current current(device);
+    Kernels::StreamLauncher launcher(*device.kernels(), device.stream);
     cuda::fold(launcher, spec, destination, sources, count);
   }
 
-  const Communicator& communicator_;
+  Carrier& carrier_;
   const Placement& placement_;
   const int rank_;
   const int host_;
@@ -294,9 +265,9 @@ std::string problem_of_exact_order(const Operation& operation, const Placement& 
   return "";
 }
 
-Task<> reduce_in_exact_order(const Communicator& communicator, const Operation& operation,
-                             const Placement& placement, int rank, std::size_t scratch_bytes) {
-  ExactReduction run(communicator, operation, placement, rank, scratch_bytes);
+Task<> reduce_in_exact_order(Carrier& carrier, const Operation& operation,
+                             const Placement& placement, int rank, std::span<std::byte> scratch) {
+  ExactReduction run(carrier, operation, placement, rank, scratch);
   co_await run.run();
 }
 

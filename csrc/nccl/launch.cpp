@@ -8,7 +8,7 @@
 #include "core/error.h"
 #include "kernels/fold.h"
 #include "nccl/exact_order.h"
-#include "nccl/exchange.h"
+#include "nccl/nccl_carrier.h"
 
 namespace pycomm::nccl {
 namespace {
@@ -135,44 +135,6 @@ void reduce(const Communicator& communicator, const Operation& operation) {
   }
 }
 
-void exchange(const Communicator& communicator, const Operation& operation, int rank, int size) {
-  const std::size_t element_bytes = size_of(operation.dtype);
-  const bool is_root = rank == operation.root;
-  const auto in = [&](int peer) {
-    return operation.input_counts.empty() ? operation.count
-                                          : operation.input_counts[static_cast<std::size_t>(peer)];
-  };
-  const auto out = [&](int peer) {
-    return operation.output_counts.empty()
-               ? operation.count
-               : operation.output_counts[static_cast<std::size_t>(peer)];
-  };
-  const bool sends_to_all = operation.kind == Kind::kAllToAll;
-  const bool scatters = operation.kind == Kind::kScatter;
-  const bool everyone_receives = operation.kind == Kind::kAllGather || sends_to_all;
-  Exchange blocks(communicator, element_bytes);
-  // From each of my blocks, or my only one, to whoever wants it.
-  const std::byte* from = operation.input;
-  for (int peer = 0; peer < size; ++peer) {
-    if (sends_to_all || (scatters && is_root)) {
-      blocks.send(peer, from, in(peer));
-      from += in(peer) * element_bytes;
-    } else if (!scatters && (everyone_receives || peer == operation.root)) {
-      blocks.send(peer, from, operation.count);
-    }
-  }
-  std::byte* to = operation.output;
-  for (int peer = 0; peer < size; ++peer) {
-    if (everyone_receives || (!scatters && is_root)) {
-      blocks.receive(peer, to, out(peer));
-      to += out(peer) * element_bytes;
-    } else if (scatters && peer == operation.root) {
-      blocks.receive(peer, to, operation.count);
-    }
-  }
-  blocks.finish();
-}
-
 }  // namespace
 
 std::string unsupported(const Operation& operation) {
@@ -215,11 +177,11 @@ void launch(const Communicator& communicator, const Operation& operation, int ra
     default:
       break;
   }
-  exchange(communicator, operation, rank, size);
+  launch(communicator, exchange_of(operation, rank, size));
 }
 
 void launch(const Communicator& communicator, const std::vector<GpuMessage>& batch, int peer) {
-  Exchange messages(communicator, /*element_bytes=*/1);
+  Exchange messages;
   for (const GpuMessage& message : batch) {
     if (message.sends) {
       messages.send(peer, message.memory, message.bytes);
@@ -227,7 +189,7 @@ void launch(const Communicator& communicator, const std::vector<GpuMessage>& bat
       messages.receive(peer, message.memory, message.bytes);
     }
   }
-  messages.finish();
+  launch(communicator, messages);
 }
 
 }  // namespace pycomm::nccl

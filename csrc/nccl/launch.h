@@ -19,7 +19,7 @@ std::string unsupported(const Operation& operation);
 /// two factors are multiplied into each input, as one number of its dtype. MIN and MAX of a NaN
 /// are what NCCL says. bool is combined as bytes, complex numbers as pairs; what is only moved,
 /// moves as bytes. gather, scatter, all_to_all, and an all_gather of different lengths are sends
-/// and receives of one NCCL group.
+/// and receives of one NCCL group (exchange_of).
 void launch(const Communicator& communicator, const Operation& operation, int rank, int size);
 
 /// The same for a batch of messages with `peer`, in one NCCL group.

@@ -15,6 +15,7 @@
 #include "nccl/in_flight.h"
 #include "nccl/launch.h"
 #include "nccl/memory.h"
+#include "nccl/nccl_carrier.h"
 #include "nccl/pack.h"
 #include "nccl/pair.h"
 #include "nccl/place.h"
@@ -86,8 +87,9 @@ Task<> NcclGroup::run(Context& context, const Operation& operation) {
   if (needs_exact_order(operation)) {
     check_exact_order(context, operation);
     call->begin();
-    co_await reduce_in_exact_order(*communicator_, operation, context.placement, context.rank,
-                                   scratch_bytes_);
+    NcclCarrier carrier(*communicator_);
+    co_await reduce_in_exact_order(carrier, operation, context.placement, context.rank,
+                                   {device_->scratch(), scratch_bytes_});
   } else {
     const Device::Current current(*device_);
     call->begin();
