@@ -34,6 +34,7 @@ inline void stream_line(std::byte* to, const std::byte* from) {
 }  // namespace
 
 void copy_past_caches(std::byte* to, const std::byte* from, std::size_t bytes) {
+  if (bytes == 0) return;  // of no address, which memcpy does not allow
 #if defined(__x86_64__)
   if (bytes >= kShortestStreamBytes) {
     const std::size_t head = -reinterpret_cast<std::uintptr_t>(to) % kCacheLineBytes;

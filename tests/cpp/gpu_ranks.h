@@ -48,10 +48,15 @@ class Gpu {
   /// Device memory into which the stream will have copied the values.
   template <typename T>
   T* put(const std::vector<T>& values) {
+    return put(values, stream_);
+  }
+  /// The same for another stream, which is over before the GPU's.
+  template <typename T>
+  T* put(const std::vector<T>& values, cudaStream_t stream) {
     T* const address = room<T>(values.size());
     const auto* const from = reinterpret_cast<const std::byte*>(values.data());
     const auto& kept = sources_.emplace_back(from, from + values.size() * sizeof(T));
-    cudaMemcpyAsync(address, kept.data(), kept.size(), cudaMemcpyHostToDevice, stream_);
+    cudaMemcpyAsync(address, kept.data(), kept.size(), cudaMemcpyHostToDevice, stream);
     return address;
   }
   template <typename T>

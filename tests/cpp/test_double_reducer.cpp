@@ -1,7 +1,6 @@
 // Gradients on GPUs, from where autograd leaves them to the reduced bucket, against the stand-ins
 // for libcudart and libnccl (tests/double/). No GPU.
 
-#include <list>
 #include <memory>
 #include <numeric>
 #include <string>
@@ -63,10 +62,8 @@ class Model {
 
   /// Compute a gradient on `stream`, and report it.
   void backward(std::size_t parameter, cudaStream_t stream) {
-    gradients_.push_back(values(group_.rank() + int(parameter), counts_[parameter]));
-    float* const gradient = gpu_.room<float>(counts_[parameter]);
-    cudaMemcpyAsync(gradient, gradients_.back().data(), counts_[parameter] * sizeof(float),
-                    cudaMemcpyHostToDevice, stream);
+    float* const gradient =
+        gpu_.put(values(group_.rank() + int(parameter), counts_[parameter]), stream);
     reducer->fill(parameter, reinterpret_cast<const std::byte*>(gradient), address(stream));
     reducer->ready(parameter, address(stream));
   }
@@ -107,7 +104,6 @@ class Model {
   Group& group_;
   Gpu& gpu_;
   const std::vector<std::size_t> counts_;
-  std::list<Floats> gradients_;
 };
 
 constexpr std::size_t kWholeModel = 1 << 20;
