@@ -333,11 +333,13 @@ class World:
         algorithm: Algorithm = ...,
         gpu_places: GpuPlaces = ...,
         gpu_transport: GpuTransport = ...,
+        mpi_problem: Callable[[], str] | None = None,
     ) -> None:
         """Find the other ranks. ``arena_bytes=0`` reserves as much as the host has memory.
 
         ``cost``, ``algorithm`` (for whatever leaves the choice) and ``gpu_transport`` are the same
-        on all ranks.
+        on all ranks. ``mpi_problem`` says why MPI takes no pointers to GPU memory, "" if it does;
+        it is called at most once, by a thread of its own, and may take seconds.
         """
 
     @property
@@ -519,11 +521,16 @@ class GpuReport:
     def kernels(self) -> str: ...
 
 class GpuTransport(enum.Enum):
-    """What carries calls on GPUs: NCCL, or the host's collectives through staging memory."""
+    """What carries calls on GPUs: NCCL, the host's collectives through staging memory, or between
+    hosts MPI from GPU memory.
+
+    AUTO is NCCL if every rank has it, else MPI if none has and every rank's MPI can, else STAGED.
+    """
 
     AUTO = 0
     NCCL = 1
     STAGED = 2
+    MPI = 3
 
 class GpuPlaces:
     """Where CUDA, NCCL and our kernels may lie, beside where the loader looks, and how much of a

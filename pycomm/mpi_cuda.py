@@ -23,7 +23,8 @@ import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from pycomm.errors import InvalidArgumentError
+from pycomm import gpu_libraries
+from pycomm.errors import CommError, InvalidArgumentError
 
 _MESSAGE_BYTES = 4096
 _TIMEOUT_S = 60
@@ -39,6 +40,15 @@ class Answer(NamedTuple):
 
     aware: bool | None
     reason: str
+
+
+def problem() -> str:
+    """Why the MPI of this process takes no pointers to GPU memory; empty: it does."""
+    try:
+        aware, reason = detect(os.environ, gpu_libraries.report().runtime_file)
+    except CommError as error:
+        return str(error)
+    return "" if aware else reason
 
 
 def detect(

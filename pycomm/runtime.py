@@ -285,7 +285,14 @@ def _connect(
         algorithm=tuning.algorithm,
         gpu_places=gpu_libraries.places(),
         gpu_transport=tuning.gpu_transport,
+        mpi_problem=_mpi_problem,
     )
+
+
+def _mpi_problem() -> str:
+    from pycomm import mpi_cuda  # runs as a program too, which must not find it imported
+
+    return mpi_cuda.problem()
 
 
 def _refuse_second_init(

@@ -6,6 +6,7 @@ What the core does with streams and NCCL's functions is tested in tests/cpp/test
 import copy
 import functools
 import gc
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -160,12 +161,24 @@ def test_double_staged_collectives_give_what_they_give_on_the_host(name):
     torch.testing.assert_close(on_double, on_host, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("transport", ["staged", "auto"])
-def test_double_staged_collectives_go_over_mpi_between_hosts(transport):
+@pytest.fixture(scope="session")
+def aware_mpi(tmp_path_factory) -> str:
+    """What makes this MPI take memory of the double's GPUs."""
+    library = tmp_path_factory.mktemp("double") / "libdouble_mpi.so"
+    source = Path(__file__).parent / "double" / "mpi.c"
+    subprocess.run(["mpicc", "-shared", "-fPIC", "-o", library, source], check=True)
+    return str(library)
+
+
+@pytest.mark.parametrize("transport", ["staged", "auto", "mpi"])
+def test_double_collectives_without_nccl_go_over_mpi_between_hosts(transport, aware_mpi):
     """Each rank is a process with a double of its own: nothing but the host connects them."""
     the_double()  # built once, not by every rank
     script = """
-        import os, sys, torch
+        import ctypes, os, sys, torch
+        from mpi4py import MPI
+        if os.environ["PYCOMM_GPU_TRANSPORT"] == "mpi":
+            ctypes.CDLL(sys.argv[2], ctypes.RTLD_GLOBAL)
         sys.path.insert(0, sys.argv[1])
         import double_gpu, pycomm
         from double_gpu import doubles_in_place_of_gpus, from_gpu, on_gpu
@@ -174,35 +187,84 @@ def test_double_staged_collectives_go_over_mpi_between_hosts(transport):
             pycomm.init()
             if pycomm.rank() == 2:
                 os.environ["PYCOMM_NCCL_LIBRARY"] = "/nowhere"
-            mine = torch.arange(3_000_000.0) / 7 + pycomm.rank()
+            mine = (torch.arange(3_000_000.0) + pycomm.rank()) / 7
             on_host = pycomm.all_reduce(mine)
             total = pycomm.all_reduce(on_gpu(mine, 0))
             gathered = pycomm.all_gather(on_gpu(mine[:5], 0))
+            if pycomm.rank() == 1:
+                pycomm.send(on_gpu(mine, 0), 2)
+            if pycomm.rank() == 2:
+                theirs = on_gpu(torch.zeros_like(mine), 0)
+                assert pycomm.recv(theirs, 1) == 1
+                assert torch.equal(from_gpu(theirs), (torch.arange(3_000_000.0) + 1) / 7)
             assert torch.equal(from_gpu(total), on_host)
-            assert torch.equal(from_gpu(gathered), torch.arange(5.0) / 7 + torch.arange(3)[:, None])
+            every = (torch.arange(5.0) + torch.arange(3)[:, None]) / 7
+            assert torch.equal(from_gpu(gathered), every)
             print("rank", pycomm.rank(), "of", len(pycomm.hosts()), "hosts is right")
             pycomm.shutdown()
     """
     done = mpirun(
-        3, script, str(Path(__file__).parent), PYCOMM_HOSTS="a,a,b", PYCOMM_GPU_TRANSPORT=transport
+        3,
+        script,
+        str(Path(__file__).parent),
+        aware_mpi,
+        PYCOMM_HOSTS="a,a,b",
+        PYCOMM_GPU_TRANSPORT=transport,
+        PYCOMM_MPI_CUDA="1",
     )
     assert done.returncode == 0, done.err
     for rank in range(3):
         assert f"rank {rank} of 2 hosts is right" in done.out
     told = done.err.count("pycomm: warning: calls on GPUs go through the memory of the hosts")
-    assert told == (transport == "auto")  # nobody asked for it, and one rank says so
+    # Nobody asked for it: the first rank says so of calls, the one without NCCL of messages.
+    assert told == (2 if transport == "auto" else 0)
     assert ("rank 2 cannot use NCCL" in done.err) == (transport == "auto")
 
 
-def test_double_staged_messages_are_refused_by_name():
-    def body(group):
-        t = on_gpu(torch.ones(2), group.rank)
-        with pytest.raises(InvalidArgumentError, match="PYCOMM_GPU_TRANSPORT is staged"):
-            pycomm.send(t, 1 - group.rank, group=group)
-        return from_gpu(pycomm.all_reduce(t, group=group)).tolist()
+def test_double_mpi_that_takes_no_gpu_memory_is_refused_by_name():
+    the_double()
+    script = """
+        import sys, torch
+        sys.path.insert(0, sys.argv[1])
+        import double_gpu, pycomm
+        double_gpu._double = double_gpu.Double(build=False)
+        with double_gpu.doubles_in_place_of_gpus():
+            pycomm.init()
+            try:
+                pycomm.all_reduce(double_gpu.on_gpu(torch.ones(2), 0))
+            except pycomm.InvalidArgumentError as error:
+                print(error)
+            assert pycomm.all_reduce(torch.ones(2)).tolist() == [2, 2]  # the group goes on
+            pycomm.shutdown()
+    """
+    done = mpirun(
+        2,
+        script,
+        str(Path(__file__).parent),
+        PYCOMM_HOSTS="a,b",
+        PYCOMM_GPU_TRANSPORT="mpi",
+        PYCOMM_MPI_CUDA="0",
+    )
+    assert done.returncode == 0, done.err
+    text = "MPI takes no pointers to GPU memory: rank 0: PYCOMM_MPI_CUDA is 0"
+    assert done.out.count(text) == 2
 
-    transport = _core.GpuTransport.STAGED
-    assert run_double_gpu_ranks(2, body, transport=transport) == [[2, 2], [2, 2]]
+
+@pytest.mark.parametrize("transport", [_core.GpuTransport.STAGED, _core.GpuTransport.MPI])
+def test_double_messages_without_nccl(transport):
+    def body(group):
+        mine = on_gpu(whole(group.rank, 5, 7), group.rank)
+        theirs = on_gpu(torch.zeros(5, 7), group.rank)
+        both = [
+            pycomm.isend(mine, 1 - group.rank, group=group),
+            pycomm.irecv(theirs, 1 - group.rank, group=group),
+        ]
+        for work in both:
+            work.wait()
+        return from_gpu(theirs)
+
+    received = run_double_gpu_ranks(2, body, hosts=[0, 1], transport=transport)
+    assert torch.equal(torch.stack(received), torch.stack([whole(1, 5, 7), whole(0, 5, 7)]))
 
 
 def test_double_lists_may_lie_on_host_and_gpu():

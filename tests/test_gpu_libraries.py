@@ -109,19 +109,22 @@ def test_a_build_without_the_headers_says_what_to_install() -> None:
 def test_an_unknown_transport_is_refused() -> None:
     assert transport({}) is _core.GpuTransport.AUTO
     assert transport({"PYCOMM_GPU_TRANSPORT": "staged"}) is _core.GpuTransport.STAGED
-    with pytest.raises(InvalidArgumentError, match=r"'mpi' carries nothing.*auto, nccl, staged"):
-        transport({"PYCOMM_GPU_TRANSPORT": "mpi"})
+    with pytest.raises(
+        InvalidArgumentError, match=r"'ucx' carries nothing.*auto, nccl, staged, mpi"
+    ):
+        transport({"PYCOMM_GPU_TRANSPORT": "ucx"})
 
 
 @pytest.mark.parametrize(
     ("asked", "has_nccl", "told"),
     [
         ("auto", True, "NCCL, if every rank has the same"),
-        ("auto", False, "the hosts' memory and collectives, since no NCCL"),
+        ("auto", False, "between hosts MPI, from GPU memory where MPI takes that, else the hosts'"),
         ("nccl", True, "NCCL, if every rank has the same"),
         ("nccl", False, "none: PYCOMM_GPU_TRANSPORT=nccl"),
         ("staged", True, "the hosts' memory and collectives, as PYCOMM_GPU_TRANSPORT says"),
-        ("mpi", True, "PYCOMM_GPU_TRANSPORT='mpi' carries nothing"),
+        ("mpi", True, "between hosts MPI, from GPU memory, as PYCOMM_GPU_TRANSPORT says"),
+        ("ucx", True, "PYCOMM_GPU_TRANSPORT='ucx' carries nothing"),
     ],
 )
 def test_info_says_what_would_carry_calls(

@@ -23,12 +23,11 @@ CSRC_LAYERS = [
 # Each line may import the lines before it, never its own neighbours.
 PYTHON_LAYERS = [
     {"errors", "_core"},
-    {"device", "compression"},
+    {"device", "compression", "gpu_libraries"},
     {
         "launch",
         "mpi_library",
         "mpi_cuda",
-        "gpu_libraries",
         "failure",
         "work",
         "arguments",

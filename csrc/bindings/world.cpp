@@ -25,17 +25,33 @@ std::size_t default_arena_bytes() {
 }
 
 Process::Options options_of(double timeout_s, std::size_t arena_bytes, const Tuning& tuning,
-                            const nccl::Places& gpu_places, nccl::Transport gpu_transport) {
-  return {timeout_s,  arena_bytes > 0 ? arena_bytes : default_arena_bytes(),
-          {},         tuning,
-          gpu_places, gpu_transport};
+                            const nccl::Places& gpu_places, nccl::Transport gpu_transport,
+                            nccl::MpiProblem mpi_problem) {
+  return {timeout_s,
+          arena_bytes > 0 ? arena_bytes : default_arena_bytes(),
+          {},
+          tuning,
+          gpu_places,
+          gpu_transport,
+          std::move(mpi_problem)};
+}
+
+/// `ask` is called by a thread that nobody waits for at the end, so it is never given back.
+nccl::MpiProblem mpi_problem_of(const py::object& ask) {
+  if (ask.is_none()) return {};
+  return [function = py::object(ask).release()] {
+    const py::gil_scoped_acquire gil;
+    return function().cast<std::string>();
+  };
 }
 
 std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
                                const py::function& all_gather_bytes, double timeout_s,
                                std::shared_ptr<Channel> channel, std::size_t arena_bytes,
                                const CostModel& cost, Algorithm algorithm,
-                               const nccl::Places& gpu_places, nccl::Transport gpu_transport) {
+                               const nccl::Places& gpu_places, nccl::Transport gpu_transport,
+                               const py::object& mpi_problem) {
+  const auto ask = mpi_problem_of(mpi_problem);
   const auto gather = [&](const std::string& mine) {
     const py::gil_scoped_acquire gil;
     std::vector<std::string> all;
@@ -47,7 +63,7 @@ std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
   const py::gil_scoped_release no_gil;
   return World::connect(
       rank, size, host_key, gather, std::move(channel),
-      options_of(timeout_s, arena_bytes, {cost, algorithm}, gpu_places, gpu_transport));
+      options_of(timeout_s, arena_bytes, {cost, algorithm}, gpu_places, gpu_transport, ask));
 }
 
 }  // namespace
@@ -59,7 +75,7 @@ void bind_world(py::module_& module) {
            py::arg("all_gather_bytes"), py::kw_only(), py::arg("timeout_s"),
            py::arg("channel") = nullptr, py::arg("arena_bytes") = 0, py::arg("cost") = CostModel(),
            py::arg("algorithm") = Algorithm::kAuto, py::arg("gpu_places") = nccl::Places(),
-           py::arg("gpu_transport") = nccl::Transport::kAuto)
+           py::arg("gpu_transport") = nccl::Transport::kAuto, py::arg("mpi_problem") = py::none())
       .def_property_readonly("group", &World::group)
       .def("abort", &World::abort, py::arg("reason"), py::call_guard<py::gil_scoped_release>(),
            "Make every rank's pending and later calls raise `reason`; True if none was before.")

@@ -28,7 +28,7 @@ void copy_announced(const Context& context, const Operation& operation, const La
 Task<> all_to_all(Context& context, const Operation& operation) {
   const Layout input = Layout::of_input(operation, context.size());
   const Layout output = Layout::of_output(operation, context.size());
-  const bool given = !operation.input_counts.empty() || !operation.output_counts.empty();
+  const bool given = has_block_counts(operation);
   const bool small =
       !given && context.host_count() == 1 && input.total() <= Announcement::kEagerBytes;
   std::span<const std::byte> payload;

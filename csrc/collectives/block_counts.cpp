@@ -162,4 +162,10 @@ std::size_t BlockCounts::elements_before_mine(int rank) const {
   return elements;
 }
 
+Task<> compare_block_counts(Context& context, const Operation& operation) {
+  BlockCounts counts(context, operation);
+  co_await counts.agree();
+  co_await meet(context);
+}
+
 }  // namespace pycomm

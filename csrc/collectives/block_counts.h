@@ -57,4 +57,14 @@ class BlockCounts {
   Difference difference_ = kNone;
 };
 
+/// Of an all-to-all whose blocks have lengths of their own.
+inline bool has_block_counts(const Operation& operation) {
+  return operation.kind == Kind::kAllToAll &&
+         (!operation.input_counts.empty() || !operation.output_counts.empty());
+}
+
+/// The comparison alone, of an all-to-all that is about to happen elsewhere (on GPUs).
+/// @throws MismatchError  as above.
+Task<> compare_block_counts(Context& context, const Operation& operation);
+
 }  // namespace pycomm

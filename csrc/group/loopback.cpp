@@ -1,3 +1,4 @@
+#include <utility>
 #include <vector>
 
 #include "group/process.h"
@@ -5,8 +6,9 @@
 
 namespace pycomm {
 
-std::vector<std::shared_ptr<Process>> Process::loopback(const std::vector<int>& hosts,
-                                                        Options options) {
+std::vector<std::shared_ptr<Process>> Process::loopback(
+    const std::vector<int>& hosts, Options options,
+    std::vector<std::shared_ptr<Channel>> channels) {
   const int size = static_cast<int>(hosts.size());
   std::vector<std::string> keys;
   std::vector<std::shared_ptr<Arena>> arenas;
@@ -17,7 +19,9 @@ std::vector<std::shared_ptr<Process>> Process::loopback(const std::vector<int>& 
     pages.push_back(make_process_page(*arenas.back()));
   }
   const Placement placement = Placement::of(keys);
-  const auto channels = make_loopback_channels(size);
+  if (channels.empty()) {
+    for (auto& channel : make_loopback_channels(size)) channels.push_back(std::move(channel));
+  }
   std::vector<std::shared_ptr<Process>> processes;
   for (int rank = 0; rank < size; ++rank) {
     const auto at = static_cast<std::size_t>(rank);

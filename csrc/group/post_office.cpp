@@ -75,14 +75,17 @@ PostOffice::PostOffice(Group& group) : group_(group) {
       links.push_back(rings_.back().get());
     }
   }
-  exchange_ = std::make_unique<Exchange>(group.rank(), std::move(links), [this](int peer) {
-    const auto low = static_cast<std::uint64_t>(std::min(peer, group_.rank()));
-    const auto high = static_cast<std::uint64_t>(std::max(peer, group_.rank()));
-    const std::uint64_t id = kIsPair |
-                             static_cast<std::uint64_t>(group_.context_.tag) << 2 * kRankBits |
-                             low << kRankBits | high;
-    return group_.process_->gpu_plane().join({id, group_.rank(), peer, !is_remote(peer)});
-  });
+  exchange_ = std::make_unique<Exchange>(
+      group.rank(), std::move(links), [this](int peer, nccl::HostMail& mail) {
+        const auto low = static_cast<std::uint64_t>(std::min(peer, group_.rank()));
+        const auto high = static_cast<std::uint64_t>(std::max(peer, group_.rank()));
+        const std::uint64_t id = kIsPair |
+                                 static_cast<std::uint64_t>(group_.context_.tag) << 2 * kRankBits |
+                                 low << kRankBits | high;
+        Process& process = *group_.process_;
+        return process.gpu_plane().join({id, group_.rank(), peer, !is_remote(peer), &mail,
+                                         *process.arena, group_.context_.staging.gpu_slot_bytes});
+      });
 }
 
 bool PostOffice::is_remote(int peer) const {

@@ -143,7 +143,7 @@ std::shared_ptr<ArenaBlock> Process::allocate(std::size_t bytes) {
 nccl::Plane& Process::gpu_plane() {
   std::lock_guard lock(mutex_);
   if (gpu_plane_ == nullptr) {
-    gpu_plane_ = nccl::make_plane(options.gpu_places, options.gpu_transport);
+    gpu_plane_ = nccl::make_plane(options.gpu_places, options.gpu_transport, options.mpi_problem);
   }
   return *gpu_plane_;
 }

@@ -32,6 +32,7 @@ class Process {
     nccl::Places gpu_places = {};
     /// The same on all ranks.
     nccl::Transport gpu_transport = nccl::Transport::kAuto;
+    nccl::MpiProblem mpi_problem = {};
   };
 
   /// Find the other ranks and map the memory of those on the same host. Collective.
@@ -43,8 +44,10 @@ class Process {
                                           std::shared_ptr<Channel> channel, Options options);
 
   /// Ranks of one process, for tests: rank i lies on pretend host `hosts[i]`.
-  static std::vector<std::shared_ptr<Process>> loopback(const std::vector<int>& hosts,
-                                                        Options options);
+  /// @param channels  one for each rank; none: make_loopback_channels().
+  static std::vector<std::shared_ptr<Process>> loopback(
+      const std::vector<int>& hosts, Options options,
+      std::vector<std::shared_ptr<Channel>> channels = {});
 
   /// A peer that is still on its way out reads this rank's last announcement a little later.
   ~Process() { arena->keep_pages(); }

@@ -37,9 +37,10 @@ std::unique_ptr<World> World::connect(int rank, int size, const std::string& hos
   return std::unique_ptr<World>(new World(std::move(process), std::move(group)));
 }
 
-std::vector<std::unique_ptr<World>> World::loopback(const std::vector<int>& hosts,
-                                                    Process::Options options) {
-  const auto processes = Process::loopback(hosts, options);
+std::vector<std::unique_ptr<World>> World::loopback(
+    const std::vector<int>& hosts, Process::Options options,
+    std::vector<std::shared_ptr<Channel>> channels) {
+  const auto processes = Process::loopback(hosts, options, std::move(channels));
   const auto ranks = all_ranks(static_cast<int>(hosts.size()));
   // Every arena is fresh and alike, so each rank's page lands at the same offset.
   std::vector<std::unique_ptr<World>> worlds;

@@ -17,9 +17,10 @@ class World {
                                         const Process::AllGatherBytes& all_gather_bytes,
                                         std::shared_ptr<Channel> channel, Process::Options options);
 
-  /// Ranks of one process, for tests.
-  static std::vector<std::unique_ptr<World>> loopback(const std::vector<int>& hosts,
-                                                      Process::Options options);
+  /// Ranks of one process, for tests; see Process::loopback.
+  static std::vector<std::unique_ptr<World>> loopback(
+      const std::vector<int>& hosts, Process::Options options,
+      std::vector<std::shared_ptr<Channel>> channels = {});
 
   ~World();
 

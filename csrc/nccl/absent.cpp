@@ -19,7 +19,7 @@ Report report(const Places&) {
   return {kWhy, as_above, "", as_above, as_above, false, as_above};
 }
 
-std::unique_ptr<Plane> make_plane(const Places&, Transport) {
+std::unique_ptr<Plane> make_plane(const Places&, Transport, MpiProblem) {
   throw CommError(std::string("calls on CUDA tensors: ") + kWhy);
 }
 

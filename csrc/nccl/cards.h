@@ -33,6 +33,9 @@ Task<std::vector<Card>> gather_cards(Context& context, const Card& mine, std::st
 /// @param ranks  what they are called; none: 0, 1, ...
 std::string without_nccl(const std::vector<Card>& cards, const std::vector<int>& ranks = {});
 
+/// Whether no rank has one.
+bool all_without_nccl(const std::vector<Card>& cards);
+
 /// Why GPUs with these cards, by rank, cannot be connected, with the remedy; empty: they can. All
 /// ranks hold the same cards, so they come to the same answer.
 /// @param ranks  as above.
@@ -41,6 +44,10 @@ std::string problem_of(const std::vector<Card>& cards, const Placement& placemen
 
 /// Why one of the ranks cannot launch our kernels; empty: all can.
 std::string kernels_problem_of(const std::vector<Card>& cards);
+
+/// The first rank that has a problem, and which; empty: none has. An all-gather of the host.
+/// @param mine  cut after 359 bytes.
+Task<std::string> first_problem(Context& context, std::string mine, std::string name);
 
 /// What every rank has for reductions in exact order.
 std::size_t least_scratch_of(const std::vector<Card>& cards);

@@ -53,15 +53,15 @@ Device::~Device() {
 Card Device::card(bool makes_id) const {
   Card card;
   card.set_bus_id(bus_id);
+  card.scratch_bytes = scratch_bytes;
+  std::string kernels_problem;
+  kernels(&kernels_problem);
+  card.set_kernels_problem(kernels_problem);
   if (!nccl) {
     card.set_problem(nccl_problem);
     return card;
   }
   card.nccl_version = nccl->version;
-  card.scratch_bytes = scratch_bytes;
-  std::string kernels_problem;
-  kernels(&kernels_problem);
-  card.set_kernels_problem(kernels_problem);
   ncclUniqueId id{};
   static_assert(sizeof(id.internal) == sizeof(card.unique_id));
   if (makes_id) {

@@ -132,7 +132,7 @@ NcclPair::~NcclPair() {
 
 }  // namespace
 
-std::unique_ptr<GpuPair> make_pair(std::shared_ptr<Device> device, const Pairing& pairing) {
+std::unique_ptr<GpuPair> make_nccl_pair(std::shared_ptr<Device> device, const Pairing& pairing) {
   return std::make_unique<NcclPair>(std::move(device), pairing);
 }
 

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "collectives/block_counts.h"
 #include "collectives/open.h"
 #include "nccl/cards.h"
 #include "nccl/choice.h"
@@ -21,6 +22,7 @@
 #include "nccl/place.h"
 #include "nccl/registry.h"
 #include "nccl/staged.h"
+#include "nccl/staged_pair.h"
 
 namespace pycomm::nccl {
 namespace {
@@ -74,6 +76,7 @@ Task<> NcclGroup::run(Context& context, const Operation& operation) {
   if (const std::string problem = unsupported(operation); !problem.empty()) {
     throw RefusedError(std::string(name_of(operation.kind)) + ": " + problem);
   }
+  if (has_block_counts(operation)) co_await compare_block_counts(context, operation);
   if (communicator_ == nullptr) co_await connect(context);
   Place::Next next(place);
   co_await until(next);
@@ -150,7 +153,10 @@ NcclGroup::~NcclGroup() {
 
 class CudaPlane final : public Plane {
  public:
-  CudaPlane(const Places& places, Transport transport) : places_(places), transport_(transport) {}
+  CudaPlane(const Places& places, Transport transport, MpiProblem mpi_problem)
+      : places_(places),
+        transport_(transport),
+        mpi_(std::make_shared<MpiAnswer>(std::move(mpi_problem))) {}
 
   void issue(Operation& operation) override {
     const bool in_order = operation.algorithm == Algorithm::kExactOrder;
@@ -179,12 +185,6 @@ class CudaPlane final : public Plane {
   }
 
   std::shared_ptr<DeviceCall> record(const char* call, int ordinal, StreamAddress stream) override {
-    if (transport_ == Transport::kStaged) {
-      throw InvalidArgumentError(std::string(call) +
-                                 ": messages between GPUs go over NCCL alone, and "
-                                 "PYCOMM_GPU_TRANSPORT is staged.\n  Pass t.cpu(), or let it be "
-                                 "auto.");
-    }
     return std::make_shared<Call>(device(call, ordinal), stream);
   }
 
@@ -199,14 +199,24 @@ class CudaPlane final : public Plane {
       case Transport::kStaged:
         return make_staged_group(device_);
       case Transport::kAuto:
+      case Transport::kMpi:
         break;
     }
-    return make_choosing_group(device_, on_nccl);
+    return make_choosing_group(device_, transport_, mpi_, on_nccl);
   }
 
   std::unique_ptr<GpuPair> join(const Pairing& pairing) override {
     std::lock_guard lock(mutex_);
-    return make_pair(device_, pairing);
+    switch (transport_) {
+      case Transport::kNccl:
+        return make_nccl_pair(device_, pairing);
+      case Transport::kAuto:
+        return make_choosing_pair(device_, pairing);
+      case Transport::kStaged:
+      case Transport::kMpi:
+        break;
+    }
+    return make_staged_pair(device_, pairing);
   }
 
  private:
@@ -227,6 +237,7 @@ class CudaPlane final : public Plane {
 
   const Places places_;
   const Transport transport_;
+  const std::shared_ptr<MpiAnswer> mpi_;
   std::mutex mutex_;
   std::shared_ptr<Device> device_;  // from the first `issue` on
   std::unique_ptr<Packer> packer_;
@@ -234,8 +245,9 @@ class CudaPlane final : public Plane {
 
 }  // namespace
 
-std::unique_ptr<Plane> make_plane(const Places& places, Transport transport) {
-  return std::make_unique<CudaPlane>(places, transport);
+std::unique_ptr<Plane> make_plane(const Places& places, Transport transport,
+                                  MpiProblem mpi_problem) {
+  return std::make_unique<CudaPlane>(places, transport, std::move(mpi_problem));
 }
 
 }  // namespace pycomm::nccl

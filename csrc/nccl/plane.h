@@ -15,6 +15,7 @@
 #include "core/task.h"
 #include "kernels/cuda/kernels.h"
 #include "nccl/report.h"
+#include "transport/arena.h"
 
 // All that the layers above know of GPUs. docs/adr/0012 says how the calls on them fit in.
 
@@ -91,12 +92,27 @@ class GpuPair {
   virtual void abort() = 0;
 };
 
-/// Which two ranks of which group.
+/// What moves bytes between the memory of two ranks' hosts: those of a pair without NCCL. Each way
+/// in order. Belongs to the progress thread.
+class HostMail {
+ public:
+  virtual ~HostMail() = default;
+
+  /// Begin; the result is over once the bytes have left their memory, or come. They stay there, and
+  /// as long as the other rank has them, until then.
+  virtual std::shared_ptr<Wait> send(std::span<const std::byte> bytes) = 0;
+  virtual std::shared_ptr<Wait> receive(std::span<std::byte> bytes) = 0;
+};
+
+/// Which two ranks of which group, and what they have between their hosts.
 struct Pairing {
   std::uint64_t id;  // as a group's
   int rank;          // this one
   int peer;          // may be this one as well
   bool same_host;
+  HostMail* mail;          // outlives the pair
+  Arena& arena;            // this rank's
+  std::size_t slot_bytes;  // the same at both ends
 };
 
 /// This process's use of a GPU: that of its first CUDA tensor. Calls from any thread.
@@ -131,7 +147,9 @@ class Plane {
 
 /// Loads nothing yet.
 /// @param transport  the same on all ranks.
+/// @param mpi_problem  asked at most once, in a thread of its own. None: there is no MPI.
 /// @throws CommError  pycomm was built without the GPU plane.
-std::unique_ptr<Plane> make_plane(const Places& places, Transport transport);
+std::unique_ptr<Plane> make_plane(const Places& places, Transport transport,
+                                  MpiProblem mpi_problem);
 
 }  // namespace pycomm::nccl

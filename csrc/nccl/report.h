@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -19,10 +20,14 @@ struct Places {
 
 /// What carries the calls on GPUs.
 enum class Transport {
-  kAuto,    // NCCL if every rank has it, else kStaged
+  kAuto,    // NCCL if every rank has it; if none has, kMpi where that can be; else kStaged
   kNccl,    // NCCL, or an error that says what it lacks
   kStaged,  // the collectives of the host, through its memory
+  kMpi,     // between hosts MPI from and to GPU memory, or an error; inside one, kStaged
 };
+
+/// Why this process's MPI takes no pointers to GPU memory; empty: it does. May take seconds.
+using MpiProblem = std::function<std::string()>;
 
 /// What of the GPU plane is here. Each text is one line, or two where a problem has a remedy.
 struct Report {

@@ -1,89 +1,37 @@
 #include "nccl/staged.h"
 
 #include <algorithm>
-#include <array>
-#include <chrono>
 #include <list>
 #include <mutex>
 #include <string>
-#include <thread>
 #include <utility>
-#include <vector>
 
+#include "collectives/block_counts.h"
 #include "collectives/open.h"
 #include "collectives/run.h"
+#include "nccl/carried.h"
 #include "nccl/in_flight.h"
+#include "nccl/mpi_carrier.h"
 #include "nccl/pieces.h"
-#include "nccl/pinned.h"
+#include "nccl/slots.h"
 
 namespace pycomm::nccl {
 namespace {
 
-/// How long the end of a failed group waits for a GPU that may hang.
-constexpr auto kPatience = std::chrono::seconds(1);
-
-/// Waits until the GPU has made a copy.
-class Copied final : public Wait {
- public:
-  explicit Copied(const Event& event) : event_(event) {}
-  bool poll() override { return event_.passed(); }
-  std::string describe() const override {
-    return "this rank's GPU to copy a piece to or from the host";
-  }
-  bool rings_doorbell() const override { return false; }
-
- private:
-  const Event& event_;
-};
-
-/// What the pieces of a group's tensors go through.
-struct Slots {
-  struct Slot {
-    explicit Slot(const std::shared_ptr<const Device>& device) : filled(device), emptied(device) {}
-    Event filled;   // by the last copy down
-    Event emptied;  // by the last copy up
-  };
-  static constexpr std::size_t kCount = 3;
-
-  Slots(const std::shared_ptr<Device>& device, Arena& arena, std::size_t slot_bytes)
-      : down(device),
-        up(device),
-        slot_bytes(slot_bytes),
-        memory(device, arena, kCount * slot_bytes) {}
-
-  Slot& of(std::size_t piece) { return slots[piece % kCount]; }
-  std::byte* memory_of(std::size_t piece) const {
-    return memory.data() + piece % kCount * slot_bytes;
-  }
-
-  // Of this group alone: groups wait for each other nowhere.
-  const Stream down;
-  const Stream up;
-  const std::size_t slot_bytes;
-  PinnedMemory memory;
-  std::array<Slot, kCount> slots{Slot(down.device()), Slot(down.device()), Slot(down.device())};
-  Event call_ended{down.device()};  // the last one
-};
-
 using Buckets = std::list<std::shared_ptr<DeviceMemory>>;
 
-/// What a GPU that hangs was given, and may still write when it goes on.
-struct GivenAway {
-  std::unique_ptr<Slots> slots;
-  Buckets buckets;
-};
-
-/// To the end of the process.
-void keep(GivenAway given) {
+/// To the end of the process: a GPU that hangs may still write there when it goes on.
+void keep(Buckets buckets) {
   static std::mutex mutex;
-  static auto* const kept = new std::vector<GivenAway>();  // never destroyed
+  static auto* const kept = new Buckets();  // never destroyed
   std::lock_guard lock(mutex);
-  kept->push_back(std::move(given));
+  kept->splice(kept->end(), buckets);
 }
 
 class StagedGroup final : public GpuGroup {
  public:
-  explicit StagedGroup(std::shared_ptr<Device> device) : device_(std::move(device)) {}
+  StagedGroup(std::shared_ptr<Device> device, std::optional<GpuAwareMpi> mpi)
+      : device_(std::move(device)), mpi_(mpi) {}
   ~StagedGroup() override;
 
   Task<> run(Context& context, const Operation& operation) override;
@@ -93,14 +41,15 @@ class StagedGroup final : public GpuGroup {
   void abort() override;
 
  private:
-  void copy_down(const Pieces& pieces, std::size_t piece);
-  void copy_up(const Pieces& pieces, std::size_t piece);
-  void copy(const std::vector<Pieces::Copy>& copies, cudaMemcpyKind direction, const Stream& on);
-  /// Whether the GPU has finished with the slots; waits a little for that.
-  bool idle() const;
+  Slots& slots_on_host(Context& context, std::size_t slot_bytes);
+  Slots& slots_on_gpu(std::size_t slot_bytes);
 
   const std::shared_ptr<Device> device_;
-  std::unique_ptr<Slots> slots_;  // from the first call on
+  const std::optional<GpuAwareMpi> mpi_;
+  // From the first call on that goes through them.
+  std::unique_ptr<Slots> on_host_;
+  std::unique_ptr<Slots> on_gpu_;
+  std::shared_ptr<Call> last_;
   InFlight calls_;
   Buckets buckets_;
   bool aborted_ = false;
@@ -119,49 +68,45 @@ Task<> StagedGroup::run(Context& context, const Operation& operation) {
     buckets_.push_back(operation.device_memory);
     co_return;
   }
-  if (slots_ == nullptr) slots_ = std::make_unique<Slots>(device_, context.arena, slot_bytes);
-  call->begin_on(slots_->down.handle());
-  call->begin_on(slots_->up.handle());
-  slots_->call_ended.order_before(slots_->down.handle());  // this one may read what it wrote
-  if (count > 0) copy_down(pieces, 0);
-  for (std::size_t i = 0; i < count; ++i) {
-    if (i + 1 < count) copy_down(pieces, i + 1);
-    Copied filled(slots_->of(i).filled);
-    co_await until(filled);
-    Copied emptied(slots_->of(i).emptied);
-    co_await until(emptied);
-    const Operation part = pieces.part(i, slots_->memory_of(i));
-    ++context.sequence;
-    co_await run_collective(context, part);
-    copy_up(pieces, i);
+  std::optional<MpiCarrier> carrier;
+  if (mpi_ && can_be_carried(operation, context.placement, mpi_->scratch_bytes)) {
+    carrier.emplace(device_, *context.channel, context.tag, context.rank, context.world_ranks);
+    if (has_block_counts(operation)) co_await compare_block_counts(context, operation);
   }
-  slots_->call_ended.record(slots_->up.handle());
-  call->end_on(slots_->up.handle());
+  Slots& slots = carrier ? slots_on_gpu(slot_bytes) : slots_on_host(context, slot_bytes);
+  slots.begin(*call);
+  if (last_ != nullptr) slots.follow(*last_);  // this one may read what it wrote
+  const auto copy_down = [&](std::size_t i) { slots.copy_down(pieces.down(i, slots.of(i)), i); };
+  if (count > 0) copy_down(0);
+  for (std::size_t i = 0; i < count; ++i) {
+    if (i + 1 < count) copy_down(i + 1);
+    Slots::Copied filled = slots.filled(i);
+    co_await until(filled);
+    Slots::Copied emptied = slots.emptied(i);
+    co_await until(emptied);
+    const Operation part = pieces.part(i, slots.of(i));
+    if (carrier) {
+      co_await run_carried(*carrier, part, context.placement, context.rank, slots.scratch());
+      slots.up_follows(device_->stream);
+    } else {
+      ++context.sequence;
+      co_await run_collective(context, part);
+    }
+    slots.copy_up(pieces.up(i, slots.of(i)), i);
+  }
+  slots.end(*call);
+  last_ = call;
   calls_.add(call, description, began, operation.timeout_s);
 }
 
-void StagedGroup::copy(const std::vector<Pieces::Copy>& copies, cudaMemcpyKind direction,
-                       const Stream& on) {
-  const Device::Current current(*device_);
-  const CudaTable& cuda = device_->cuda;
-  for (const Pieces::Copy& copy : copies) {
-    cuda.check(cuda.cudaMemcpyAsync(copy.to, copy.from, copy.bytes, direction, on.handle()),
-               "cudaMemcpyAsync");
-  }
+Slots& StagedGroup::slots_on_host(Context& context, std::size_t slot_bytes) {
+  if (on_host_ == nullptr) on_host_ = Slots::on_host(device_, context.arena, slot_bytes);
+  return *on_host_;
 }
 
-void StagedGroup::copy_down(const Pieces& pieces, std::size_t piece) {
-  const auto copies = pieces.down(piece, slots_->memory_of(piece));
-  if (copies.empty()) return;  // this rank brings nothing, and need not wait for its GPU
-  Slots::Slot& slot = slots_->of(piece);
-  slot.emptied.order_before(slots_->down.handle());
-  copy(copies, cudaMemcpyDeviceToHost, slots_->down);
-  slot.filled.record(slots_->down.handle());
-}
-
-void StagedGroup::copy_up(const Pieces& pieces, std::size_t piece) {
-  copy(pieces.up(piece, slots_->memory_of(piece)), cudaMemcpyHostToDevice, slots_->up);
-  slots_->of(piece).emptied.record(slots_->up.handle());
+Slots& StagedGroup::slots_on_gpu(std::size_t slot_bytes) {
+  if (on_gpu_ == nullptr) on_gpu_ = Slots::on_gpu(device_, slot_bytes, mpi_->scratch_bytes);
+  return *on_gpu_;
 }
 
 bool StagedGroup::in_flight() const {
@@ -183,40 +128,22 @@ void StagedGroup::abort() {
   calls_.clear();
 }
 
-bool StagedGroup::idle() const {
-  Event last_down(device_);
-  last_down.record(slots_->down.handle());
-  Event last_up(device_);
-  last_up.record(slots_->up.handle());
-  const auto end = std::chrono::steady_clock::now() + kPatience;
-  while (!(last_down.passed() && last_up.passed())) {
-    if (std::chrono::steady_clock::now() > end) return false;
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
-  return true;
-}
-
 StagedGroup::~StagedGroup() {
   try {
     drain(*this);
   } catch (const CommError&) {
     abort();
   }
-  if (slots_ == nullptr) return;  // nothing was ever copied
-  if (aborted_) slots_->memory.quarantine();
-  bool is_idle = false;
-  try {
-    is_idle = idle();
-  } catch (const CommError&) {
-    // The GPU, or all of CUDA, is gone before us.
-  }
-  if (!is_idle) keep({std::move(slots_), std::move(buckets_)});
+  const bool host_is_left = Slots::leave(std::move(on_host_), aborted_);
+  const bool gpu_is_left = Slots::leave(std::move(on_gpu_), aborted_);
+  if (!host_is_left || !gpu_is_left) keep(std::move(buckets_));
 }
 
 }  // namespace
 
-std::unique_ptr<GpuGroup> make_staged_group(std::shared_ptr<Device> device) {
-  return std::make_unique<StagedGroup>(std::move(device));
+std::unique_ptr<GpuGroup> make_staged_group(std::shared_ptr<Device> device,
+                                            std::optional<GpuAwareMpi> mpi) {
+  return std::make_unique<StagedGroup>(std::move(device), mpi);
 }
 
 }  // namespace pycomm::nccl

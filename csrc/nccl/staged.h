@@ -1,11 +1,19 @@
 #pragma once
 
+#include <cstddef>
 #include <memory>
+#include <optional>
 
 #include "nccl/device.h"
 #include "nccl/plane.h"
 
 namespace pycomm::nccl {
+
+/// That all ranks of a group have an MPI that takes pointers to GPU memory.
+struct GpuAwareMpi {
+  /// Of each GPU, for reductions; 0: some rank has no kernels for them.
+  std::size_t scratch_bytes;
+};
 
 /// A group's calls on its ranks' GPUs without NCCL: through host memory, by the collectives of the
 /// host, which go through shared memory inside a host and over MPI between hosts. So every dtype
@@ -22,8 +30,16 @@ namespace pycomm::nccl {
 /// operation is over when its last copy up was put on the stream, for the collectives need the
 /// host: unlike a call of NCCL it is over only when the GPU has come to its tensors.
 ///
-/// Cost beside the host's collective of the same size: the copy of a piece in each direction, and
-/// the agreement on each piece. Memory: three slots in each rank's arena, from the first call on.
-std::unique_ptr<GpuGroup> make_staged_group(std::shared_ptr<Device> device);
+/// Where MPI takes pointers to GPU memory, the slots lie on the GPU, what is a collective of the
+/// host above is run_carried() by MPI, and nothing passes through the host; the bits are the same.
+/// Only reductions that our kernels do not know (integers) still go through the host.
+///
+/// Cost beside the collective of the same size: the copy of a piece in each direction; through the
+/// host also the agreement on each piece. Memory: three slots, in each rank's arena or on its GPU,
+/// from the first call on; on the GPU the scratch beside them.
+///
+/// @param mpi  of a group on several hosts; the same on all its ranks.
+std::unique_ptr<GpuGroup> make_staged_group(std::shared_ptr<Device> device,
+                                            std::optional<GpuAwareMpi> mpi = std::nullopt);
 
 }  // namespace pycomm::nccl

@@ -261,6 +261,7 @@ bool Exchange::advance_gpus() {
     at(to).outbox.push_back({frame, nullptr, std::move(payload)});
     push_outbox(at(to));
   }
+  for (TransferPtr& piece : gpus_.take_pieces()) post(std::move(piece));
   return moved;
 }
 
@@ -289,7 +290,7 @@ bool Exchange::push_streams(Peer& peer) {
 
 void Exchange::finish(const TransferPtr& transfer) {
   transfer->done = true;
-  done_.push_back(transfer);
+  if (!transfer->is_piece) done_.push_back(transfer);
 }
 
 std::vector<std::shared_ptr<Transfer>> Exchange::take_done() {
@@ -308,6 +309,7 @@ std::vector<std::shared_ptr<Transfer>> Exchange::unfinished() const {
     for (const auto& [id, receive] : peer.receives) all.push_back(receive);
     for (const Reading& reading : peer.readings) all.push_back(reading.receive);
   }
+  std::erase_if(all, [](const TransferPtr& transfer) { return transfer->is_piece; });
   gpus_.append_unfinished(all);
   return all;
 }

@@ -21,6 +21,7 @@ namespace pycomm {
 ///                                           <---   kCredit: room for as many small payloads more
 ///
 /// What lies on GPUs never travels in frames: see GpuMail, whose frames kBatch and kProposal are.
+/// Without NCCL its pieces do, as messages of their own (Transfer::kPieceTag).
 struct Frame {
   enum class Kind : std::uint8_t {
     kMessage,

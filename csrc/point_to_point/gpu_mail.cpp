@@ -8,6 +8,47 @@
 
 namespace pycomm {
 
+namespace {
+
+/// Waits until a transfer is done.
+class Moved final : public Wait {
+ public:
+  explicit Moved(GpuMail::TransferPtr transfer) : transfer_(std::move(transfer)) {}
+  bool poll() override { return transfer_->done; }
+  std::string describe() const override {
+    const bool sends = transfer_->direction == Transfer::Direction::kSend;
+    return "rank " + std::to_string(transfer_->peer) + (sends ? " to take" : " to send") +
+           " a piece of it";
+  }
+  bool rings_doorbell() const override { return false; }
+
+ private:
+  const GpuMail::TransferPtr transfer_;
+};
+
+}  // namespace
+
+std::shared_ptr<Wait> GpuMail::Mail::send(std::span<const std::byte> bytes) {
+  return add(Transfer::Direction::kSend, const_cast<std::byte*>(bytes.data()), bytes.size());
+}
+
+std::shared_ptr<Wait> GpuMail::Mail::receive(std::span<std::byte> bytes) {
+  return add(Transfer::Direction::kReceive, bytes.data(), bytes.size());
+}
+
+std::shared_ptr<Wait> GpuMail::Mail::add(Transfer::Direction direction, std::byte* memory,
+                                         std::size_t bytes) {
+  auto piece = std::make_shared<Transfer>();
+  piece->direction = direction;
+  piece->peer = peer_;
+  piece->tag = Transfer::kPieceTag;
+  piece->count = bytes;
+  piece->memory = memory;
+  piece->is_piece = true;
+  pieces_.push_back(piece);
+  return std::make_shared<Moved>(std::move(piece));
+}
+
 GpuMail::~GpuMail() {
   if (in_forked_child()) {  // CUDA does not survive a fork
     for (auto& [number, peer] : peers_) static_cast<void>(peer.pair.release());
@@ -100,7 +141,10 @@ void GpuMail::end_launch(Peer& peer) {
 }
 
 bool GpuMail::advance(int number, Peer& peer) {
-  if (peer.pair == nullptr) peer.pair = connect_(number);
+  if (peer.pair == nullptr) {
+    peer.mail = std::make_unique<Mail>(pieces_, number);
+    peer.pair = connect_(number, *peer.mail);
+  }
   if (peer.pair->in_flight()) peer.pair->poll();
   if (peer.launch != nullptr) {
     if (!peer.launch->task.done()) {
@@ -194,6 +238,7 @@ bool GpuMail::idle() const {
 
 void GpuMail::forget() {
   letters_.clear();
+  pieces_.clear();
   for (auto& [number, peer] : peers_) {
     peer.matched.clear();
     peer.ordered.clear();

@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -41,7 +42,7 @@ class GpuMail {
  public:
   using TransferPtr = std::shared_ptr<Transfer>;
   using Proposal = std::vector<std::byte>;
-  using Connect = std::function<std::unique_ptr<nccl::GpuPair>(int peer)>;
+  using Connect = std::function<std::unique_ptr<nccl::GpuPair>(int peer, nccl::HostMail& mail)>;
   struct Letter {
     int to;
     Frame frame;
@@ -71,6 +72,8 @@ class GpuMail {
   bool advance();
   /// What is to be told to others.
   std::vector<Letter> take_letters() { return std::exchange(letters_, {}); }
+  /// What a pair without NCCL moves between the hosts: to be posted, in this order.
+  std::vector<TransferPtr> take_pieces() { return std::exchange(pieces_, {}); }
   /// Halves that were launched, or refused.
   std::vector<TransferPtr> take_done() { return std::exchange(done_, {}); }
 
@@ -101,7 +104,21 @@ class GpuMail {
     Suspension suspension;
     Task<> task;
   };
+  /// Makes transfers of what a pair without NCCL moves.
+  class Mail final : public nccl::HostMail {
+   public:
+    Mail(std::vector<TransferPtr>& pieces, int peer) : pieces_(pieces), peer_(peer) {}
+    std::shared_ptr<Wait> send(std::span<const std::byte> bytes) override;
+    std::shared_ptr<Wait> receive(std::span<std::byte> bytes) override;
+
+   private:
+    std::shared_ptr<Wait> add(Transfer::Direction direction, std::byte* memory, std::size_t bytes);
+
+    std::vector<TransferPtr>& pieces_;
+    const int peer_;
+  };
   struct Peer {
+    std::unique_ptr<Mail> mail;
     std::unique_ptr<nccl::GpuPair> pair;
     std::deque<TransferPtr> matched;
     std::vector<TransferPtr> batch;  // proposed, or being launched
@@ -125,6 +142,7 @@ class GpuMail {
   const Connect connect_;
   std::map<int, Peer> peers_;
   std::vector<Letter> letters_;
+  std::vector<TransferPtr> pieces_;
   std::vector<TransferPtr> done_;
   bool has_news_ = false;
   bool gives_up_ = false;

@@ -44,7 +44,10 @@ struct Transfer {
   std::uint64_t id = 0;
   std::size_t moved_bytes = 0;
   bool done = false;
-  std::exception_ptr error;  // with which it is done, and which the group survives
+  /// A piece of a message between GPUs, on its way between the hosts: nobody else hears of it.
+  bool is_piece = false;
+  static constexpr int kPieceTag = -1;  // which no message of a user has
+  std::exception_ptr error;             // with which it is done, and which the group survives
 
   std::size_t bytes() const { return count * size_of(dtype); }
   bool accepts(int source, int its_tag) const {

@@ -91,6 +91,9 @@ def _several_hosts() -> str:
     return "yes, over MPI"
 
 
+_OVER_MPI = "between hosts MPI, from GPU memory"
+
+
 def _gpu_transport(report: _core.GpuReport) -> str:
     """What would carry calls on GPUs, if all ranks were like this one."""
     try:
@@ -99,15 +102,20 @@ def _gpu_transport(report: _core.GpuReport) -> str:
         return str(error).removeprefix("init: ")
     if asked is _core.GpuTransport.STAGED:
         return "the hosts' memory and collectives, as PYCOMM_GPU_TRANSPORT says"
+    if asked is _core.GpuTransport.MPI:
+        return f"{_OVER_MPI}, as PYCOMM_GPU_TRANSPORT says"
     if report.has_nccl:
         return "NCCL, if every rank has the same"
     if asked is _core.GpuTransport.NCCL:
         return "none: PYCOMM_GPU_TRANSPORT=nccl, and no NCCL can be used here"
-    return "the hosts' memory and collectives, since no NCCL can be used here"
+    return (
+        f"{_OVER_MPI} where MPI takes that, else the hosts' memory and collectives, since no NCCL "
+        "can be used here"
+    )
 
 
 def _mpi_on_gpus(report: _core.GpuReport) -> str:
-    """Whether MPI could take GPU memory; what pycomm gives it is the hosts'."""
+    """Whether MPI takes GPU memory, which counts where there is no NCCL."""
     if importlib.util.find_spec("mpi4py") is None:
         return "no MPI"
     try:

@@ -5,6 +5,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -13,15 +14,12 @@
 /// Runs `body(group)` on every rank, a thread each, over the loopback transport; rank i lies on
 /// pretend host hosts[i]. A rank that throws ends the job for the others. Returns what each threw
 /// ("" if nothing).
-inline std::vector<std::string> run_ranks_catching(const std::vector<int>& hosts,
-                                                   const std::function<void(pycomm::Group&)>& body,
-                                                   double timeout_s = 60,
-                                                   pycomm::Staging staging = {},
-                                                   const pycomm::nccl::Places& gpu_places = {},
-                                                   pycomm::nccl::Transport gpu_transport = {},
-                                                   const pycomm::Tuning& tuning = {}) {
-  const auto worlds = pycomm::World::loopback(
-      hosts, {timeout_s, std::size_t{64} << 20, staging, tuning, gpu_places, gpu_transport});
+/// @param channels  as for Process::loopback.
+inline std::vector<std::string> run_ranks_catching(
+    const std::vector<int>& hosts, const std::function<void(pycomm::Group&)>& body,
+    const pycomm::Process::Options& options,
+    std::vector<std::shared_ptr<pycomm::Channel>> channels = {}) {
+  const auto worlds = pycomm::World::loopback(hosts, options, std::move(channels));
   std::vector<std::string> errors(hosts.size());
   std::vector<std::thread> threads;
   for (std::size_t rank = 0; rank < hosts.size(); ++rank) {
@@ -37,6 +35,17 @@ inline std::vector<std::string> run_ranks_catching(const std::vector<int>& hosts
   }
   for (auto& thread : threads) thread.join();
   return errors;
+}
+
+inline std::vector<std::string> run_ranks_catching(const std::vector<int>& hosts,
+                                                   const std::function<void(pycomm::Group&)>& body,
+                                                   double timeout_s = 60,
+                                                   pycomm::Staging staging = {},
+                                                   const pycomm::nccl::Places& gpu_places = {},
+                                                   pycomm::nccl::Transport gpu_transport = {},
+                                                   const pycomm::Tuning& tuning = {}) {
+  return run_ranks_catching(
+      hosts, body, {timeout_s, std::size_t{64} << 20, staging, tuning, gpu_places, gpu_transport});
 }
 
 /// The same, where nothing may be thrown.

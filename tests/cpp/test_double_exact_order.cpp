@@ -121,10 +121,6 @@ void check_bits(Group& group, Gpu& gpu, const Case& test) {
   if (has_result(test, group)) CHECK(there == here);
 }
 
-void check_none(const std::vector<std::string>& errors) {
-  for (const std::string& error : errors) CHECK_EQUAL(error, "");
-}
-
 void run_in_scratch(std::size_t scratch_bytes, const std::vector<int>& hosts,
                     const std::function<void(Group&, Gpu&)>& body) {
   check_none(run_gpu_ranks_catching(hosts, body, 20, places_of_the_double(scratch_bytes)));

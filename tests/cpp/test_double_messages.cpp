@@ -8,82 +8,36 @@
 #include "core/error.h"
 #include "gpu_checks.h"
 #include "gpu_ranks.h"
+#include "like_host.h"
+#include "mailer.h"
 
 using pycomm::DType;
 using pycomm::Group;
 using pycomm::Transfer;
 using pycomm::TransferWork;
+using pycomm::nccl::Transport;
 using Works = std::vector<std::shared_ptr<TransferWork>>;
 
 namespace {
 
 const std::vector<std::vector<int>> kPlacements = {{0, 0}, {0, 1}, {0, 0, 1}, {0, 1, 0, 1}};
 
-Transfer transfer(Transfer::Direction direction, float* memory, std::size_t count, int peer,
-                  int tag) {
-  Transfer made;
-  made.direction = direction;
-  made.memory = reinterpret_cast<std::byte*>(memory);
-  made.count = count;
-  made.dtype = DType::kFloat32;
-  made.peer = peer;
-  made.tag = tag;
-  return made;
-}
-
-/// A rank with a GPU that sends and receives.
-struct Mailer {
-  Group& group;
-  Gpu& gpu;
-
-  Transfer on_gpu(Transfer made) const {
-    made.device = gpu.device();
-    made.stream = stream();
-    return made;
-  }
-  Transfer to(int peer, float* memory, std::size_t count, int tag = 0) const {
-    return on_gpu(transfer(Transfer::Direction::kSend, memory, count, peer, tag));
-  }
-  Transfer from(int peer, float* memory, std::size_t count, int tag = 0) const {
-    return on_gpu(transfer(Transfer::Direction::kReceive, memory, count, peer, tag));
-  }
-  int run(const Transfer& transfer) const { return group.post_office().run(transfer, 0, no_check); }
-  std::shared_ptr<TransferWork> start(const Transfer& transfer) const {
-    return group.post_office().start(transfer, 0);
-  }
-  void wait(const std::shared_ptr<TransferWork>& work) const {
-    work->wait(no_check);
-    work->device_call()->order_before(stream());
-  }
-  /// Makes the stream of the training loop add 1 to each.
-  void add_one(float* memory, std::size_t count) const {
-    Floats values = gpu.get(memory, count);
-    for (float& value : values) value += 1;
-    cudaMemcpyAsync(memory, gpu.put(values), count * sizeof(float), cudaMemcpyDeviceToDevice,
-                    gpu.stream());
-  }
-  void look_for_notices() const {
-    for (int i = 0; i < 1000; ++i) {
-      group.check_notices();
-      usleep(10000);
-    }
-  }
-
- private:
-  pycomm::StreamAddress stream() const {
-    return reinterpret_cast<pycomm::StreamAddress>(gpu.stream());
-  }
-};
-
-void run_mailers(const std::vector<int>& hosts, const std::function<void(const Mailer&)>& body) {
-  run_gpu_ranks(hosts, [&](Group& group, Gpu& gpu) { body({group, gpu}); });
-}
-
 std::vector<std::string> run_mailers_catching(const std::vector<int>& hosts,
                                               const std::function<void(const Mailer&)>& body,
-                                              double timeout_s = 20) {
+                                              double timeout_s = 20,
+                                              Transport transport = Transport::kNccl) {
   return run_gpu_ranks_catching(
-      hosts, [&](Group& group, Gpu& gpu) { body({group, gpu}); }, timeout_s);
+      hosts, [&](Group& group, Gpu& gpu) { body({group, gpu}); }, timeout_s, places_of_the_double(),
+      transport, kSmallSlots);
+}
+
+/// On NCCL, and through the memory of the hosts: what a message does is the same.
+void run_mailers(const std::vector<int>& hosts, const std::function<void(const Mailer&)>& body) {
+  for (const Transport transport : {Transport::kNccl, Transport::kStaged}) {
+    gpu_double::set_patience(std::chrono::milliseconds(transport == Transport::kNccl ? 100 : 1));
+    check_none(run_mailers_catching(hosts, body, 20, transport));
+  }
+  gpu_double::set_patience(std::chrono::milliseconds(100));
 }
 
 void one_message(const Mailer& me, std::size_t count) {
@@ -381,7 +335,7 @@ TEST(double_a_peer_that_nccl_loses_during_a_message_is_a_lost_peer) {
 TEST(double_gpus_that_cannot_be_connected_refuse_the_message_at_both_ends_and_no_other) {
   use_the_double();
   gpu_double::set_nccl_version(1, 22803);
-  run_mailers({0, 0, 1}, [](const Mailer& me) {
+  check_none(run_mailers_catching({0, 0, 1}, [](const Mailer& me) {
     for (int attempt = 0; attempt < 2; ++attempt) {
       float* const data = me.gpu.put(Floats{1});
       const std::string expected = attempt == 0 ? "the GPUs of ranks 0 and 1 cannot be connected: "
@@ -398,7 +352,7 @@ TEST(double_gpus_that_cannot_be_connected_refuse_the_message_at_both_ends_and_no
         CHECK_EQUAL(me.gpu.get(data, 1)[0], 1);
       }
     }
-  });
+  }));
   gpu_double::set_nccl_version(1, 0);
 }
 

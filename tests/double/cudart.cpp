@@ -83,6 +83,7 @@ class World {
   std::set<cudaEvent_t> events;
   std::vector<std::unique_ptr<CUevent_st>> old_events;
   std::size_t old_streams = 0;
+  std::size_t old_blocks = 0;
   int communicators = 0;
   int registrations = 0;
   Ranges pinned;
@@ -277,7 +278,7 @@ Census census() {
   return world.locked([&] {
     return Census{static_cast<int>(world.streams.size() - world.old_streams),
                   static_cast<int>(world.events.size()),
-                  static_cast<int>(world.memory.blocks()),
+                  static_cast<int>(world.memory.blocks() - world.old_blocks),
                   world.communicators,
                   world.registrations,
                   static_cast<int>(world.pinned.size())};
@@ -290,6 +291,7 @@ void forgive() {
     for (const cudaEvent_t event : world.events) world.old_events.emplace_back(event);
     world.events.clear();
     world.old_streams = world.streams.size();
+    world.old_blocks = world.memory.blocks();
     world.communicators = 0;
     world.registrations = 0;
     world.pinned.clear();
