@@ -83,7 +83,13 @@ struct Route {
   std::size_t bytes;
   bool at_most = false;  // a message may be shorter
 
+  std::string others_log() const {
+    return peer == MPI_ANY_SOURCE ? "the other ranks' logs"
+                                  : "rank " + std::to_string(peer) + "'s log";
+  }
+
   std::string awaited() const {
+    if (peer == MPI_ANY_SOURCE) return "any rank to send (tag " + std::to_string(tag) + ")";
     return "rank " + std::to_string(peer) +
            (direction == Direction::kSend ? " to take " : " to send ") + (at_most ? "up to " : "") +
            std::to_string(bytes) + " bytes (tag " + std::to_string(tag) + ")";
@@ -94,11 +100,11 @@ struct Route {
     const std::string failed =
         "MPI failed while rank " + std::to_string(rank) + " waited for " + awaited() + ": ";
     if (means_lost_peer(class_of(code))) {
-      throw PeerLostError(failed + "the peer is gone: " + text_of(code) + ".\n  Read rank " +
-                          std::to_string(peer) + "'s log first.");
+      throw PeerLostError(failed + "the peer is gone: " + text_of(code) + ".\n  Read " +
+                          others_log() + " first.");
     }
-    throw CommError(failed + text_of(code) + ".\n  Read rank " + std::to_string(peer) +
-                    "'s log first; if it has no error, check the network between the hosts.");
+    throw CommError(failed + text_of(code) + ".\n  Read " + others_log() +
+                    " first; if it has no error, check the network between the hosts.");
   }
 };
 
