@@ -3,10 +3,14 @@
 #include <unistd.h>
 
 #include <cstddef>
+#include <functional>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "gpu_checks.h"
 #include "gpu_ranks.h"
+#include "like_host.h"
 
 inline pycomm::Transfer transfer(pycomm::Transfer::Direction direction, float* memory,
                                  std::size_t count, int peer, int tag) {
@@ -65,3 +69,12 @@ struct Mailer {
     return reinterpret_cast<pycomm::StreamAddress>(gpu.stream());
   }
 };
+
+/// Messages of kSmallSlots go in many pieces where there is no NCCL.
+inline std::vector<std::string> run_mailers_catching(
+    const std::vector<int>& hosts, const std::function<void(const Mailer&)>& body,
+    double timeout_s = 20, pycomm::nccl::Transport transport = pycomm::nccl::Transport::kNccl) {
+  return run_gpu_ranks_catching(
+      hosts, [&](pycomm::Group& group, Gpu& gpu) { body({group, gpu}); }, timeout_s,
+      places_of_the_double(), transport, kSmallSlots);
+}

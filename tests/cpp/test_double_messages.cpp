@@ -22,15 +22,6 @@ namespace {
 
 const std::vector<std::vector<int>> kPlacements = {{0, 0}, {0, 1}, {0, 0, 1}, {0, 1, 0, 1}};
 
-std::vector<std::string> run_mailers_catching(const std::vector<int>& hosts,
-                                              const std::function<void(const Mailer&)>& body,
-                                              double timeout_s = 20,
-                                              Transport transport = Transport::kNccl) {
-  return run_gpu_ranks_catching(
-      hosts, [&](Group& group, Gpu& gpu) { body({group, gpu}); }, timeout_s, places_of_the_double(),
-      transport, kSmallSlots);
-}
-
 /// On NCCL, and through the memory of the hosts: what a message does is the same.
 void run_mailers(const std::vector<int>& hosts, const std::function<void(const Mailer&)>& body) {
   for (const Transport transport : {Transport::kNccl, Transport::kStaged}) {

@@ -18,11 +18,8 @@ namespace {
 
 std::vector<std::string> run_staged_catching(const std::vector<int>& hosts,
                                              const std::function<void(const Mailer&)>& body,
-                                             double timeout_s = 20,
-                                             Transport transport = Transport::kStaged) {
-  return run_gpu_ranks_catching(
-      hosts, [&](Group& group, Gpu& gpu) { body({group, gpu}); }, timeout_s, places_of_the_double(),
-      transport, kSmallSlots);
+                                             double timeout_s = 20) {
+  return run_mailers_catching(hosts, body, timeout_s, Transport::kStaged);
 }
 
 void run_staged(const std::vector<int>& hosts, const std::function<void(const Mailer&)>& body) {
@@ -140,7 +137,7 @@ TEST(double_auto_stages_messages_if_one_rank_has_no_nccl) {
   use_the_double();
   for (const int lacking : {0, 1}) {
     gpu_double::set_nccl_version(lacking, 21703);  // too old
-    check_none(run_staged_catching(
+    check_none(run_mailers_catching(
         {0, 0, 1},
         [lacking](const Mailer& me) {
           for (int round = 0; round < 2; ++round) everyone_to_everyone(me, 600);
