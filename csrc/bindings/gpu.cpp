@@ -16,10 +16,9 @@ void bind_gpu(py::module_& module) {
   using nccl::Report;
   py::native_enum<nccl::Transport>(
       module, "GpuTransport", "enum.Enum",
-      "What carries calls on GPUs: NCCL, the host's collectives through staging memory, or between "
-      "hosts MPI from GPU memory. AUTO is NCCL if every rank has it, else MPI if none has and "
-      "every "
-      "rank's MPI can, else STAGED.")
+      "What carries calls on GPUs: NCCL, the host's collectives through staging memory, or MPI\n"
+      "from GPU memory between hosts. AUTO is NCCL if every rank has it; MPI if none has and each\n"
+      "rank's MPI can; else STAGED.")
       .value("AUTO", nccl::Transport::kAuto)
       .value("NCCL", nccl::Transport::kNccl)
       .value("STAGED", nccl::Transport::kStaged)

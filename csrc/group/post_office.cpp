@@ -83,7 +83,7 @@ PostOffice::PostOffice(Group& group) : group_(group) {
                                  static_cast<std::uint64_t>(group_.context_.tag) << 2 * kRankBits |
                                  low << kRankBits | high;
         Process& process = *group_.process_;
-        return process.gpu_plane().join({id, group_.rank(), peer, !is_remote(peer), &mail,
+        return process.gpu_plane().join({id, group_.rank(), peer, !is_remote(peer), mail,
                                          *process.arena, group_.context_.staging.gpu_slot_bytes});
       });
 }

@@ -5,7 +5,7 @@
 #include <map>
 #include <utility>
 
-#include "collectives/run.h"
+#include "nccl/everyones.h"
 #include "nccl/versions.h"
 
 namespace pycomm::nccl {
@@ -21,21 +21,6 @@ std::string name_of(std::size_t index, const std::vector<int>& ranks) {
   return std::to_string(ranks.empty() ? static_cast<int>(index) : ranks[index]);
 }
 
-/// What every rank has brought, by rank. `T` is plain bytes.
-template <typename T>
-Task<std::vector<T>> all_gather(Context& context, const T& mine, std::string name) {
-  std::vector<T> all(static_cast<std::size_t>(context.size()));
-  Operation gather;
-  gather.kind = Kind::kAllGather;
-  gather.count = sizeof(T);
-  gather.input = reinterpret_cast<const std::byte*>(&mine);
-  gather.output = reinterpret_cast<std::byte*>(all.data());
-  gather.name = std::move(name);
-  ++context.sequence;
-  co_await run_collective(context, gather);
-  co_return all;
-}
-
 }  // namespace
 
 void Card::set_bus_id(const std::string& text) { put(bus_id, text); }
@@ -45,7 +30,7 @@ void Card::set_problem(const std::string& text) { put(problem, text); }
 void Card::set_kernels_problem(const std::string& text) { put(kernels_problem, text); }
 
 Task<std::vector<Card>> gather_cards(Context& context, const Card& mine, std::string name) {
-  return all_gather(context, mine, std::move(name));
+  return everyones(context, mine, std::move(name));
 }
 
 std::string without_nccl(const std::vector<Card>& cards, const std::vector<int>& ranks) {
@@ -99,7 +84,7 @@ std::string kernels_problem_of(const std::vector<Card>& cards) {
 Task<std::string> first_problem(Context& context, std::string mine, std::string name) {
   std::array<char, 360> field;
   put(field, mine);
-  const auto problems = co_await all_gather(context, field, std::move(name));
+  const auto problems = co_await everyones(context, field, std::move(name));
   for (std::size_t rank = 0; rank < problems.size(); ++rank) {
     if (problems[rank][0] == '\0') continue;
     co_return "rank " + std::to_string(rank) + ": " + problems[rank].data();

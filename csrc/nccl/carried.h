@@ -19,8 +19,8 @@ bool can_be_carried(const Operation& operation, const Placement& placement,
 /// broadcast's root first gives its host's ranks a part each. gather, scatter and all_to_all go
 /// straight (exchange_of).
 ///
-/// Cost beside those: a broadcast of n bytes is three exchanges, of which a rank sends at most n
-/// to its host and n (H-1)/R to H-1 others, where R ranks share the root's host.
+/// Cost beside those: a broadcast of n bytes is three exchanges. Where R ranks share the root's
+/// host, the root sends 2 n (R-1)/R inside it, and each of the R sends n/R to every other host.
 ///
 /// @param operation  on memory of the GPU; a broadcast's input is its output, and an all-gather's
 ///                   lies in its place there.

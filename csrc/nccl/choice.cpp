@@ -16,13 +16,14 @@ namespace pycomm::nccl {
 namespace {
 
 /// Once a process.
-void warn(const std::string& way, const std::string& reason) {
+/// @param way  that the calls go; PYCOMM_GPU_TRANSPORT asks for it by `name`.
+void warn(const std::string& way, const char* name, const std::string& reason) {
   static std::atomic<bool> has_warned{false};
   if (has_warned.exchange(true)) return;
   std::fprintf(stderr,
                "pycomm: warning: calls on GPUs go %s, which is slower than NCCL: %s\n  "
-               "PYCOMM_GPU_TRANSPORT=staged or =mpi accepts that, and =nccl makes it an error.\n",
-               way.c_str(), reason.c_str());
+               "PYCOMM_GPU_TRANSPORT=%s accepts that, and =nccl makes it an error.\n",
+               way.c_str(), reason.c_str(), name);
 }
 
 class ChoosingGroup final : public GpuGroup {
@@ -72,7 +73,7 @@ class ChoosingGroup final : public GpuGroup {
       const std::string problem =
           co_await first_problem(context, *mpi_->problem(), "asking whether MPI takes GPU memory");
       if (problem.empty()) {
-        if (warns) warn("from their memory to MPI", lack);
+        if (warns) warn("from their memory to MPI", "mpi", lack);
         const std::size_t scratch = kernels_problem_of(cards).empty() ? least_scratch_of(cards) : 0;
         chosen_ = make_staged_group(device_, GpuAwareMpi{scratch});
         co_return;
@@ -85,7 +86,7 @@ class ChoosingGroup final : public GpuGroup {
       }
       reason += ". MPI takes no pointers to GPU memory either: " + problem;
     }
-    if (warns) warn("through the memory of the hosts", reason);
+    if (warns) warn("through the memory of the hosts", "staged", reason);
     chosen_ = make_staged_group(device_);
   }
 
@@ -134,7 +135,7 @@ class ChoosingPair final : public GpuPair {
   void choose(bool they_have_nccl) {
     has_chosen_ = true;
     if (!device_->nccl) {
-      warn("through the memory of the hosts",
+      warn("through the memory of the hosts", "staged",
            "rank " + std::to_string(pairing_.rank) + " cannot use NCCL: " + device_->nccl_problem);
     }
     if (!device_->nccl || !they_have_nccl) pair_ = make_staged_pair(device_, pairing_);

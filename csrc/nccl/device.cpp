@@ -91,19 +91,27 @@ const Kernels* Device::kernels(std::string* problem) const {
 
 std::byte* Device::scratch() const {
   if (scratch_ == nullptr) {
-    const Current current(*this);
-    if (const cudaError_t result = cuda.cudaMalloc(&scratch_, scratch_bytes);
-        result != cudaSuccess) {
-      cuda.cudaGetLastError();  // so that PyTorch does not find our error
-      throw CommError("GPU " + std::to_string(ordinal) + " has no " +
-                      std::to_string(scratch_bytes) +
-                      " bytes left for what a reduction in exact order receives (cudaMalloc: " +
-                      cuda.cudaGetErrorString(result) +
-                      ").\n  torch.cuda.empty_cache() gives back what PyTorch keeps; smaller "
-                      "batches need less.");
-    }
+    scratch_ = allocate(scratch_bytes, "what a reduction in exact order receives");
   }
-  return static_cast<std::byte*>(scratch_);
+  return scratch_;
+}
+
+std::byte* Device::allocate(std::size_t bytes, const std::string& purpose) const {
+  const Current current(*this);
+  void* address = nullptr;
+  if (const cudaError_t result = cuda.cudaMalloc(&address, bytes); result != cudaSuccess) {
+    cuda.cudaGetLastError();  // so that PyTorch does not find our error
+    throw no_memory(bytes, purpose, std::string("cudaMalloc: ") + cuda.cudaGetErrorString(result));
+  }
+  return static_cast<std::byte*>(address);
+}
+
+CommError Device::no_memory(std::size_t bytes, const std::string& purpose,
+                            const std::string& cause) const {
+  return CommError("GPU " + std::to_string(ordinal) + " has no " + std::to_string(bytes) +
+                   " bytes left for " + purpose + " (" + cause +
+                   ").\n  torch.cuda.empty_cache() gives back what PyTorch keeps; smaller batches "
+                   "need less.");
 }
 
 Device::Current::Current(const Device& device) : device_(device) {

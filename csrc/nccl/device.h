@@ -6,6 +6,8 @@
 #include <string>
 
 #include "core/device_call.h"
+#include "core/error.h"
+#include "core/task.h"
 #include "nccl/cards.h"
 #include "nccl/cuda_table.h"
 #include "nccl/kernel_image.h"
@@ -50,6 +52,14 @@ class Device {
   /// @throws CommError  there is not so much memory left.
   std::byte* scratch() const;
 
+  /// Memory of this GPU.
+  /// @param purpose  for errors: what it is for.
+  /// @throws CommError  there is not so much left.
+  std::byte* allocate(std::size_t bytes, const std::string& purpose) const;
+  /// The error of that.
+  CommError no_memory(std::size_t bytes, const std::string& purpose,
+                      const std::string& cause) const;
+
   const CudaTable cuda;
   const int ordinal;
   const std::size_t scratch_bytes;
@@ -68,7 +78,7 @@ class Device {
   mutable std::once_flag kernels_tried_;
   mutable std::optional<Kernels> kernels_;
   mutable std::string kernels_problem_;
-  mutable void* scratch_ = nullptr;
+  mutable std::byte* scratch_ = nullptr;
 };
 
 inline cudaStream_t stream_at(StreamAddress address) {
@@ -110,6 +120,20 @@ class Event {
  private:
   const std::shared_ptr<const Device> device_;
   cudaEvent_t event_ = nullptr;
+};
+
+/// Waits until the GPU has come by an event.
+class Passed final : public Wait {
+ public:
+  /// @param awaited  for errors; a literal.
+  Passed(const Event& event, const char* awaited) : event_(event), awaited_(awaited) {}
+  bool poll() override { return event_.passed(); }
+  std::string describe() const override { return awaited_; }
+  bool rings_doorbell() const override { return false; }
+
+ private:
+  const Event& event_;
+  const char* const awaited_;
 };
 
 /// What passes between the issuer of a call and the progress thread that launches it.

@@ -15,23 +15,16 @@ bool from_nccl(const Device& device) {
 }
 
 std::byte* allocate(const Device& device, std::size_t bytes) {
-  const Device::Current current(device);
+  const char* const purpose = "buckets";
   const std::size_t asked = std::max<std::size_t>(bytes, 1);
+  if (!from_nccl(device)) return device.allocate(asked, purpose);
+  const Device::Current current(device);
   void* address = nullptr;
-  std::string problem;
-  if (from_nccl(device)) {
-    if (const auto result = device.nccl->ncclMemAlloc(&address, asked); result != ncclSuccess) {
-      problem = std::string("ncclMemAlloc: ") + device.nccl->ncclGetErrorString(result);
-    }
-  } else if (const auto result = device.cuda.cudaMalloc(&address, asked); result != cudaSuccess) {
-    device.cuda.cudaGetLastError();  // so that PyTorch does not find our error
-    problem = std::string("cudaMalloc: ") + device.cuda.cudaGetErrorString(result);
+  if (const auto result = device.nccl->ncclMemAlloc(&address, asked); result != ncclSuccess) {
+    throw device.no_memory(asked, purpose,
+                           std::string("ncclMemAlloc: ") + device.nccl->ncclGetErrorString(result));
   }
-  if (problem.empty()) return static_cast<std::byte*>(address);
-  throw CommError("GPU " + std::to_string(device.ordinal) + " has no " + std::to_string(bytes) +
-                  " bytes left for buckets (" + problem +
-                  ").\n  torch.cuda.empty_cache() gives back what PyTorch keeps; smaller batches "
-                  "need less.");
+  return static_cast<std::byte*>(address);
 }
 
 }  // namespace

@@ -8,18 +8,6 @@
 namespace pycomm::nccl {
 namespace {
 
-/// Waits until the GPU has come to an event.
-class Reached final : public Wait {
- public:
-  explicit Reached(const Event& event) : event_(event) {}
-  bool poll() override { return event_.passed(); }
-  std::string describe() const override { return "this rank's GPU to come to what MPI is to move"; }
-  bool rings_doorbell() const override { return false; }
-
- private:
-  const Event& event_;
-};
-
 /// Waits until all messages are over. MPI works on the thread's current GPU.
 class AllOver final : public Wait {
  public:
@@ -27,12 +15,6 @@ class AllOver final : public Wait {
 
   AllOver(const Device& device, Messages messages)
       : device_(device), messages_(std::move(messages)) {}
-  ~AllOver() override {
-    const Device::Current current(device_);
-    messages_.clear();
-  }
-  AllOver(const AllOver&) = delete;
-  AllOver& operator=(const AllOver&) = delete;
 
   bool poll() override {
     const Device::Current current(device_);
@@ -54,8 +36,8 @@ Task<> MpiCarrier::carry(const Exchange& exchange) {
   // What is on the stream may still write what is sent, and read what lies where a message comes.
   Event before(device_);
   before.record(device_->stream);
-  Reached reached(before);
-  co_await until(reached);
+  Passed passed(before, "this rank's GPU to come to what MPI is to move");
+  co_await until(passed);
   AllOver::Messages messages;
   {
     const Device::Current current(*device_);

@@ -110,7 +110,7 @@ struct Pairing {
   int rank;          // this one
   int peer;          // may be this one as well
   bool same_host;
-  HostMail* mail;          // outlives the pair
+  HostMail& mail;          // outlives the pair
   Arena& arena;            // this rank's
   std::size_t slot_bytes;  // the same at both ends
 };

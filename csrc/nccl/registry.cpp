@@ -5,45 +5,15 @@
 #include <utility>
 #include <vector>
 
-#include "collectives/run.h"
+#include "nccl/everyones.h"
 
 namespace pycomm::nccl {
-namespace {
-
-/// Every rank's number.
-Task<std::vector<std::uint64_t>> everyones(Context& context, std::uint64_t mine, const char* name) {
-  std::vector<std::uint64_t> all(static_cast<std::size_t>(context.size()));
-  Operation gather;
-  gather.kind = Kind::kAllGather;
-  gather.count = sizeof(mine);
-  gather.input = reinterpret_cast<const std::byte*>(&mine);
-  gather.output = reinterpret_cast<std::byte*>(all.data());
-  gather.name = name;
-  ++context.sequence;
-  co_await run_collective(context, gather);
-  co_return all;
-}
-
-/// Waits until the GPU has come by.
-class Passed final : public Wait {
- public:
-  explicit Passed(const Event& event) : event_(event) {}
-  bool poll() override { return event_.passed(); }
-  std::string describe() const override { return "this rank's GPU to finish the calls before"; }
-  bool rings_doorbell() const override { return false; }
-
- private:
-  const Event& event_;
-};
-
-}  // namespace
-
 Task<> Registry::add(Context& context, const Communicator& communicator,
                      std::shared_ptr<DeviceMemory> memory) {
   const NcclTable& nccl = *communicator.device().nccl;
   Event earlier_calls(communicator.shared_device());
   earlier_calls.record(communicator.device().stream);
-  Passed empty(earlier_calls);
+  Passed empty(earlier_calls, "this rank's GPU to finish the calls before");
   co_await until(empty);
   Communicator::Accepted accepted(communicator);
   co_await until(accepted);  // also what drop_abandoned() has begun
@@ -51,7 +21,7 @@ Task<> Registry::add(Context& context, const Communicator& communicator,
   std::byte* const data = memory->data();
   const std::size_t bytes = std::max<std::size_t>(memory->bytes(), 1);
   Entry& entry = entries_.emplace_back(Entry{std::move(memory)});
-  const auto sizes = co_await everyones(context, bytes, "sizes of memory");
+  const auto sizes = co_await everyones<std::uint64_t>(context, bytes, "sizes of memory");
   co_await until(accepted);  // throws if the group has been aborted meanwhile
   const bool equal = std::equal(sizes.begin() + 1, sizes.end(), sizes.begin());
   if (equal && nccl.ncclCommWindowRegister && nccl.ncclCommWindowDeregister) {
@@ -62,7 +32,8 @@ Task<> Registry::add(Context& context, const Communicator& communicator,
                          "ncclCommWindowRegister");
     }
     co_await until(accepted);  // writes the window; null: it knows none between these GPUs
-    const auto windows = co_await everyones(context, entry.window != nullptr, "windows");
+    const auto windows =
+        co_await everyones<std::uint64_t>(context, entry.window != nullptr, "windows");
     co_await until(accepted);
     if (std::find(windows.begin(), windows.end(), 0) == windows.end()) co_return;
     deregister(communicator, entry);  // a window that others lack

@@ -13,24 +13,10 @@ namespace {
 /// How long the end of a failed group waits for a GPU that may hang.
 constexpr auto kPatience = std::chrono::seconds(1);
 
-std::byte* allocate(const Device& device, std::size_t bytes) {
-  const Device::Current current(device);
-  void* address = nullptr;
-  if (const cudaError_t result = device.cuda.cudaMalloc(&address, bytes); result != cudaSuccess) {
-    device.cuda.cudaGetLastError();  // so that PyTorch does not find our error
-    throw CommError("GPU " + std::to_string(device.ordinal) + " has no " + std::to_string(bytes) +
-                    " bytes left for what goes to other ranks (cudaMalloc: " +
-                    device.cuda.cudaGetErrorString(result) +
-                    ").\n  torch.cuda.empty_cache() gives back what PyTorch keeps; smaller "
-                    "batches need less.");
-  }
-  return static_cast<std::byte*>(address);
-}
-
 }  // namespace
 
 Slots::GpuMemory::GpuMemory(std::shared_ptr<const Device> device, std::size_t bytes)
-    : data(allocate(*device, bytes)), device_(std::move(device)) {}
+    : data(device->allocate(bytes, "what goes to other ranks")), device_(std::move(device)) {}
 
 // What fails here fails because the GPU, or all of CUDA, is gone before us.
 Slots::GpuMemory::~GpuMemory() {

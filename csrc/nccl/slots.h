@@ -5,10 +5,8 @@
 #include <memory>
 #include <optional>
 #include <span>
-#include <string>
 #include <vector>
 
-#include "core/task.h"
 #include "nccl/device.h"
 #include "nccl/pieces.h"
 #include "nccl/pinned.h"
@@ -57,21 +55,13 @@ class Slots {
   /// Copies up from now on come after what is on `stream`.
   void up_follows(cudaStream_t stream);
 
-  /// Waits until the GPU has made a copy.
-  class Copied final : public Wait {
-   public:
-    explicit Copied(const Event& event) : event_(event) {}
-    bool poll() override { return event_.passed(); }
-    std::string describe() const override { return "this rank's GPU to copy a piece of a tensor"; }
-    bool rings_doorbell() const override { return false; }
-
-   private:
-    const Event& event_;
-  };
-  Copied filled(std::size_t piece) const { return Copied(at(piece).filled); }
-  Copied emptied(std::size_t piece) const { return Copied(at(piece).emptied); }
+  /// Wait for the copies of a piece.
+  Passed filled(std::size_t piece) const { return {at(piece).filled, kCopies}; }
+  Passed emptied(std::size_t piece) const { return {at(piece).emptied, kCopies}; }
 
  private:
+  static constexpr const char* kCopies = "this rank's GPU to copy a piece of a tensor";
+
   struct Slot {
     explicit Slot(const std::shared_ptr<const Device>& device) : filled(device), emptied(device) {}
     Event filled;   // by the last copy down

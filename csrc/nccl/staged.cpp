@@ -80,9 +80,9 @@ Task<> StagedGroup::run(Context& context, const Operation& operation) {
   if (count > 0) copy_down(0);
   for (std::size_t i = 0; i < count; ++i) {
     if (i + 1 < count) copy_down(i + 1);
-    Slots::Copied filled = slots.filled(i);
+    Passed filled = slots.filled(i);
     co_await until(filled);
-    Slots::Copied emptied = slots.emptied(i);
+    Passed emptied = slots.emptied(i);
     co_await until(emptied);
     const Operation part = pieces.part(i, slots.of(i));
     if (carrier) {

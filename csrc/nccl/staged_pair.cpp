@@ -1,7 +1,6 @@
 #include "nccl/staged_pair.h"
 
 #include <algorithm>
-#include <array>
 #include <deque>
 #include <string>
 #include <utility>
@@ -94,7 +93,7 @@ Task<> StagedPair::carry(const std::vector<GpuMessage>& batch) {
   for (std::size_t i = 0; i < pieces.size(); ++i) {
     for (; begun < std::min(pieces.size(), i + Slots::kCount); ++begun) {
       if (begun >= Slots::kCount) co_await until(*pieces[begun - Slots::kCount].mailed);
-      Slots::Copied emptied = slots_->emptied(begun);
+      Passed emptied = slots_->emptied(begun);
       co_await until(emptied);
       begin(pieces[begun], begun);
     }
@@ -108,7 +107,7 @@ void StagedPair::begin(Piece& piece, std::size_t number) {
   std::byte* const slot = slots_->of(number);
   if (!message.sends) {
     if (piece.is_first()) call_of(message)->begin_on(slots_->up());
-    piece.mailed = pairing_.mail->receive({slot, piece.bytes});
+    piece.mailed = pairing_.mail.receive({slot, piece.bytes});
     return;
   }
   if (piece.is_first()) call_of(message)->begin_on(slots_->down());
@@ -121,9 +120,9 @@ Task<> StagedPair::finish(Piece& piece, std::size_t number) {
   const GpuMessage& message = *piece.message;
   std::byte* const slot = slots_->of(number);
   if (message.sends) {
-    Slots::Copied filled = slots_->filled(number);
+    Passed filled = slots_->filled(number);
     co_await until(filled);
-    piece.mailed = pairing_.mail->send({slot, piece.bytes});
+    piece.mailed = pairing_.mail.send({slot, piece.bytes});
     co_return;
   }
   co_await until(*piece.mailed);

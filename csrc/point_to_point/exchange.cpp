@@ -290,7 +290,7 @@ bool Exchange::push_streams(Peer& peer) {
 
 void Exchange::finish(const TransferPtr& transfer) {
   transfer->done = true;
-  if (!transfer->is_piece) done_.push_back(transfer);
+  if (!transfer->is_piece()) done_.push_back(transfer);
 }
 
 std::vector<std::shared_ptr<Transfer>> Exchange::take_done() {
@@ -309,7 +309,7 @@ std::vector<std::shared_ptr<Transfer>> Exchange::unfinished() const {
     for (const auto& [id, receive] : peer.receives) all.push_back(receive);
     for (const Reading& reading : peer.readings) all.push_back(reading.receive);
   }
-  std::erase_if(all, [](const TransferPtr& transfer) { return transfer->is_piece; });
+  std::erase_if(all, [](const TransferPtr& transfer) { return transfer->is_piece(); });
   gpus_.append_unfinished(all);
   return all;
 }

@@ -44,7 +44,6 @@ std::shared_ptr<Wait> GpuMail::Mail::add(Transfer::Direction direction, std::byt
   piece->tag = Transfer::kPieceTag;
   piece->count = bytes;
   piece->memory = memory;
-  piece->is_piece = true;
   pieces_.push_back(piece);
   return std::make_shared<Moved>(std::move(piece));
 }

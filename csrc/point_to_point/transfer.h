@@ -19,6 +19,8 @@ namespace pycomm {
 struct Transfer {
   enum class Direction : std::uint8_t { kSend, kReceive };
   static constexpr int kAnySource = -1;
+  /// Which no message of a user has.
+  static constexpr int kPieceTag = -1;
 
   virtual ~Transfer() = default;
 
@@ -44,12 +46,11 @@ struct Transfer {
   std::uint64_t id = 0;
   std::size_t moved_bytes = 0;
   bool done = false;
-  /// A piece of a message between GPUs, on its way between the hosts: nobody else hears of it.
-  bool is_piece = false;
-  static constexpr int kPieceTag = -1;  // which no message of a user has
-  std::exception_ptr error;             // with which it is done, and which the group survives
+  std::exception_ptr error;  // with which it is done, and which the group survives
 
   std::size_t bytes() const { return count * size_of(dtype); }
+  /// Of a message between GPUs, on its way between the hosts: nobody else hears of it.
+  bool is_piece() const { return tag == kPieceTag; }
   bool accepts(int source, int its_tag) const {
     return tag == its_tag && (peer == source || peer == kAnySource);
   }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <functional>
@@ -117,4 +118,24 @@ inline void check_like_host(pycomm::Group& group, Gpu& gpu, const Call& call) {
       expected.empty() || gpu.get<std::byte>(result, expected.size()) == expected;
   CHECK(has_bits_of_host);
   if (!call.in_place && !input.empty()) CHECK(gpu.get<std::byte>(data, input.size()) == input);
+}
+
+/// Whether sums come out wrong if the host forgets to look at events.
+inline bool needs_its_waits(
+    const std::function<void(const std::function<void(pycomm::Group&, Gpu&)>&)>& run) {
+  std::atomic<bool> is_wrong = false;
+  under_every_schedule([&] {
+    gpu_double::forget("cudaEventQuery");
+    // The end of the group does not see either what is left on its streams, which is blamed.
+    failure_of([&] {
+      run([&](pycomm::Group& group, Gpu& gpu) {
+        float* const data = gpu.put(values(group.rank(), 2000));
+        group.run(gpu.sum(data, 2000), no_check);
+        if (gpu.get(data, 2000) != sums(2, 2000)) is_wrong = true;
+        cudaDeviceSynchronize();
+      });
+    });
+    gpu_double::forget("");
+  });
+  return is_wrong;
 }

@@ -260,6 +260,20 @@ TEST(double_catches_what_is_never_freed) {
   }
 }
 
+TEST(double_blocks_that_do_not_match_are_an_error_on_every_rank_before_the_launch) {
+  for (const auto& hosts : std::vector<std::vector<int>>{{0, 0}, {0, 1}}) {
+    const auto errors = run_gpu_ranks_catching(hosts, [](Group& group, Gpu& gpu) {
+      const std::size_t more = group.rank() == 0 ? 1 : 0;
+      Operation exchange = gpu.operation(Kind::kAllToAll, DType::kFloat32,
+                                         gpu.put(Floats(8 + more)), gpu.room<float>(8), 0);
+      exchange.input_counts = {4, 4 + more};
+      exchange.output_counts = {4, 4};
+      group.run(exchange, no_check);
+    });
+    check_all(errors, "rank 0 sends 5");
+  }
+}
+
 TEST(double_catches_ranks_that_call_nccl_with_different_counts) {
   // Around the group, which would not let it come to that.
   use_the_double();

@@ -342,8 +342,12 @@ TEST(double_a_killed_process_makes_others_hang_and_they_go_on_without_it) {
 
 TEST(double_a_killed_process_is_told_where_a_test_asks_for_it) {
   run_connected(2,
-                [](NcclRank& me, Stage&) {
-                  if (me.rank == 1) die();
+                [](NcclRank& me, Stage& stage) {
+                  if (me.rank == 1) {
+                    stage.wait_for(1);  // rank 0 is connected too
+                    die();
+                  }
+                  stage.reach(1);
                   gpu_double::tell_of_lost_processes(true);
                   const auto wait_for_ever = [&] {
                     while (me.communicator->accepted()) usleep(1000);

@@ -240,21 +240,7 @@ TEST(double_catches_a_staged_call_that_waits_for_no_event) {
 }
 
 TEST(double_catches_a_host_that_does_not_wait_for_the_copies) {
-  std::atomic<bool> is_wrong = false;
-  under_every_schedule([&] {
-    gpu_double::forget("cudaEventQuery");
-    // The end of the group does not see either what is left on its streams, which is blamed.
-    failure_of([&] {
-      run_staged({0, 0}, [&](Group& group, Gpu& gpu) {
-        float* const data = gpu.put(values(group.rank(), 2000));
-        group.run(gpu.sum(data, 2000), no_check);
-        if (gpu.get(data, 2000) != sums(2, 2000)) is_wrong = true;
-        cudaDeviceSynchronize();
-      });
-    });
-    gpu_double::forget("");
-  });
-  CHECK(is_wrong);
+  CHECK(needs_its_waits([](const auto& body) { run_staged({0, 0}, body); }));
 }
 
 TEST(double_catches_pinned_memory_that_is_never_given_back) {

@@ -139,7 +139,7 @@ TEST(double_auto_stages_messages_if_one_rank_has_no_nccl) {
     gpu_double::set_nccl_version(lacking, 21703);  // too old
     check_none(run_mailers_catching(
         {0, 0, 1},
-        [lacking](const Mailer& me) {
+        [](const Mailer& me) {
           for (int round = 0; round < 2; ++round) everyone_to_everyone(me, 600);
           me.group.run({}, no_check);
           // The two that have one, and each of them with itself.
