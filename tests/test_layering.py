@@ -42,6 +42,7 @@ PYTHON_LAYERS = [
     {"gradient_sync"},
     {"owned_parameters", "join"},
     {"optimizer"},
+    {"pipeline"},
     {"__init__"},
     {"bench"},
     {"cli"},
