@@ -19,7 +19,9 @@ def main(arguments: Sequence[str]) -> int:
     commands.add_parser(
         "info", help="what is installed, and what this machine offers"
     ).set_defaults(run=lambda chosen: info.run())
-    planner = commands.add_parser("plan", help="which all-reduce runs, and what each would cost")
+    planner = commands.add_parser(
+        "plan", help="which all-reduce runs, and what each would cost; a pipeline's timeline"
+    )
     plan.add_arguments(planner)
     planner.set_defaults(run=plan.run)
     measurer = commands.add_parser("bench", help="pycomm, its peers and the machine, side by side")

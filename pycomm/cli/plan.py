@@ -1,4 +1,7 @@
-"""``python -m pycomm plan``: which all-reduce algorithm runs, and what each would cost."""
+"""``python -m pycomm plan``: which all-reduce algorithm runs, and what each would cost.
+
+``plan pipeline`` has a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pycomm import _core, cost
+from pycomm.cli import plan_pipeline
 from pycomm.errors import InvalidArgumentError
 
 MOST_RANKS = 100_000
@@ -19,14 +23,19 @@ MOST_BYTES = 1 << 44  # times MOST_RANKS it stays below 2**63
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    parser.add_argument("--hosts", type=int, required=True, help="machines")
+    # Not required by the parser, which would then require them of "plan pipeline" too.
+    parser.add_argument("--hosts", type=int, help="machines")
     parser.add_argument("--ranks-per-host", type=int, default=1, help="processes on each (1)")
-    parser.add_argument("--bytes", type=int, required=True, help="size of the tensor or bucket")
+    parser.add_argument("--bytes", type=int, help="size of the tensor or bucket")
     names = [dtype.name.lower() for dtype in _core.DType if _core_reduces(dtype)]
     parser.add_argument(
         "--dtype", choices=names, default="float32", help="of the tensor (float32)", metavar="DTYPE"
     )
     parser.add_argument("--json", action="store_true", help="for programs")
+    others = parser.add_subparsers(metavar="pipeline", title="instead of an all-reduce")
+    pipeline = others.add_parser("pipeline", help="a pipeline schedule as a timeline")
+    plan_pipeline.add_arguments(pipeline)
+    pipeline.set_defaults(run=plan_pipeline.run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -74,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _problem(arguments: argparse.Namespace) -> str | None:
+    if arguments.hosts is None or arguments.bytes is None:
+        return "an all-reduce needs --hosts and --bytes. A pipeline is `plan pipeline`."
     size = _element_bytes(_core.DType[arguments.dtype.upper()])
     if arguments.hosts < 1:
         return f"--hosts is {arguments.hosts}. Pass at least 1."
