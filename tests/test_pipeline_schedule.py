@@ -90,6 +90,11 @@ def test_it_completes_within_its_bound(
     in_all = {"gpipe": micro_batches, "1f1b": ranks, "zero_bubble": ranks}
     if name in in_all:
         assert max(schedule.activation_bound) == min(in_all[name], micro_batches)
+    if name == "interleaved":
+        group = -(-micro_batches // max(1, micro_batches // ranks))
+        for rank, held in enumerate(schedule.activation_bound):
+            most = 2 * (ranks - rank - 1) + (stages_per_rank - 1) * group + 1
+            assert held == min(most, stages_per_rank * micro_batches)
 
 
 @every_schedule

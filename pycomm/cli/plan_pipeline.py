@@ -10,7 +10,15 @@ from rich.console import Console
 from rich.text import Text
 
 from pycomm.errors import InvalidArgumentError
-from pycomm.pipeline.schedule import SCHEDULES, Kind, Schedule, Timeline, make, simulate
+from pycomm.pipeline.schedule import (
+    SCHEDULES,
+    Kind,
+    Schedule,
+    Timeline,
+    make,
+    simulate,
+    usual_stages_per_rank,
+)
 
 MOST_ACTIONS = 1_000_000
 _STYLES = {
@@ -63,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _schedule(arguments: argparse.Namespace) -> Schedule:
     of_each = arguments.stages_per_rank
     if of_each is None:
-        of_each = 2 if arguments.schedule == "interleaved" else 1
+        of_each = usual_stages_per_rank(arguments.schedule)
     for option, number in (
         ("--stages", arguments.stages),
         ("--micro-batches", arguments.micro_batches),
@@ -87,7 +95,7 @@ def _schedule(arguments: argparse.Namespace) -> Schedule:
 
 
 def _lines(schedule: Schedule, timeline: Timeline) -> list[Text]:
-    """A line for each rank; a forward takes one cell, "F0", and stages after the first a letter."""
+    """A line for each rank; a forward is one cell: "F0", or "Fa0" if ranks have several stages."""
     chunks = schedule.stages // schedule.ranks
     cell = 1 + len(str(schedule.micro_batches - 1)) + (chunks > 1)
     lines = []

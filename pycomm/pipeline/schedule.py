@@ -149,13 +149,8 @@ def one_f_one_b(ranks: int, micro_batches: int, stages_per_rank: int = 1) -> Sch
     _one_stage_a_rank("1f1b", stages_per_rank)
     of_ranks = []
     for rank in range(ranks):
-        warm_up = min(ranks - rank - 1, micro_batches)
-        actions = [Action(Kind.FORWARD, rank, number) for number in range(warm_up)]
-        for number in range(micro_batches):
-            if number + warm_up < micro_batches:
-                actions.append(Action(Kind.FORWARD, rank, number + warm_up))
-            actions.append(Action(Kind.BACKWARD, rank, number))
-        of_ranks.append(tuple(actions))
+        passes = [(rank, number) for number in range(micro_batches)]
+        of_ranks.append(_alternating(passes, passes, warm_up=ranks - rank - 1))
     bound = tuple(min(ranks - rank, micro_batches) for rank in range(ranks))
     return Schedule("1f1b", ranks, micro_batches, tuple(of_ranks), bound)
 
@@ -182,13 +177,8 @@ def interleaved(ranks: int, micro_batches: int, stages_per_rank: int = 2) -> Sch
         # The first backward needs the first group's way through all of the rank's stages, and
         # what enters meanwhile keeps the ranks after this one busy.
         first = len(groups[0]) * (stages_per_rank - 1)
-        warm_up = min(2 * (ranks - rank - 1) + first, len(forwards))
-        actions = [Action(Kind.FORWARD, *entry) for entry in forwards[:warm_up]]
-        for index, entry in enumerate(backwards):
-            if index + warm_up < len(forwards):
-                actions.append(Action(Kind.FORWARD, *forwards[index + warm_up]))
-            actions.append(Action(Kind.BACKWARD, *entry))
-        of_ranks.append(tuple(actions))
+        warm_up = 2 * (ranks - rank - 1) + first
+        of_ranks.append(_alternating(forwards, backwards, warm_up))
         bound.append(min(warm_up + 1, len(forwards)))
     return Schedule(
         "interleaved", ranks * stages_per_rank, micro_batches, tuple(of_ranks), tuple(bound)
@@ -200,19 +190,20 @@ def zero_bubble(ranks: int, micro_batches: int, stages_per_rank: int = 1) -> Sch
 
     1F1B in which rank r puts off r weight gradients: the rank before it gets its input gradients
     that much earlier, and what was put off fills the end. Bubble at equal costs and m of at least
-    p: (p-1)/(3m+p-1), a third of that of 1F1B. Activations stay until the weight gradient, so every
-    rank holds those of at most p micro-batches, as rank 0 does in 1F1B.
+    p: (p-1)/(3m+p-1), about a third of that of 1F1B. Activations stay until the weight gradient, so
+    every rank holds those of at most p micro-batches, as rank 0 does in 1F1B.
 
     Source: Qi et al., Zero Bubble Pipeline Parallelism, ICLR 2024.
     """
     _one_stage_a_rank("zero_bubble", stages_per_rank)
     of_ranks = []
-    for rank in range(ranks):
-        warm_up = min(ranks - rank - 1, micro_batches)
-        actions = [Action(Kind.FORWARD, rank, number) for number in range(warm_up)]
-        for number in range(micro_batches):
-            if number + warm_up < micro_batches:
-                actions.append(Action(Kind.FORWARD, rank, number + warm_up))
+    for rank, whole in enumerate(one_f_one_b(ranks, micro_batches).actions):
+        actions = []
+        for action in whole:
+            number = action.micro_batch
+            if action.kind is Kind.FORWARD:
+                actions.append(action)
+                continue
             actions.append(Action(Kind.INPUT_GRADIENT, rank, number))
             if number >= rank:
                 actions.append(Action(Kind.WEIGHT_GRADIENT, rank, number - rank))
@@ -235,7 +226,7 @@ def make(name: str, ranks: int, micro_batches: int, stages_per_rank: int | None 
     """The schedule of that name, checked.
 
     Args:
-        stages_per_rank: 2 for "interleaved" and 1 for the others if None.
+        stages_per_rank: ``usual_stages_per_rank(name)`` if None.
 
     Raises:
         InvalidArgumentError: no such schedule, or a number that it does not go with.
@@ -245,7 +236,7 @@ def make(name: str, ranks: int, micro_batches: int, stages_per_rank: int | None 
             f"no pipeline schedule {name!r}.\n  Pass one of {', '.join(map(repr, SCHEDULES))}."
         )
     if stages_per_rank is None:
-        stages_per_rank = 2 if name == "interleaved" else 1
+        stages_per_rank = usual_stages_per_rank(name)
     numbers = {"ranks": ranks, "micro_batches": micro_batches, "stages_per_rank": stages_per_rank}
     for argument, number in numbers.items():
         if number < 1:
@@ -253,6 +244,27 @@ def make(name: str, ranks: int, micro_batches: int, stages_per_rank: int | None 
     schedule = SCHEDULES[name](ranks, micro_batches, stages_per_rank)
     simulate(schedule)
     return schedule
+
+
+def usual_stages_per_rank(name: str) -> int:
+    """As many as the schedule of that name needs to be worth its name."""
+    return 2 if name == "interleaved" else 1
+
+
+def _alternating(
+    forwards: Sequence[tuple[int, int]], backwards: Sequence[tuple[int, int]], warm_up: int
+) -> tuple[Action, ...]:
+    """So many forwards, then one before each backward while there are any.
+
+    Args:
+        forwards, backwards: (stage, micro-batch), as many of either.
+    """
+    actions = [Action(Kind.FORWARD, *entry) for entry in forwards[:warm_up]]
+    for index, entry in enumerate(backwards, start=warm_up):
+        if index < len(forwards):
+            actions.append(Action(Kind.FORWARD, *forwards[index]))
+        actions.append(Action(Kind.BACKWARD, *entry))
+    return tuple(actions)
 
 
 def _even_groups(count: int, groups: int) -> list[range]:
