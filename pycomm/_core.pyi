@@ -105,8 +105,16 @@ class Work:
     def seconds(self) -> float: ...
 
 class TransferWork(Work):
+    """What it says of what came is valid once done()."""
+
     @property
     def source(self) -> int: ...
+    @property
+    def count(self) -> int:
+        """How many bytes came into a slot."""
+    @property
+    def immediate(self) -> int:
+        """The number that came with them."""
 
 class Channel:
     """Point-to-point messages between hosts; made by ``pycomm._mpi``."""
@@ -314,6 +322,34 @@ class Group:
         place: tuple[int, int] | None = None,
         timeout_s: float = 0.0,
     ) -> TransferWork: ...
+    def send_to_slot(
+        self,
+        input: int,
+        count: int,
+        dst: int,
+        tag: int,
+        immediate: int,
+        *,
+        place: tuple[int, int] | None = None,
+        timeout_s: float = 0.0,
+    ) -> TransferWork:
+        """Send ``count`` bytes, and a number, to a rank that calls ``receive_into_slot``."""
+    def receive_into_slot(
+        self,
+        slot: Buffer | tuple[int, int],
+        src: int,
+        tag: int,
+        *,
+        place: tuple[int, int] | None = None,
+        timeout_s: float = 0.0,
+    ) -> TransferWork:
+        """Fewer bytes than the slot's may come; the sender writes them there itself where it can.
+
+        ``slot`` is address and bytes of memory on a GPU, or a buffer. Its deadline counts from when
+        somebody waits for it.
+        """
+    def wait(self, work: TransferWork) -> None:
+        """Wait for a message of this group; where the ranks share a host, by moving it."""
     def abort(self, reason: str) -> None: ...
 
 class World:

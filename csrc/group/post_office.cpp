@@ -207,6 +207,8 @@ void PostOffice::complete_done() {
   for (const auto& transfer : exchange_->take_done()) {
     auto& item = static_cast<Item&>(*transfer);
     item.work->source = item.peer;
+    item.work->count = item.count;
+    item.work->immediate = item.immediate;
     item.work->complete(std::exchange(item.error, nullptr), item.seconds());
   }
 }
@@ -247,26 +249,36 @@ int PostOffice::run(const Transfer& transfer, double timeout_s,
       throw;
     }
   };
-  if (drives_itself) {
-    Backoff(group_.window_.doorbell(), group_.process_->may_spin)
-        .drive([&] { return work.done(); },
-               [&] {
-                 std::lock_guard lock(mutex_);
-                 return drive() || work.done();
-               },
-               [&] {
-                 {
-                   std::lock_guard lock(mutex_);
-                   check_peers_and_deadlines();
-                 }
-                 checked();
-               });
-    std::lock_guard lock(mutex_);
-    if (exchange_->has_unsent()) submit();
-  }
+  if (drives_itself) drive_until_done(work, checked);
   work.wait(checked);
   if (work.device_call() != nullptr) work.device_call()->order_before(transfer.stream);
   return work.source;
+}
+
+void PostOffice::wait(TransferWork& work, const InterruptCheck& check_interrupt) {
+  if (!courier_ && work.device_call() == nullptr && !in_forked_child()) {
+    work.await();
+    drive_until_done(work, check_interrupt);
+  }
+  work.wait(check_interrupt);
+}
+
+void PostOffice::drive_until_done(const TransferWork& work, const std::function<void()>& check) {
+  Backoff(group_.window_.doorbell(), group_.process_->may_spin)
+      .drive([&] { return work.done(); },
+             [&] {
+               std::lock_guard lock(mutex_);
+               return drive() || work.done();
+             },
+             [&] {
+               {
+                 std::lock_guard lock(mutex_);
+                 check_peers_and_deadlines();
+               }
+               check();
+             });
+  std::lock_guard lock(mutex_);
+  if (exchange_->has_unsent()) submit();
 }
 
 void PostOffice::submit() {
@@ -350,9 +362,14 @@ void PostOffice::check(Item& item) {
         (item.peer < 0 ? "every other rank" : "rank " + std::to_string(item.peer)) +
         " called shutdown() instead.\n  Every send needs its recv, and every recv its send.");
   }
-  if (item.seconds() > item.timeout_s) {
+  if (item.in_slot && !item.awaited_since) {
+    if (!item.work->awaited()) return;
+    item.awaited_since = Clock::now();
+  }
+  const double seconds = seconds_since(item.awaited_since.value_or(item.began));
+  if (seconds > item.timeout_s) {
     char waited[32];
-    std::snprintf(waited, sizeof(waited), "%.1f s", item.seconds());
+    std::snprintf(waited, sizeof(waited), "%.1f s", seconds);
     const bool sends = item.direction == Transfer::Direction::kSend;
     std::string awaited = exchange_->gpus().obstacle(item);
     if (awaited.empty()) {
@@ -396,6 +413,7 @@ void PostOffice::end_all(const std::exception_ptr& error) {
   const auto unfinished = exchange_->unfinished();
   exchange_->clear();
   for (const auto& transfer : unfinished) {
+    if (transfer->slot) group_.quarantine(transfer->slot);  // its sender may be writing there
     const auto& item = static_cast<const Item&>(*transfer);
     item.work->complete(error, item.seconds());
   }

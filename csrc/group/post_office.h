@@ -24,8 +24,10 @@ class Group;
 class TransferWork : public Work {
  public:
   using Work::Work;
-  /// Who sent what was received; valid once done().
+  // Of what was received; valid once done().
   int source = Transfer::kAnySource;
+  std::size_t count = 0;
+  std::uint64_t immediate = 0;
 };
 
 /// Point-to-point messages of one group. They keep no order with its collectives, so neither waits
@@ -47,6 +49,9 @@ class PostOffice : public Progressive {
   /// @throws InvalidArgumentError  nothing was sent; the group stays usable.
   std::shared_ptr<TransferWork> start(const Transfer& transfer, double timeout_s);
 
+  /// Work::wait, in which the waiting thread drives what it waits for where it can.
+  void wait(TransferWork& work, const InterruptCheck& check_interrupt);
+
   /// Returns who sent or received.
   /// @param before_waiting  as for Group::run.
   int run(const Transfer& transfer, double timeout_s, const InterruptCheck& check_interrupt,
@@ -60,11 +65,16 @@ class PostOffice : public Progressive {
  private:
   using Clock = std::chrono::steady_clock;
 
+  static double seconds_since(Clock::time_point then) {
+    return std::chrono::duration<double>(Clock::now() - then).count();
+  }
+
   struct Item : Transfer {
     std::shared_ptr<TransferWork> work;
-    std::optional<Clock::time_point> left_since;  // its peer has called shutdown()
+    std::optional<Clock::time_point> left_since;     // its peer has called shutdown()
+    std::optional<Clock::time_point> awaited_since;  // in a slot: somebody waits for it
 
-    double seconds() const { return std::chrono::duration<double>(Clock::now() - began).count(); }
+    double seconds() const { return seconds_since(began); }
   };
 
   void check_arguments(const Transfer& transfer) const;
@@ -78,6 +88,9 @@ class PostOffice : public Progressive {
   bool drive();
   /// The same for messages between GPUs, for the progress thread.
   bool drive_gpus();
+  /// Drive all transfers in this thread, which waits for one inside the host.
+  /// @param check  called now and then, without the lock.
+  void drive_until_done(const TransferWork& work, const std::function<void()>& check);
   void complete_done();
   void check_peers_and_deadlines();
   void check(Item& item);

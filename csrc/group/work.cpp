@@ -24,6 +24,7 @@ void Work::wait(const InterruptCheck& check_interrupt) {
         "wait: this process was forked from a rank while the operation was under way there, and "
         "never learns of its end. Wait in the parent, or before the fork.");
   }
+  await();
   Backoff backoff(doorbell_);  // the progress thread needs a core to end the operation
   while (!done()) {
     if (backoff.relax([this] { return done(); }, [] { return true; })) check_interrupt();

@@ -31,6 +31,10 @@ class Work {
   /// operation running.
   void wait(const InterruptCheck& check_interrupt);
 
+  /// Somebody begins to wait.
+  void await() { awaited_.store(true, std::memory_order_relaxed); }
+  bool awaited() const { return awaited_.load(std::memory_order_relaxed); }
+
   /// Of an operation on a GPU, which ends with its launch; else null.
   const std::shared_ptr<DeviceCall>& device_call() const { return device_call_; }
 
@@ -46,6 +50,7 @@ class Work {
   std::exception_ptr error_;
   double seconds_ = 0;
   std::atomic<bool> done_{false};
+  std::atomic<bool> awaited_{false};
 };
 
 }  // namespace pycomm

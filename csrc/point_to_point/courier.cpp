@@ -34,7 +34,8 @@ class Courier::RemoteLink : public Link {
   std::uint64_t address_for_peer(const std::byte*, std::size_t) const override {
     return Frame::kNowhere;
   }
-  const std::byte* memory_of_peer(std::uint64_t) const override { return nullptr; }
+  std::byte* memory_of_peer(std::uint64_t) const override { return nullptr; }
+  bool shares_memory() const override { return false; }
 
   void deliver(std::shared_ptr<ArenaBlock> memory) { arrived_.push_back(std::move(memory)); }
 

@@ -12,7 +12,7 @@ namespace pycomm {
 namespace {
 
 /// An empty tensor may have no address, which memcpy does not allow.
-void copy(std::byte* target, const std::byte* source, std::size_t bytes) {
+void copy_bytes(std::byte* target, const std::byte* source, std::size_t bytes) {
   if (bytes > 0) std::memcpy(target, source, bytes);
 }
 
@@ -20,12 +20,12 @@ void copy(std::byte* target, const std::byte* source, std::size_t bytes) {
 
 Exchange::Exchange(int rank, std::vector<Link*> links, GpuMail::Connect connect)
     : rank_(rank), gpus_(rank, std::move(connect)) {
-  for (Link* link : links) peers_.push_back({link, {}, {}, {}, {}, {}, 0, 0});
+  for (Link* link : links) peers_.push_back(Peer{.link = link});
 }
 
 void Exchange::post(TransferPtr transfer) {
+  transfer->id = next_id_++;
   if (transfer->direction == Transfer::Direction::kSend) {
-    transfer->id = next_id_++;
     at(transfer->peer).outbox.push_back({transfer->frame(Frame::Kind::kMessage), transfer});
     return;
   }
@@ -33,6 +33,7 @@ void Exchange::post(TransferPtr transfer) {
       unexpected_.begin(), unexpected_.end(),
       [&](const Arrived& arrived) { return transfer->accepts(arrived.peer, arrived.frame.tag); });
   if (message == unexpected_.end()) {
+    if (transfer->in_slot) advertise(transfer);
     posted_.push_back(std::move(transfer));
     return;
   }
@@ -41,9 +42,38 @@ void Exchange::post(TransferPtr transfer) {
   fulfil(transfer, arrived.peer, arrived.frame, arrived.payload.data());
 }
 
+void Exchange::advertise(const TransferPtr& receive) {
+  if (receive->device >= 0) return;
+  Peer& peer = at(receive->peer);
+  Frame ready = receive->frame(Frame::Kind::kReady);
+  ready.address = peer.link->address_for_peer(receive->memory, receive->bytes());
+  if (ready.address != Frame::kNowhere) peer.outbox.push_back({ready, nullptr});
+}
+
+void Exchange::take_ready(Peer& peer, const Frame& frame) {
+  const auto announced = std::find_if(peer.sends.begin(), peer.sends.end(), [&](const auto& entry) {
+    const Transfer& send = *entry.second;
+    return send.in_slot && !send.met && send.tag == frame.tag;
+  });
+  if (announced != peer.sends.end()) {
+    announced->second->met = true;
+  } else {
+    peer.ready[frame.tag].push_back(frame);
+  }
+}
+
+std::optional<Frame> Exchange::ready_for(Peer& peer, const Transfer& send) {
+  const auto waiting = peer.ready.find(send.tag);
+  if (!send.in_slot || waiting == peer.ready.end()) return std::nullopt;
+  const Frame slot = waiting->second.front();
+  waiting->second.pop_front();
+  if (waiting->second.empty()) peer.ready.erase(waiting);
+  return slot;
+}
+
 bool Exchange::send_at_once(const Transfer& transfer) {
   Peer& peer = at(transfer.peer);
-  if (transfer.device >= 0 || transfer.bytes() > Frame::kEagerBytes ||
+  if (transfer.device >= 0 || transfer.in_slot || transfer.bytes() > Frame::kEagerBytes ||
       peer.eager_messages == Frame::kEagerMessages || !peer.outbox.empty()) {
     return false;
   }
@@ -59,7 +89,7 @@ bool Exchange::send_at_once(const Transfer& transfer) {
 
 bool Exchange::receive_at_once(const Transfer& transfer, int looks) {
   // Whatever came or was posted before has its turn first.
-  if (!posted_.empty() || !unexpected_.empty()) return false;
+  if (transfer.in_slot || !posted_.empty() || !unexpected_.empty()) return false;
   Peer& peer = at(transfer.peer);
   for (int look = 0; look < looks; ++look) {
     const Frame* const frame = peer.link->front();
@@ -90,8 +120,10 @@ bool Exchange::advance() {
       peer.link->pop();
       moved = true;
     }
-    moved |= read_on(peer);
+    std::size_t budget = kCopyBytes;
+    moved |= read_on(peer, budget);
     moved |= push_outbox(peer);
+    moved |= write_on(peer, budget);
     moved |= push_streams(peer);
   }
   return moved;
@@ -117,6 +149,9 @@ void Exchange::take_in(int from, const Frame& frame, const std::byte* payload) {
       const TransferPtr send = peer.sends.extract(frame.id).mapped();
       if (send->device >= 0) {
         gpus_.matched(from, send);
+      } else if (frame.address != Frame::kNowhere) {
+        peer.writings.push_back(
+            {send, peer.link->memory_of_peer(frame.address), send->frame(Frame::Kind::kWritten)});
       } else {
         peer.streams.push_back(send);
       }
@@ -124,11 +159,25 @@ void Exchange::take_in(int from, const Frame& frame, const std::byte* payload) {
     }
     case Frame::Kind::kData: {
       const TransferPtr receive = peer.receives.at(frame.id);
-      copy(receive->memory + receive->moved_bytes, payload, frame.payload_bytes);
+      copy_bytes(receive->memory + receive->moved_bytes, payload, frame.payload_bytes);
       receive->moved_bytes += frame.payload_bytes;
       if (receive->moved_bytes < receive->bytes()) return;
       peer.receives.erase(frame.id);
       finish(receive);
+      return;
+    }
+    case Frame::Kind::kWritten:
+      finish(peer.receives.extract(frame.id).mapped());
+      return;
+    case Frame::Kind::kReady:
+      return take_ready(peer, frame);
+    case Frame::Kind::kPlaced: {
+      const auto receive = std::find_if(posted_.begin(), posted_.end(),
+                                        [&](const auto& posted) { return posted->id == frame.id; });
+      const TransferPtr placed = std::move(*receive);
+      posted_.erase(receive);
+      placed->got(from, frame);
+      finish(placed);
       return;
     }
     case Frame::Kind::kReceived:
@@ -148,12 +197,12 @@ void Exchange::take_in(int from, const Frame& frame, const std::byte* payload) {
 
 void Exchange::fulfil(const TransferPtr& receive, int from, const Frame& frame,
                       const std::byte* payload) {
-  if (!receive->frame(Frame::Kind::kMessage).same_elements(frame)) {
+  if (!receive->takes(frame)) {
     posted_.push_front(receive);  // not done: it ends with what is thrown here
     refuse(*receive, from, frame);
   }
   Peer& peer = at(from);
-  receive->peer = from;
+  receive->got(from, frame);
   receive->id = frame.id;
   if (frame.on_gpu && rank_ <= from) {
     if (from == rank_) gpus_.matched(from, peer.sends.extract(frame.id).mapped());
@@ -165,7 +214,11 @@ void Exchange::fulfil(const TransferPtr& receive, int from, const Frame& frame,
     peer.readings.push_back({receive, peer.link->memory_of_peer(frame.address)});
   } else {
     peer.receives[frame.id] = receive;
-    peer.outbox.push_back({receive->frame(Frame::Kind::kRequest), nullptr});
+    Frame request = receive->frame(Frame::Kind::kRequest);
+    if (receive->slot) {
+      request.address = peer.link->address_for_peer(receive->memory, receive->bytes());
+    }
+    peer.outbox.push_back({request, nullptr});
   }
 }
 
@@ -181,7 +234,7 @@ void Exchange::take_batch(int from, const Frame& frame, const std::byte* payload
 
 void Exchange::take_eager(Peer& peer, std::byte* target, const std::byte* payload,
                           std::size_t bytes) {
-  copy(target, payload, bytes);
+  copy_bytes(target, payload, bytes);
   // Told now and then: each time would double the number of frames.
   if (++peer.eager_consumed < Frame::kEagerMessages / 4) return;
   Frame credit;
@@ -190,14 +243,29 @@ void Exchange::take_eager(Peer& peer, std::byte* target, const std::byte* payloa
   peer.outbox.push_back({credit, nullptr});
 }
 
-bool Exchange::read_on(Peer& peer) {
+bool Exchange::write_on(Peer& peer, std::size_t& budget) {
+  bool moved = false;
+  for (; !peer.writings.empty(); peer.writings.pop_front()) {
+    const auto& [send, target, over] = peer.writings.front();
+    const std::size_t bytes = std::min(budget, send->bytes() - send->moved_bytes);
+    copy_bytes(target + send->moved_bytes, send->memory + send->moved_bytes, bytes);
+    send->moved_bytes += bytes;
+    budget -= bytes;
+    moved |= bytes > 0;
+    if (send->moved_bytes < send->bytes() || !peer.link->push(over, {})) return moved;
+    moved = true;
+    finish(send);
+  }
+  return moved;
+}
+
+bool Exchange::read_on(Peer& peer, std::size_t& budget) {
   if (peer.readings.empty()) return false;
-  std::size_t budget = kReadBytes;
   while (!peer.readings.empty()) {
     const Reading& reading = peer.readings.front();
     Transfer& receive = *reading.receive;
     const std::size_t bytes = std::min(budget, receive.bytes() - receive.moved_bytes);
-    copy(receive.memory + receive.moved_bytes, reading.source + receive.moved_bytes, bytes);
+    copy_bytes(receive.memory + receive.moved_bytes, reading.source + receive.moved_bytes, bytes);
     receive.moved_bytes += bytes;
     budget -= bytes;
     if (receive.moved_bytes < receive.bytes()) break;
@@ -233,8 +301,18 @@ bool Exchange::push_outbox(Peer& peer) {
     auto& [frame, send, more] = peer.outbox.front();
     std::span<const std::byte> payload = more;
     if (send && send->device < 0) {
-      frame.eager =
-          send->bytes() <= Frame::kEagerBytes && peer.eager_messages < Frame::kEagerMessages;
+      const auto slot = ready_for(peer, *send);
+      if (slot && send->bytes() <= slot->count * size_of(slot->dtype)) {
+        Frame placed = send->frame(Frame::Kind::kPlaced);
+        placed.id = slot->id;
+        peer.writings.push_back({send, peer.link->memory_of_peer(slot->address), placed});
+        moved = true;
+        continue;
+      }
+      send->met |= slot.has_value();  // too small: they meet at the receiver, which refuses
+      frame.eager = send->bytes() <= Frame::kEagerBytes &&
+                    peer.eager_messages < Frame::kEagerMessages &&
+                    !(send->in_slot && peer.link->shares_memory());
       if (frame.eager) {
         payload = {send->memory, send->bytes()};
       } else {
@@ -308,6 +386,7 @@ std::vector<std::shared_ptr<Transfer>> Exchange::unfinished() const {
     for (const auto& [id, send] : peer.sends) all.push_back(send);
     for (const auto& [id, receive] : peer.receives) all.push_back(receive);
     for (const Reading& reading : peer.readings) all.push_back(reading.receive);
+    for (const Writing& writing : peer.writings) all.push_back(writing.send);
   }
   std::erase_if(all, [](const TransferPtr& transfer) { return transfer->is_piece(); });
   gpus_.append_unfinished(all);
@@ -318,13 +397,13 @@ bool Exchange::idle() const {
   return posted_.empty() && gpus_.idle() &&
          std::all_of(peers_.begin(), peers_.end(), [](const Peer& peer) {
            return peer.outbox.empty() && peer.streams.empty() && peer.sends.empty() &&
-                  peer.receives.empty() && peer.readings.empty();
+                  peer.receives.empty() && peer.readings.empty() && peer.writings.empty();
          });
 }
 
 bool Exchange::has_unsent() const {
   return std::any_of(peers_.begin(), peers_.end(), [](const Peer& peer) {
-    return !peer.outbox.empty() || !peer.streams.empty();
+    return !peer.outbox.empty() || !peer.streams.empty() || !peer.writings.empty();
   });
 }
 
@@ -332,7 +411,7 @@ void Exchange::clear() {
   posted_.clear();
   unexpected_.clear();
   done_.clear();
-  for (Peer& peer : peers_) peer = {peer.link, {}, {}, {}, {}, {}, 0, 0};
+  for (Peer& peer : peers_) peer = Peer{.link = peer.link};
   gpus_.forget();
 }
 

@@ -6,6 +6,7 @@
 #include <list>
 #include <map>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -39,7 +40,7 @@ class Exchange {
   /// `looks` times. False: nothing was received.
   bool receive_at_once(const Transfer& transfer, int looks);
 
-  /// Move what can move, at most kReadBytes of each peer's arena. True if something did.
+  /// Move what can move, at most kCopyBytes from and to each peer's arena. True if something did.
   /// @throws MismatchError  a message and the receive for it differ; the exchange must not be used
   ///         any more.
   bool advance();
@@ -70,7 +71,7 @@ class Exchange {
   using TransferPtr = std::shared_ptr<Transfer>;
 
   /// Who drives an exchange holds a lock: so long a copy keeps others from it, 50 to 100 us.
-  static constexpr std::size_t kReadBytes = 1 << 20;
+  static constexpr std::size_t kCopyBytes = 1 << 20;
   /// A large message goes in so many pieces or more, unless they became smaller than kLeastPiece:
   /// the receiver copies one while the sender copies the next.
   static constexpr std::size_t kPieces = 4;
@@ -85,15 +86,22 @@ class Exchange {
     TransferPtr receive;
     const std::byte* source;
   };
+  struct Writing {
+    TransferPtr send;
+    std::byte* target;
+    Frame over;  // tells the receiver
+  };
   struct Peer {
-    Link* link;
-    std::deque<Outgoing> outbox;
-    std::deque<TransferPtr> streams;                // sends that were asked for, in that order
-    std::map<std::uint64_t, TransferPtr> sends;     // announced, not asked for; by id
-    std::map<std::uint64_t, TransferPtr> receives;  // asked for; by the sender's id
-    std::deque<Reading> readings;                   // receives from the peer's arena
-    std::uint64_t eager_messages = 0;               // sent to the peer and not consumed there
-    std::uint64_t eager_consumed = 0;               // from the peer, and it was not told
+    Link* link = nullptr;
+    std::deque<Outgoing> outbox = {};
+    std::deque<TransferPtr> streams = {};                // sends that were asked for, in that order
+    std::map<std::uint64_t, TransferPtr> sends = {};     // announced, not asked for; by id
+    std::map<std::uint64_t, TransferPtr> receives = {};  // asked for; by the sender's id
+    std::deque<Reading> readings = {};                   // receives from the peer's arena
+    std::deque<Writing> writings = {};                   // sends into the peer's arena
+    std::map<int, std::deque<Frame>> ready = {};         // its slots that wait for a send; by tag
+    std::uint64_t eager_messages = 0;                    // sent to the peer and not consumed there
+    std::uint64_t eager_consumed = 0;                    // from the peer, and it was not told
   };
   struct Arrived {
     int peer;
@@ -107,7 +115,15 @@ class Exchange {
   void take_eager(Peer& peer, std::byte* target, const std::byte* payload, std::size_t bytes);
   /// The lower rank has said which messages come next.
   void take_batch(int from, const Frame& frame, const std::byte* payload);
-  bool read_on(Peer& peer);
+  /// Tell the sender of what this receive waits for where to write it.
+  void advertise(const TransferPtr& receive);
+  /// A slot of the peer is ready.
+  void take_ready(Peer& peer, const Frame& frame);
+  /// The slot that waits for this send, if there is one.
+  std::optional<Frame> ready_for(Peer& peer, const Transfer& send);
+  /// Copy between this rank's memory and the peer's arena.
+  bool read_on(Peer& peer, std::size_t& budget);
+  bool write_on(Peer& peer, std::size_t& budget);
   [[noreturn]] void refuse(const Transfer& receive, int peer, const Frame& frame);
   bool push_outbox(Peer& peer);
   bool push_streams(Peer& peer);

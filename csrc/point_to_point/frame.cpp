@@ -4,7 +4,8 @@ namespace pycomm {
 
 std::string Frame::elements() const {
   std::string text = std::to_string(count) + " " + name_of(dtype);
-  const std::string where = on_gpu ? ", on a GPU" : "";
+  const std::string where =
+      std::string(in_slot ? ", in a slot" : "") + (on_gpu ? ", on a GPU" : "");
   if (dim_count < 0) return text + where;
   text += ", shape (";
   for (int dim = 0; dim < dim_count && dim < Shape::kMaxDims; ++dim) {

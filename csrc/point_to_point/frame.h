@@ -16,9 +16,20 @@ namespace pycomm {
 ///   kMessage: what it is, a small payload   --->   keeps it until a receive matches, then
 ///                                           <---   kRequest, or it reads the sender's arena
 ///   kData, a piece each, as slots are free  --->   copies each piece into place
+///   or writes where the kRequest says, then:
+///   kWritten                                --->
 ///                                           <---   kReceived, after reading the arena; or
 ///                                                  kRefused: its receive is for something else
 ///                                           <---   kCredit: room for as many small payloads more
+///
+/// Inside a host a receive into a slot says beforehand where its message may go, and how much:
+///
+///                                           <---   kReady
+///   kPlaced, after writing there            --->
+///
+/// A kReady meets the oldest send to a slot with its tag that the receiver has not asked for yet,
+/// so that one is announced already: then it is dropped, as both meet at the receiver. Hence what
+/// goes to a slot never travels with its kMessage there, which would leave nothing to ask for.
 ///
 /// What lies on GPUs never travels in frames: see GpuMail, whose frames kBatch and kProposal are.
 /// Without NCCL its pieces do, as messages of their own (Transfer::kPieceTag).
@@ -31,7 +42,10 @@ struct Frame {
     kRefused,
     kCredit,
     kBatch,
-    kProposal
+    kProposal,
+    kWritten,
+    kReady,
+    kPlaced
   };
   static constexpr std::uint64_t kNowhere = ~std::uint64_t{0};
   /// A payload up to this long travels with its kMessage, whether anybody waits for it or not.
@@ -45,19 +59,23 @@ struct Frame {
   std::int8_t dim_count = -1;
   bool eager = false;
   bool on_gpu = false;
+  bool in_slot = false;
   std::int32_t tag = 0;
   /// Names a message of its sender.
   std::uint64_t id = 0;
   /// Elements; kCredit, kBatch: messages.
   std::uint64_t count = 0;
-  /// Where the receiver can read all of it, or kNowhere.
+  /// Where the receiver can read all of it (kRequest, kReady: the sender can write it), or
+  /// kNowhere.
   std::uint64_t address = kNowhere;
   std::uint64_t payload_bytes = 0;
+  /// The sender's number that goes with a message to a slot.
+  std::uint64_t immediate = 0;
   std::array<std::int64_t, Shape::kMaxDims> dims{};
 
   bool same_elements(const Frame& other) const {
-    return on_gpu == other.on_gpu && dtype == other.dtype && count == other.count &&
-           dim_count == other.dim_count && dims == other.dims;
+    return on_gpu == other.on_gpu && in_slot == other.in_slot && dtype == other.dtype &&
+           count == other.count && dim_count == other.dim_count && dims == other.dims;
   }
   /// "4096 float32, shape (64, 64), on a GPU".
   std::string elements() const;

@@ -25,10 +25,13 @@ class Link {
 
   /// How long the payload of a kData frame may be.
   virtual std::size_t piece_bytes() const = 0;
-  /// What to call `bytes` at `memory` so that the peer can read it there, or Frame::kNowhere.
+  /// What to call `bytes` at `memory` so that the peer can read or write it there, or
+  /// Frame::kNowhere.
   virtual std::uint64_t address_for_peer(const std::byte* memory, std::size_t bytes) const = 0;
   /// The peer's memory behind an address that it gave.
-  virtual const std::byte* memory_of_peer(std::uint64_t address) const = 0;
+  virtual std::byte* memory_of_peer(std::uint64_t address) const = 0;
+  /// Whether there can be such addresses.
+  virtual bool shares_memory() const = 0;
 };
 
 /// A rank's link to itself: all of its memory is at hand.
@@ -45,9 +48,10 @@ class SelfLink : public Link {
   std::uint64_t address_for_peer(const std::byte* memory, std::size_t) const override {
     return reinterpret_cast<std::uint64_t>(memory);
   }
-  const std::byte* memory_of_peer(std::uint64_t address) const override {
-    return reinterpret_cast<const std::byte*>(address);
+  std::byte* memory_of_peer(std::uint64_t address) const override {
+    return reinterpret_cast<std::byte*>(address);
   }
+  bool shares_memory() const override { return true; }
 
  private:
   struct Kept {

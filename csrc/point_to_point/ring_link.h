@@ -52,7 +52,7 @@ class RingLink : public Link {
   /// @param theirs      what the peer sends comes from here, in the peer's memory.
   /// @param arena       this rank's; @param peer_arena  where the peer's is mapped.
   RingLink(FrameRing* mine, FrameRing* theirs, std::size_t slot_bytes, const Arena& arena,
-           const std::byte* peer_arena, Doorbell& peer_doorbell)
+           std::byte* peer_arena, Doorbell& peer_doorbell)
       : mine_(mine),
         theirs_(theirs),
         slot_bytes_(slot_bytes),
@@ -68,9 +68,8 @@ class RingLink : public Link {
   std::uint64_t address_for_peer(const std::byte* memory, std::size_t bytes) const override {
     return arena_.contains(memory, bytes) ? arena_.offset_of(memory) : Frame::kNowhere;
   }
-  const std::byte* memory_of_peer(std::uint64_t address) const override {
-    return peer_arena_ + address;
-  }
+  std::byte* memory_of_peer(std::uint64_t address) const override { return peer_arena_ + address; }
+  bool shares_memory() const override { return true; }
 
  private:
   static std::byte* slot(FrameRing* ring, std::uint64_t number, std::size_t slot_bytes) {
@@ -83,7 +82,7 @@ class RingLink : public Link {
   FrameRing* const theirs_;
   const std::size_t slot_bytes_;
   const Arena& arena_;
-  const std::byte* const peer_arena_;
+  std::byte* const peer_arena_;
   Doorbell& peer_doorbell_;
   std::uint64_t pushed_ = 0;
   /// What the receiver had popped when last looked at: its cache line is fetched only when the ring

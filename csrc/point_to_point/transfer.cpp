@@ -12,7 +12,22 @@ Frame Transfer::frame(Frame::Kind kind) const {
   frame.id = id;
   frame.count = count;
   frame.dims = shape.dims;
+  frame.in_slot = in_slot;
+  frame.immediate = immediate;
   return frame;
+}
+
+bool Transfer::takes(const Frame& message) const {
+  if (!in_slot) return frame(Frame::Kind::kMessage).same_elements(message);
+  return message.in_slot && message.on_gpu == (device >= 0) && message.dtype == dtype &&
+         message.count <= count;
+}
+
+void Transfer::got(int source, const Frame& message) {
+  peer = source;
+  if (!in_slot) return;
+  count = message.count;
+  immediate = message.immediate;
 }
 
 std::string Transfer::describe() const {

@@ -11,6 +11,7 @@
 #include "core/dtype.h"
 #include "core/operation.h"
 #include "point_to_point/frame.h"
+#include "transport/arena.h"
 
 namespace pycomm {
 
@@ -36,6 +37,13 @@ struct Transfer {
   int device = -1;
   /// What is on this stream when the message is issued comes before it.
   StreamAddress stream = 0;
+  /// A receive into a slot may be posted long before its message: that may have fewer elements, its
+  /// sender writes to the slot where it can, and the deadline counts from when somebody waits. Both
+  /// ends of such a message say so.
+  bool in_slot = false;
+  /// Goes with a message to a slot, as in an RDMA write with immediate data.
+  std::uint64_t immediate = 0;
+  std::shared_ptr<ArenaBlock> slot;  // that memory lies in: a receive's, on the host
 
   // Set by the group.
   std::shared_ptr<DeviceCall> device_call;  // if there is a device
@@ -44,6 +52,7 @@ struct Transfer {
 
   // For the exchange.
   std::uint64_t id = 0;
+  bool met = false;  // a send: the receive that will ask for it has told that it is ready
   std::size_t moved_bytes = 0;
   bool done = false;
   std::exception_ptr error;  // with which it is done, and which the group survives
@@ -54,6 +63,10 @@ struct Transfer {
   bool accepts(int source, int its_tag) const {
     return tag == its_tag && (peer == source || peer == kAnySource);
   }
+  /// Whether a receive may be given this message. Its tag and sender do fit.
+  bool takes(const Frame& message) const;
+  /// The message this receive is for has come: `frame` says what it is.
+  void got(int source, const Frame& message);
   /// What a frame says of its elements.
   Frame frame(Frame::Kind kind) const;
   /// "recv of 4096 float32, shape (64, 64), from rank 1, tag 3".

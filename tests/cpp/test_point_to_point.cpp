@@ -454,3 +454,126 @@ TEST(two_groups_made_at_once_in_two_threads_are_refused) {
   });
   CHECK(refused >= 0);
 }
+
+namespace {
+
+/// A receive into a slot of this rank's arena, and who owns that.
+struct Slot {
+  std::shared_ptr<pycomm::ArenaBlock> block;
+  std::shared_ptr<TransferWork> work;
+
+  Slot(Group& group, std::size_t bytes, int src, int tag) : block(group.allocate(bytes)) {
+    post(group, src, tag);
+  }
+  void post(Group& group, int src, int tag) {
+    Transfer receive =
+        transfer(Transfer::Direction::kReceive, block->data(), block->bytes(), src, tag);
+    receive.in_slot = true;
+    receive.slot = block;
+    work = group.post_office().start(receive, 0);
+  }
+  /// What came, once it has.
+  Bytes taken(Group& group) const {
+    group.post_office().wait(*work, kNoInterrupt);
+    return {block->data(), block->data() + work->count};
+  }
+};
+
+std::shared_ptr<TransferWork> send_to_slot(Group& group, Bytes& bytes, int dst, int tag,
+                                           std::uint64_t immediate) {
+  Transfer send = transfer(Transfer::Direction::kSend, bytes.data(), bytes.size(), dst, tag);
+  send.in_slot = true;
+  send.immediate = immediate;
+  return group.post_office().start(send, 0);
+}
+
+/// A sender without a slot, or a receiver without a message, that comes late by a little.
+void dawdle(int round, int rank) {
+  if (round % 3 == rank) std::this_thread::sleep_for(std::chrono::microseconds(200));
+}
+
+}  // namespace
+
+TEST(slots_take_shorter_messages_in_order_whoever_comes_first) {
+  constexpr int kRounds = 300;
+  constexpr int kSlots = 3;
+  constexpr std::size_t kMost = 70000;
+  const auto message = [](int round) {
+    const std::size_t bytes = round % 5 == 0 ? 0 : static_cast<std::size_t>(round) * 7919 % kMost;
+    return pattern(bytes, round);
+  };
+  for (const auto& hosts : kPlacements) {
+    run_ranks(hosts, [&](Group& group) {
+      const int last = group.size() - 1;
+      if (group.rank() == 0) {
+        std::vector<Bytes> messages;
+        for (int round = 0; round < kRounds; ++round) messages.push_back(message(round));
+        Works works;
+        for (int round = 0; round < kRounds; ++round) {
+          dawdle(round, 0);
+          const auto i = static_cast<std::size_t>(round);
+          works.push_back(send_to_slot(group, messages[i], last, round % 2, i + 1));
+          // Now a wait that drives, now the progress thread.
+          if (round % 4 == 0) group.post_office().wait(*works[i], kNoInterrupt);
+        }
+        wait_all(works);
+      } else if (group.rank() == last) {
+        std::vector<Slot> slots;
+        for (int i = 0; i < 2 * kSlots; ++i) slots.emplace_back(group, kMost, 0, i % 2);
+        for (int round = 0; round < kRounds; ++round) {
+          dawdle(round, 1);
+          Slot& slot = slots[static_cast<std::size_t>(round % (2 * kSlots))];
+          const Bytes got = slot.taken(group);
+          CHECK(got == message(round));
+          CHECK_EQUAL(slot.work->immediate, static_cast<std::uint64_t>(round) + 1);
+          if (round + 2 * kSlots < kRounds) slot.post(group, 0, round % 2);
+        }
+      }
+    });
+  }
+}
+
+TEST(a_slot_that_is_too_small_and_a_message_that_is_not_for_a_slot_are_refused) {
+  for (const std::vector<int>& hosts : {std::vector{0, 0}, std::vector{0, 1}}) {
+    for (const bool too_long : {true, false}) {
+      for (const bool receiver_first : {true, false}) {
+        const auto errors = run_ranks_catching(
+            hosts,
+            [&](Group& group) {
+              const auto pause = std::chrono::milliseconds(20);
+              if (group.rank() == 0) {
+                if (receiver_first) std::this_thread::sleep_for(pause);
+                auto mine = pattern(5000, 1);
+                const auto sent =
+                    too_long ? send_to_slot(group, mine, 1, 4, 0) : isend(group, mine, 1, 4);
+                sent->wait(kNoInterrupt);
+              } else {
+                if (!receiver_first) std::this_thread::sleep_for(pause);
+                Slot(group, 4096, 0, 4).taken(group);
+              }
+            },
+            kSoon);
+        CHECK(contains(errors[0], "Rank 0 sent 5000 uint8"));
+        CHECK(contains(errors[1], "rank 1 receives 4096 uint8, in a slot"));
+      }
+    }
+  }
+}
+
+TEST(the_deadline_of_a_slot_counts_from_when_somebody_waits) {
+  const auto errors = run_ranks_catching(
+      {0, 0},
+      [](Group& group) {
+        if (group.rank() == 1) {
+          std::this_thread::sleep_for(std::chrono::milliseconds(2500));
+          return;
+        }
+        const Slot slot(group, 4096, 1, 7);
+        std::this_thread::sleep_for(std::chrono::milliseconds(1500));
+        CHECK(!slot.work->done());
+        CHECK_THROWS(slot.taken(group), pycomm::CommTimeoutError,
+                     "recv of 4096 uint8, in a slot, from rank 1, tag 7, on rank 0: timeout after");
+      },
+      kSoon);
+  CHECK_EQUAL(errors[0], "");
+}
