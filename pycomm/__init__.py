@@ -3,7 +3,7 @@
 Importing starts nothing: no thread, no MPI. ``init()`` joins the other ranks.
 """
 
-from pycomm import compression
+from pycomm import compression, pipeline
 from pycomm._core import Algorithm, Group, ReduceOp
 from pycomm.collectives import (
     all_gather,
@@ -37,6 +37,7 @@ from pycomm.errors import (
     MismatchError,
     NotInitializedError,
     PeerLostError,
+    StageError,
 )
 from pycomm.groups import new_group
 from pycomm.join import join
@@ -81,6 +82,7 @@ __all__ = [
     "P2POp",
     "PeerLostError",
     "ReduceOp",
+    "StageError",
     "Work",
     "all_gather",
     "all_gather_grouped",
@@ -116,6 +118,7 @@ __all__ = [
     "local_rank",
     "local_size",
     "new_group",
+    "pipeline",
     "rank",
     "recv",
     "recv_object",

@@ -33,3 +33,10 @@ class CommTimeoutError(CommError, TimeoutError):
 
 class PeerLostError(CommError):
     """A peer's process is gone or has given up. The group is finished."""
+
+
+class StageError(CommError):
+    """A stage of a pipeline raised while it computed; the cause is what it raised.
+
+    The other ranks of the pipeline get a PeerLostError that quotes it. The pipeline is finished.
+    """

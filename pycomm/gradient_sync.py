@@ -125,6 +125,8 @@ class GradientSync:
         self._accumulating = False  # the backward in progress
         self._accumulated_passes = 0
         self._no_sync_depth = 0
+        self._is_open = False  # one pass of several backwards, closed by leave_one_pass()
+        self._is_begun = False  # by one of its backwards
         self._final = False  # no backward since the last synchronised pass
         self._released_pass = 0  # results up to this pass were consumed and may be overwritten
         self._passes_since_step = 0
@@ -154,6 +156,22 @@ class GradientSync:
 
     def leave_no_sync(self) -> None:
         self._no_sync_depth -= 1
+
+    def enter_one_pass(self) -> None:
+        """Backwards begun from here on are one pass; those in ``no_sync()`` accumulate before."""
+        self._is_open, self._is_begun = True, False
+
+    def leave_one_pass(self, *, complete: bool) -> None:
+        """The pass is over, or an exception has ended it."""
+        self._is_open = False
+        if not complete:
+            return
+        if self._accumulates():
+            self._accumulated_passes += self._no_sync_depth == 0
+        elif self._is_begun:
+            self._finish_pass()
+        else:
+            self.synchronize()
 
     def synchronize(self) -> None:
         """Make a synchronised pass of what is in ``.grad``, unless gradients are final already."""
@@ -258,24 +276,29 @@ class GradientSync:
 
     def _open_backward(self) -> None:
         """The first hook of a backward decides what becomes of it."""
-        accumulating = (
-            self._no_sync_depth > 0
-            or self._accumulated_passes + 1 < self.options.backward_passes_per_step
-        )
-        if not accumulating:
+        accumulating = self._accumulates()
+        if not accumulating and not (self._is_open and self._is_begun):
             self._begin_pass()
+            self._is_begun = True
         self._accumulating = accumulating
         self._final = False
         self._end_of_backward = weakref.ref(EndOfBackward(self._close_backward))
 
+    def _accumulates(self) -> bool:
+        return (
+            self._no_sync_depth > 0
+            or self._accumulated_passes + 1 < self.options.backward_passes_per_step
+        )
+
     def _close_backward(self) -> None:
         self._end_of_backward = no_backward
-        if self._accumulating:
-            self._accumulating = False
-            if self._no_sync_depth == 0:
-                self._accumulated_passes += 1
-        else:
+        accumulating, self._accumulating = self._accumulating, False
+        if self._is_open:
+            return
+        if not accumulating:
             self._finish_pass()
+        elif self._no_sync_depth == 0:
+            self._accumulated_passes += 1
 
     def _forget_abandoned_backward(self) -> None:
         """Outside a backward: one that an exception ended may have left its end behind."""

@@ -23,6 +23,17 @@ from pycomm.owned_parameters import OwnedParameters
 from pycomm.runtime import group_of
 from pycomm.state import broadcast_optimizer_state, broadcast_parameters
 
+# Who reduces a parameter's gradient, by id(param): an optimizer keeps its parameters alive.
+_by_parameter: weakref.WeakValueDictionary[int, DistributedOptimizer] = (
+    weakref.WeakValueDictionary()
+)
+
+
+def optimizers_of(parameters: Iterable[Tensor]) -> list[DistributedOptimizer]:
+    """The optimizers that reduce the gradients of these, each once, in their order."""
+    found = (_by_parameter.get(id(param)) for param in parameters)
+    return list(dict.fromkeys(optimizer for optimizer in found if optimizer is not None))
+
 
 def _of_wrapped(name: str) -> property:
     """An attribute that the wrapped optimizer has, or will have."""
@@ -204,6 +215,25 @@ class DistributedOptimizer(Optimizer):
         finally:
             self._sync.leave_no_sync()
 
+    @contextlib.contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Backward passes begun inside count as one, whose gradients are final at the end of it.
+
+        Each parameter's gradient is reduced as soon as a pass outside ``no_sync()`` has computed
+        it, while others go on. For schedules that reach the end of the model's parts at different
+        times; ``pycomm.pipeline`` uses it.
+        """
+        if self._sync is None:
+            yield
+            return
+        self._sync.enter_one_pass()
+        try:
+            yield
+        except BaseException:
+            self._sync.leave_one_pass(complete=False)
+            raise
+        self._sync.leave_one_pass(complete=True)
+
     @property
     def wait_seconds(self) -> float:
         """Seconds this rank has spent waiting for gradients so far."""
@@ -223,9 +253,12 @@ class DistributedOptimizer(Optimizer):
     def _take_new(
         self, call: str, named_parameters: Iterable[tuple[str, Tensor]] | None
     ) -> list[tuple[str, Tensor]]:
-        return self._parameters.take_new(
+        added = self._parameters.take_new(
             call, self._inner.param_groups, named_parameters, self._options, self._group
         )
+        for _, param in added:
+            _by_parameter[id(param)] = self
+        return added
 
     def _evaluate(self, sync: GradientSync, closure: Callable[[], Any]) -> Any:
         sync.expect_backward()

@@ -300,6 +300,8 @@ bool Exchange::push_outbox(Peer& peer) {
   for (; !peer.outbox.empty(); peer.outbox.pop_front()) {
     auto& [frame, send, more] = peer.outbox.front();
     std::span<const std::byte> payload = more;
+    // What goes to a slot must not overtake what is being written to the one before.
+    if (send && send->in_slot && !peer.writings.empty()) return moved;
     if (send && send->device < 0) {
       const auto slot = ready_for(peer, *send);
       if (slot && send->bytes() <= slot->count * size_of(slot->dtype)) {

@@ -533,6 +533,30 @@ TEST(slots_take_shorter_messages_in_order_whoever_comes_first) {
   }
 }
 
+TEST(what_has_no_slot_yet_does_not_overtake_what_is_being_written_to_one) {
+  run_ranks({0, 0}, [](Group& group) {
+    constexpr std::size_t kBytes = 3 << 20;  // takes three turns to write
+    pycomm::Operation barrier;
+    if (group.rank() == 0) {
+      group.run(barrier, kNoInterrupt);  // the slot is ready
+      auto first = pattern(kBytes, 1);
+      auto second = pattern(kBytes, 2);
+      const auto one = send_to_slot(group, first, 1, 0, 1);
+      const auto two = send_to_slot(group, second, 1, 0, 2);
+      wait_all({one, two});
+    } else {
+      Slot slot(group, kBytes, 0, 0);
+      group.run(barrier, kNoInterrupt);
+      for (const int number : {1, 2}) {
+        const Bytes got = slot.taken(group);
+        CHECK(got == pattern(kBytes, number));
+        CHECK_EQUAL(slot.work->immediate, static_cast<std::uint64_t>(number));
+        if (number == 1) slot.post(group, 0, 0);
+      }
+    }
+  });
+}
+
 TEST(a_slot_that_is_too_small_and_a_message_that_is_not_for_a_slot_are_refused) {
   for (const std::vector<int>& hosts : {std::vector{0, 0}, std::vector{0, 1}}) {
     for (const bool too_long : {true, false}) {

@@ -1,0 +1,152 @@
+"""How a structure of tensors lies in one message."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pycomm.arguments import MOVABLE
+from pycomm.errors import InvalidArgumentError
+
+_ALIGNMENT = 64  # of each tensor in a message, bytes
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """A tensor: its elements fill ``nbytes`` from ``offset`` on, in the order of its strides."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for length in self.shape:
+            count *= length
+        return count * self.dtype.itemsize
+
+    def view(self, memory: Tensor) -> Tensor:
+        flat = memory.narrow(0, self.offset, self.nbytes).view(self.dtype)
+        return flat.as_strided(self.shape, self.strides)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Structure, shapes, strides, dtypes and constants: all of a message but the elements.
+
+    Two messages whose layouts are equal differ in their elements alone.
+    """
+
+    spec: pytree.TreeSpec
+    leaves: tuple[_Tensor | Any, ...]
+    nbytes: int
+
+    @staticmethod
+    def of(value: Any) -> tuple[Layout, list[Tensor]]:
+        """The layout of a tensor, or of tuples, lists and dicts of them, and its tensors.
+
+        The tensors are such that their memory is what is to be sent: copies, if need be.
+
+        Raises:
+            InvalidArgumentError: it holds something else than tensors and plain constants.
+        """
+        leaves, spec = pytree.tree_flatten(value)
+        tensors: list[Tensor] = []
+        described: list[_Tensor | Any] = []
+        end = 0
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                if not isinstance(leaf, _CONSTANTS):
+                    raise InvalidArgumentError(
+                        f"a stage's output holds a {type(leaf).__name__}, which cannot travel.\n"
+                        "  Return tensors, numbers, strings and None, in tuples, lists and dicts."
+                    )
+                described.append(leaf)
+                continue
+            tensor = _filled(leaf)
+            tensors.append(tensor)
+            offset = -(-end // _ALIGNMENT) * _ALIGNMENT
+            described.append(
+                _Tensor(
+                    tuple(tensor.shape), tensor.stride(), tensor.dtype, leaf.requires_grad, offset
+                )
+            )
+            end = offset + tensor.nbytes
+        return Layout(spec, tuple(described), end), tensors
+
+    def pack(self, tensors: list[Tensor]) -> Tensor:
+        """One piece of memory that holds them: a lone tensor's own, else a copy."""
+        if len(tensors) == 1:
+            return tensors[0]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        memory = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        kinds = [leaf for leaf in self.leaves if isinstance(leaf, _Tensor)]
+        for kind, tensor in zip(kinds, tensors, strict=True):
+            if kind.nbytes:
+                kind.view(memory).copy_(tensor)
+        return memory
+
+    def unpack(self, memory: Tensor) -> Any:
+        """The structure, of views of ``memory``, which holds ``nbytes`` or more."""
+        leaves = [
+            leaf if not isinstance(leaf, _Tensor) else _unpacked(leaf, memory)
+            for leaf in self.leaves
+        ]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def requiring_gradient(self) -> list[bool]:
+        """Of each tensor, whether it requires a gradient."""
+        return [leaf.requires_grad for leaf in self.leaves if isinstance(leaf, _Tensor)]
+
+    def dump(self) -> bytes:
+        structure = pytree.tree_unflatten(range(len(self.leaves)), self.spec)
+        return pickle.dumps((structure, self.leaves, self.nbytes), pickle.HIGHEST_PROTOCOL)
+
+    @staticmethod
+    def load(payload: bytes) -> Layout:
+        structure, leaves, nbytes = pickle.loads(payload)
+        return Layout(pytree.tree_flatten(structure)[1], leaves, nbytes)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{str(leaf.dtype).removeprefix('torch.')} {leaf.shape}"
+            if isinstance(leaf, _Tensor)
+            else repr(leaf)
+            for leaf in self.leaves
+        ]
+        return ", ".join(parts) or "nothing"
+
+
+def _filled(t: Tensor) -> Tensor:
+    """``t`` without its graph, if its elements fill one piece of memory; else a copy that does."""
+    if t.layout is not torch.strided or t.is_nested or t.dtype not in MOVABLE:
+        raise InvalidArgumentError(
+            f"a stage's output holds a {t.layout} tensor of {t.dtype}, which cannot travel.\n"
+            "  Convert it to a dense tensor of numbers."
+        )
+    t = t.detach().resolve_conj().resolve_neg()
+    if t.is_contiguous():
+        return t
+    # The strides that preserve_format gives are those of t itself if it fills its memory.
+    strides = torch.empty_like(t, device="meta").stride()
+    if t.stride() == strides:
+        return t
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
+
+
+def _unpacked(leaf: _Tensor, memory: Tensor) -> Tensor:
+    if leaf.nbytes == 0:
+        empty = torch.empty_strided(
+            leaf.shape, leaf.strides, dtype=leaf.dtype, device=memory.device
+        )
+        return empty.requires_grad_(leaf.requires_grad)
+    return leaf.view(memory).requires_grad_(leaf.requires_grad)
