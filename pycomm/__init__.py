@@ -5,6 +5,7 @@ Importing starts nothing: no thread, no MPI. ``init()`` joins the other ranks.
 
 from pycomm import compression, pipeline
 from pycomm._core import Algorithm, Group, ReduceOp
+from pycomm.clipping import clip_grad_norm_
 from pycomm.collectives import (
     all_gather,
     all_gather_grouped,
@@ -103,6 +104,7 @@ __all__ = [
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "clip_grad_norm_",
     "compression",
     "gather",
     "gather_list",

@@ -37,7 +37,7 @@ PYTHON_LAYERS = [
     {"memory", "rendezvous", "compressed_exchange"},
     {"runtime"},
     {"collectives", "point_to_point", "groups", "mesh"},
-    {"objects"},
+    {"objects", "clipping"},
     {"state", "end_of_backward", "gradient_layout"},
     {"gradient_sync"},
     {"owned_parameters", "join"},

@@ -90,7 +90,7 @@ class Plan:
                 mistake = error
         raise_together("Pipeline", mistake, group)
         counts = broadcast_object(counts, group=group)
-        layers = iter(model.named_children())
+        layers = iter(_layers(model))
         return {
             stage: nn.Sequential(OrderedDict(next(layers) for _ in range(count)))
             for stage, count in enumerate(counts)
@@ -111,7 +111,7 @@ def together(model: Model, here: Mapping[int, nn.Module]) -> nn.Sequential:
     """A rank's stages as one module, whose names are those in the whole model."""
     if not isinstance(model, nn.Sequential):
         return nn.Sequential(OrderedDict((str(stage), piece) for stage, piece in here.items()))
-    layers = (layer for piece in here.values() for layer in piece.named_children())
+    layers = (layer for piece in here.values() for layer in _layers(piece))
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -151,6 +151,11 @@ def connections(here: Mapping[int, nn.Module], stages: int, group: Group) -> lis
             )
     main = [Connection(MAIN, stage, stage + 1) for stage in range(stages - 1)]
     return main + [Connection(name, stashed[name], taken[name]) for name in sorted(stashed)]
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The layers of an ``nn.Sequential`` by name; one that comes twice, twice."""
+    return [(name, layer) for name, layer in model._modules.items() if layer is not None]
 
 
 def _stages_of_layers(

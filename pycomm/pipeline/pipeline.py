@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pycomm._core import DType, Group
+from pycomm.clipping import scale_to_norm, total_norm
 from pycomm.errors import InvalidArgumentError, MismatchError
 from pycomm.objects import all_gather_object, raise_together
 from pycomm.optimizer import DistributedOptimizer, optimizers_of
@@ -206,6 +207,17 @@ class Pipeline:
         if with_loss:
             return loss
         return parts.join(outputs) if outputs else None
+
+    def clip_grad_norm_(
+        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """``torch.nn.utils.clip_grad_norm_`` by the norm of all stages' gradients; returns that.
+
+        Collective. What stages share counts once.
+        """
+        own = list(self.parameters())
+        total = total_norm(filter(self._ties.counts, own), norm_type, self._group)
+        return scale_to_norm(own, total, max_norm, error_if_nonfinite, self._group)
 
     @property
     def statistics(self) -> Statistics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,22 +120,28 @@ class Stage:
         """
 
         def contexts() -> tuple[Any, Any]:
-            return contextlib.nullcontext(), self._buffers_kept()
+            return contextlib.nullcontext(), _BuffersKept(self.module)
 
         outputs: Values = checkpoint(
             self._call, values, extra, use_reentrant=False, context_fn=contexts
         )
         return outputs
 
-    @contextlib.contextmanager
-    def _buffers_kept(self) -> Iterator[None]:
-        before = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for buffer, value in before:
-                    buffer.copy_(value)
+
+class _BuffersKept:
+    """A context that leaves a module's buffers as it found them; entered once for each half."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> None:
+        self._before = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
+
+    def __exit__(self, *_: object) -> None:
+        with torch.no_grad():
+            for buffer, value in self._before:
+                buffer.copy_(value)
 
 
 class _Entry:

@@ -1,0 +1,38 @@
+"""Loss scaling for a model in parts: all of them step, or none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pycomm._core import Group, ReduceOp
+from pycomm.collectives import all_reduce_
+from pycomm.runtime import group_of
+
+
+class GradScaler(torch.amp.GradScaler):
+    """``torch.amp.GradScaler`` that skips a step on every rank if any has found an inf or NaN.
+
+    ::
+
+        scaler = pycomm.pipeline.GradScaler(group=mesh["pp"])
+        loss = pipeline.step(batch, target, scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+
+    Args:
+        device, init_scale, ...: as for ``torch.amp.GradScaler``.
+        group: the ranks with the parts, the world if None. All make the same calls.
+    """
+
+    def __init__(self, device: str = "cuda", *, group: Group | None = None, **options: Any) -> None:
+        super().__init__(device, **options)
+        self._group = group_of(group, "GradScaler")
+
+    def _unscale_grads_(self, *arguments: Any, **options: Any) -> dict[torch.device, Tensor]:
+        found_inf = super()._unscale_grads_(*arguments, **options)
+        for tensor in found_inf.values():
+            all_reduce_(tensor, ReduceOp.MAX, group=self._group)
+        return found_inf
