@@ -122,6 +122,11 @@ void PostOffice::check_arguments(const Transfer& transfer) const {
   }
 }
 
+bool PostOffice::can_be_driven_by_waiter(const Transfer& transfer) const {
+  const bool any_source = transfer.peer == Transfer::kAnySource;
+  return transfer.device < 0 && (!courier_ || (!any_source && !is_remote(transfer.peer)));
+}
+
 std::shared_ptr<PostOffice::Item> PostOffice::accept(const Transfer& transfer,
                                                      double timeout_s) const {
   auto item = std::make_shared<Item>();
@@ -134,6 +139,7 @@ std::shared_ptr<PostOffice::Item> PostOffice::accept(const Transfer& transfer,
                                                             transfer.device, transfer.stream);
   }
   item->work = std::make_shared<TransferWork>(group_.process_->page().doorbell, item->device_call);
+  item->work->driven_by_waiter = can_be_driven_by_waiter(transfer);
   return item;
 }
 
@@ -218,7 +224,8 @@ std::shared_ptr<TransferWork> PostOffice::start(const Transfer& transfer, double
   auto item = accept(transfer, timeout_s);
   std::lock_guard lock(mutex_);
   post(item);
-  if (!item->work->done() || exchange_->has_unsent() || courier_) submit();
+  const bool needs_driving = !item->work->done() && !exchange_->is_left_to_sender(*item);
+  if (needs_driving || exchange_->has_unsent() || courier_) submit();
   return item->work;
 }
 
@@ -226,11 +233,10 @@ int PostOffice::run(const Transfer& transfer, double timeout_s,
                     const InterruptCheck& check_interrupt,
                     const std::function<void()>& before_waiting) {
   check_arguments(transfer);
-  // The channel and the GPU are the progress thread's.
-  const bool any_source = transfer.peer == Transfer::kAnySource;
-  const bool drives_itself =
-      transfer.device < 0 && (!courier_ || (!any_source && !is_remote(transfer.peer)));
-  if (drives_itself && !any_source && run_at_once(transfer)) return transfer.peer;
+  const bool drives_itself = can_be_driven_by_waiter(transfer);
+  if (drives_itself && transfer.peer != Transfer::kAnySource && run_at_once(transfer)) {
+    return transfer.peer;
+  }
   if (before_waiting) before_waiting();
   const auto item = accept(transfer, timeout_s);
   TransferWork& work = *item->work;
@@ -256,7 +262,7 @@ int PostOffice::run(const Transfer& transfer, double timeout_s,
 }
 
 void PostOffice::wait(TransferWork& work, const InterruptCheck& check_interrupt) {
-  if (!courier_ && work.device_call() == nullptr && !in_forked_child()) {
+  if (work.driven_by_waiter && !in_forked_child()) {
     work.await();
     drive_until_done(work, check_interrupt);
   }

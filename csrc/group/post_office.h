@@ -24,6 +24,8 @@ class Group;
 class TransferWork : public Work {
  public:
   using Work::Work;
+  /// Whoever waits for it can move it: it is inside a host.
+  bool driven_by_waiter = false;
   // Of what was received; valid once done().
   int source = Transfer::kAnySource;
   std::size_t count = 0;
@@ -78,6 +80,8 @@ class PostOffice : public Progressive {
   };
 
   void check_arguments(const Transfer& transfer) const;
+  /// Not by the progress thread alone, whose the channel and the GPUs are.
+  bool can_be_driven_by_waiter(const Transfer& transfer) const;
   std::shared_ptr<Item> accept(const Transfer& transfer, double timeout_s) const;
   /// Run a small transfer between ranks of one host if the peer keeps pace: nothing is allocated
   /// and no clock is read, which takes longer than the message. False: it did not happen.

@@ -395,8 +395,14 @@ std::vector<std::shared_ptr<Transfer>> Exchange::unfinished() const {
   return all;
 }
 
+bool Exchange::is_left_to_sender(const Transfer& transfer) const {
+  return transfer.slot && !transfer.done &&
+         peers_[static_cast<std::size_t>(transfer.peer)].link->shares_memory();
+}
+
 bool Exchange::idle() const {
-  return posted_.empty() && gpus_.idle() &&
+  const auto left = [this](const auto& receive) { return is_left_to_sender(*receive); };
+  return std::all_of(posted_.begin(), posted_.end(), left) && gpus_.idle() &&
          std::all_of(peers_.begin(), peers_.end(), [](const Peer& peer) {
            return peer.outbox.empty() && peer.streams.empty() && peer.sends.empty() &&
                   peer.receives.empty() && peer.readings.empty() && peer.writings.empty();

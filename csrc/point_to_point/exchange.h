@@ -59,7 +59,9 @@ class Exchange {
   std::vector<std::shared_ptr<Transfer>> take_done();
   /// All that were posted and are not done.
   std::vector<std::shared_ptr<Transfer>> unfinished() const;
-  /// Nothing is posted, and nothing left to tell the peers.
+  /// A receive that nobody has to drive before somebody waits for it: its sender writes its slot.
+  bool is_left_to_sender(const Transfer& transfer) const;
+  /// Nothing else is posted, and nothing left to tell the peers.
   bool idle() const;
   /// Something is left to tell the peers for which there was no room.
   bool has_unsent() const;

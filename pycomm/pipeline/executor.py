@@ -42,6 +42,16 @@ class Feed:
     weights: Sequence[float]  # of each micro-batch's loss in that of the batch
     scale: Tensor | None = None  # of the loss, for backward
 
+    def gradient(self, micro_batch: int, loss: Tensor) -> Tensor | None:
+        """What the backward of a micro-batch's loss begins with: its weight, scaled.
+
+        Multiplying the loss would give the same bits, and two more nodes in the graph.
+        """
+        weight = self.weights[micro_batch]
+        if self.scale is not None:
+            return self.scale.to(loss.device, loss.dtype) * weight
+        return None if weight == 1.0 else torch.full_like(loss, weight)
+
 
 @dataclasses.dataclass
 class Statistics:
@@ -76,6 +86,7 @@ class Executor:
         accumulating: Callable[[], contextlib.AbstractContextManager[None]],
     ) -> None:
         self.statistics = Statistics()
+        self._action: Action | None = None  # the one in progress
         self._schedule = schedule
         self._actions = schedule.actions[group.rank]
         self._stages = {stage.number: stage for stage in stages}
@@ -130,8 +141,9 @@ class Executor:
         with self._step(feed, training=True):
             losses: list[Tensor] = []
             for action in self._actions:
-                with self._named(action):
-                    self._act(action, feed, losses)
+                self._action = action
+                self._act(action, feed, losses)
+            self._action = None
             return self._settle(losses)
 
     def evaluate(self, feed: Feed, *, with_loss: bool) -> tuple[list[Any], Tensor | None]:
@@ -142,20 +154,18 @@ class Executor:
             for action in self._actions:
                 if action.kind is not Kind.FORWARD:
                     continue
-                with self._named(action):
-                    stage, number = self._stages[action.stage], action.micro_batch
-                    values = self._values(action, feed)
-                    results = stage.run(values, self._extra(action, feed))
-                    del values
-                    if action.stage == self._last:
-                        if with_loss:
-                            with torch.no_grad():
-                                losses.append(self._weighted(results[MAIN], number, feed))
-                        else:
-                            outputs.append(results[MAIN])
-                    else:
-                        self._send(self._values_out, action, results)
-                    self._release(self._values_in, action.stage)
+                self._action = action
+                stage = self._stages[action.stage]
+                results = stage.run(self._values(action, feed), self._extra(action, feed))
+                if action.stage != self._last:
+                    self._send(self._values_out, action, results)
+                elif with_loss:
+                    with torch.no_grad():
+                        self._loss_of(action, feed, losses, results[MAIN])
+                else:
+                    outputs.append(results[MAIN])
+                self._release(self._values_in, action.stage)
+            self._action = None
             if with_loss:
                 return outputs, self._settle(losses)
             self._settle_sends()
@@ -166,7 +176,7 @@ class Executor:
         if action.kind is Kind.FORWARD:
             finish = None
             if action.stage == self._last:
-                finish = functools.partial(self._finish, number, feed, losses)
+                finish = functools.partial(self._loss_of, action, feed, losses)
             values = self._values(action, feed)
             results = stage.forward(number, values, self._extra(action, feed), finish)
             if action.stage != self._last:
@@ -174,7 +184,7 @@ class Executor:
             held = sum(stage.held for stage in self._stages.values())
             self.statistics.most_held = max(self.statistics.most_held, held)
             return
-        with torch.autocast(self._where.type, enabled=False):
+        with self._without_autocast():
             if action.kind is Kind.WEIGHT_GRADIENT:
                 with self._syncing(number):
                     stage.weight_gradients(number)
@@ -189,6 +199,12 @@ class Executor:
             self._release(self._gradients_in, action.stage)
         if action.kind is not Kind.INPUT_GRADIENT:
             self._release(self._values_in, action.stage)
+
+    def _without_autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Backward has the dtypes that forward chose."""
+        if torch.is_autocast_enabled(self._where.type):
+            return torch.autocast(self._where.type, enabled=False)
+        return contextlib.nullcontext()
 
     def _syncing(self, micro_batch: int) -> contextlib.AbstractContextManager[None]:
         """Every schedule comes to the last micro-batch last: then a stage's gradients are final."""
@@ -225,13 +241,14 @@ class Executor:
         extras = feed.extras.get(action.stage)
         return {} if extras is None else extras[action.micro_batch]
 
-    def _finish(self, number: int, feed: Feed, losses: list[Tensor], output: Any) -> Tensor:
-        loss = self._weighted(output, number, feed)
-        losses.append(loss.detach())  # without its graph, which is backward's to free
-        return loss if feed.scale is None else loss * feed.scale
+    def _loss_of(
+        self, action: Action, feed: Feed, losses: list[Tensor], output: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The loss of a micro-batch, and what its backward begins with.
 
-    def _weighted(self, output: Any, number: int, feed: Feed) -> Tensor:
-        target = None
+        Appends its share in the loss of the batch to ``losses``.
+        """
+        number, target = action.micro_batch, None
         if feed.targets is not None:
             target = feed.targets[number]
         elif feed.targets_travel:
@@ -240,7 +257,9 @@ class Executor:
             self._targets_in.release()
         loss = self._loss(output, target)
         weight = feed.weights[number]
-        return loss if weight == 1.0 else loss * weight
+        share = loss.detach()  # without its graph, which is backward's to free
+        losses.append(share if weight == 1.0 else share * weight)
+        return loss, feed.gradient(number, loss)
 
     # --- around a step ----------------------------------------------------------------------------
 
@@ -264,23 +283,28 @@ class Executor:
                     for number, target in enumerate(feed.targets):
                         self._targets_out.send(target, number)
             yield
-        except BaseException as error:
-            self._group.abort(f"rank {self._group.rank} raised {type(error).__name__}: {error}")
+        except Exception as error:
+            named = self._named(error)
+            self._group.abort(f"rank {self._group.rank} raised {type(named).__name__}: {named}")
+            if named is error:
+                raise
+            raise named from error
+        except BaseException as error:  # Ctrl-C
+            self._group.abort(f"rank {self._group.rank} raised {type(error).__name__}")
             raise
         self.statistics.seconds = time.perf_counter() - started
         self.statistics.wait_seconds += self._waited() - waited
 
-    @contextlib.contextmanager
-    def _named(self, action: Action) -> Iterator[None]:
-        """Say in every error where it happened."""
-        try:
-            yield
-        except CommError as error:
-            raise type(error)(f"{self._where_in(action)}: {error}") from error
-        except Exception as error:
-            raise StageError(
-                f"{self._where_in(action)}: {type(error).__name__}: {error}{self._came_in(action)}"
-            ) from error
+    def _named(self, error: Exception) -> Exception:
+        """The error with the action it happened in."""
+        action = self._action
+        if action is None:
+            return error
+        if isinstance(error, CommError):
+            return type(error)(f"{self._where_in(action)}: {error}")
+        return StageError(
+            f"{self._where_in(action)}: {type(error).__name__}: {error}{self._came_in(action)}"
+        )
 
     def _where_in(self, action: Action) -> str:
         kind = action.kind.name.lower().replace("_", " ")

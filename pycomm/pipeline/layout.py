@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from pycomm.arguments import MOVABLE
 from pycomm.errors import InvalidArgumentError
 
+_LEAF = pytree.tree_flatten(None)[1]
 _ALIGNMENT = 64  # of each tensor in a message, bytes
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
@@ -27,16 +28,11 @@ class _Tensor:
     requires_grad: bool
     offset: int
 
-    @property
-    def nbytes(self) -> int:
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count * self.dtype.itemsize
+    nbytes: int
 
     def view(self, memory: Tensor) -> Tensor:
-        flat = memory.narrow(0, self.offset, self.nbytes).view(self.dtype)
-        return flat.as_strided(self.shape, self.strides)
+        typed = memory[self.offset : self.offset + self.nbytes].view(self.dtype)
+        return typed.as_strided(self.shape, self.strides)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +55,8 @@ class Layout:
         Raises:
             InvalidArgumentError: it holds something else than tensors and plain constants.
         """
-        leaves, spec = pytree.tree_flatten(value)
+        lone = isinstance(value, Tensor)  # as most are
+        leaves, spec = ([value], _LEAF) if lone else pytree.tree_flatten(value)
         tensors: list[Tensor] = []
         described: list[_Tensor | Any] = []
         end = 0
@@ -77,7 +74,12 @@ class Layout:
             offset = -(-end // _ALIGNMENT) * _ALIGNMENT
             described.append(
                 _Tensor(
-                    tuple(tensor.shape), tensor.stride(), tensor.dtype, leaf.requires_grad, offset
+                    tuple(tensor.shape),
+                    tensor.stride(),
+                    tensor.dtype,
+                    leaf.requires_grad,
+                    offset,
+                    tensor.nbytes,
                 )
             )
             end = offset + tensor.nbytes
@@ -98,9 +100,10 @@ class Layout:
     def unpack(self, memory: Tensor) -> Any:
         """The structure, of views of ``memory``, which holds ``nbytes`` or more."""
         leaves = [
-            leaf if not isinstance(leaf, _Tensor) else _unpacked(leaf, memory)
-            for leaf in self.leaves
+            _unpacked(leaf, memory) if isinstance(leaf, _Tensor) else leaf for leaf in self.leaves
         ]
+        if self.spec == _LEAF:
+            return leaves[0]
         return pytree.tree_unflatten(leaves, self.spec)
 
     def requiring_gradient(self) -> list[bool]:
@@ -128,14 +131,14 @@ class Layout:
 
 def _filled(t: Tensor) -> Tensor:
     """``t`` without its graph, if its elements fill one piece of memory; else a copy that does."""
+    if t.is_contiguous() and not t.is_conj() and not t.is_neg() and t.dtype in MOVABLE:
+        return t.detach()
     if t.layout is not torch.strided or t.is_nested or t.dtype not in MOVABLE:
         raise InvalidArgumentError(
             f"a stage's output holds a {t.layout} tensor of {t.dtype}, which cannot travel.\n"
             "  Convert it to a dense tensor of numbers."
         )
     t = t.detach().resolve_conj().resolve_neg()
-    if t.is_contiguous():
-        return t
     # The strides that preserve_format gives are those of t itself if it fills its memory.
     strides = torch.empty_like(t, device="meta").stride()
     if t.stride() == strides:

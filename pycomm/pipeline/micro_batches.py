@@ -22,6 +22,8 @@ def length_of(argument: str, value: Any) -> int | None:
     Raises:
         InvalidArgumentError: they differ.
     """
+    if isinstance(value, Tensor) and value.dim() > 0:
+        return len(value)
     lengths = {len(t) for t in pytree.tree_leaves(value) if _is_cut(t)}
     if len(lengths) > 1:
         raise InvalidArgumentError(
@@ -33,6 +35,8 @@ def length_of(argument: str, value: Any) -> int | None:
 
 def cut(value: Any, micro_batches: int) -> list[Any]:
     """Views of each micro-batch's rows; what has no rows goes to all."""
+    if isinstance(value, Tensor) and value.dim() > 0:
+        return list(torch.split(value, sizes(len(value), micro_batches)))
     leaves, spec = pytree.tree_flatten(value)
     parts = [
         leaf.split(sizes(len(leaf), micro_batches)) if _is_cut(leaf) else [leaf] * micro_batches

@@ -135,6 +135,7 @@ class Pipeline:
         raise_together("Pipeline", mistake, self._group)
         self.module = cut.together(model, here)
         """This rank's layers, by their names in the ``nn.Sequential``; stages, by their numbers."""
+        self._parameters = list(self.module.parameters())
         self._ties = Ties(pieces, here, ties, self._schedule.rank_of, self._group)
         self._device = torch.device(_device(self.module) if device is None else device)
         self._stages = [Stage(stage, here[stage], recompute=recompute) for stage in here]
@@ -181,7 +182,7 @@ class Pipeline:
         if scaler is not None and scaler.is_enabled():
             scale = scaler.scale(torch.ones((), device=self._device))
         feed, _ = self._agree("Pipeline.step", batch, target, extra, scale)
-        self._optimizers = optimizers_of(self.module.parameters())
+        self._optimizers = optimizers_of(self._parameters)
         with contextlib.ExitStack() as stack:
             for optimizer in self._optimizers:
                 stack.enter_context(optimizer.one_pass())
@@ -282,7 +283,7 @@ class Pipeline:
         count, group = self._schedule.micro_batches, self._group
         last = self._schedule.rank_of(self._schedule.stages - 1)
         mistake: InvalidArgumentError | None = None
-        rows = torch.full((2,), _NONE)
+        rows = [_NONE, _NONE]
         extras: dict[int, list[dict[str, Any]]] = {}
         try:
             for index, (argument, value) in enumerate((("batch", batch), ("target", target))):
@@ -295,13 +296,14 @@ class Pipeline:
             self._ties.check_fresh(call)
         except InvalidArgumentError as error:
             mistake = error
-        mine = torch.tensor([mistake is not None, *rows.tolist()])
-        everyones = torch.empty((group.size, len(mine)), dtype=torch.int64)
-        group.all_gather(mine.data_ptr(), everyones.data_ptr(), len(mine), DType.INT64, name=call)
-        if bool(everyones[:, 0].any()):
+        mine = torch.tensor([mistake is not None, *rows])
+        gathered = torch.empty((group.size, len(mine)), dtype=torch.int64)
+        group.all_gather(mine.data_ptr(), gathered.data_ptr(), len(mine), DType.INT64, name=call)
+        everyones = gathered.tolist()
+        if any(has_mistake for has_mistake, _, _ in everyones):
             raise_together(call, mistake, group)
-        length, first_target = everyones[0, 1:].tolist()
-        last_target = int(everyones[last, 2])
+        _, length, first_target = everyones[0]
+        last_target = everyones[last][2]
         problem = _problem(length, first_target, last_target, count, last)
         if problem:
             raise InvalidArgumentError(f"{call} on rank {group.rank}: {problem}")

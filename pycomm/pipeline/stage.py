@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -31,6 +31,7 @@ class _Kept:
 
     inputs: dict[str, _Entry]
     outputs: dict[str, list[Tensor]]  # on each connection, those that require a gradient
+    seed: Tensor | None  # the gradient of the loss, in the last stage; None: 1
     split: SplitBackward | None = None  # its first half is over
 
 
@@ -63,7 +64,7 @@ class Stage:
         micro_batch: int,
         values: Values,
         extra: Mapping[str, Any],
-        finish: Callable[[Any], Tensor] | None,
+        finish: Callable[[Any], tuple[Tensor, Tensor | None]] | None,
     ) -> Values:
         """What goes to later stages; tensors and graph stay until ``backward``.
 
@@ -71,23 +72,24 @@ class Stage:
             values: of each connection that ends here; its tensors tell whether they require a
                 gradient.
             extra: keyword arguments for the module.
-            finish: in the last stage, makes the output the loss.
+            finish: in the last stage, makes the output the loss, and the gradient of that.
         """
         entries = {name: _Entry(value) for name, value in values.items()}
         inputs = {name: entry.value for name, entry in entries.items()}
         outputs = self._recomputed(inputs, extra) if self._recompute else self._call(inputs, extra)
+        seed = None
         if finish is not None:
-            outputs[MAIN] = finish(outputs[MAIN])
+            outputs[MAIN], seed = finish(outputs[MAIN])
         followed = {
             name: [t for t in _tensors(value) if t.requires_grad] for name, value in outputs.items()
         }
-        self._kept[micro_batch] = _Kept(entries, followed)
+        self._kept[micro_batch] = _Kept(entries, followed, seed)
         return outputs
 
     def backward(self, micro_batch: int, gradients: Gradients) -> Gradients:
         """Both halves; returns the gradients of what came in."""
         kept = self._kept.pop(micro_batch)
-        outputs, arrived = _paired(kept.outputs, gradients)
+        outputs, arrived = _paired(kept, gradients)
         if outputs:
             torch.autograd.backward(outputs, arrived)
         return {name: entry.gradients for name, entry in kept.inputs.items()}
@@ -96,7 +98,7 @@ class Stage:
         """The half that earlier stages wait for."""
         kept = self._kept[micro_batch]
         edges = [edge for entry in kept.inputs.values() for edge in entry.edges]
-        kept.split = SplitBackward(*_paired(kept.outputs, gradients), edges, self._parameters)
+        kept.split = SplitBackward(*_paired(kept, gradients), edges, self._parameters)
         found = iter(kept.split.input_gradients())
         return {name: [next(found) for _ in entry.edges] for name, entry in kept.inputs.items()}
 
@@ -148,28 +150,37 @@ class _Entry:
     """Where a value enters the stage's graph: what flows back to here are its gradients."""
 
     def __init__(self, value: Any) -> None:
-        leaves, spec = pytree.tree_flatten(value)
-        followed = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
-        self.gradients: list[Tensor | None] = [None] * len(followed)
-        self.edges: list[GradientEdge] = []
         self.value = value
+        self.gradients: list[Tensor | None] = []
+        leaves, spec = ([value], None) if isinstance(value, Tensor) else pytree.tree_flatten(value)
+        followed = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not followed:
             return
-        anchor = torch.zeros((), requires_grad=True)
-        entered = iter(_Enter.apply(anchor, self.gradients, *followed))  # type: ignore[no-untyped-call]
+        self.gradients = [None] * len(followed)
+        entered = _Enter.apply(_ANCHOR, self.gradients, *followed)  # type: ignore[no-untyped-call]
+        self._node = entered[0].grad_fn
+        if spec is None:
+            self.value = entered[0]
+            return
+        rest = iter(entered)
         leaves = [
-            next(entered) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
+            next(rest) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
             for leaf in leaves
         ]
         self.value = pytree.tree_unflatten(leaves, spec)
-        self.edges = [get_gradient_edge(t) for t in _tensors(self.value) if t.requires_grad]
+
+    @property
+    def edges(self) -> list[GradientEdge]:
+        """In the graph, of each tensor that requires a gradient."""
+        return [GradientEdge(self._node, number) for number in range(len(self.gradients))]
+
+
+_ANCHOR = torch.zeros((), requires_grad=True)
+"""What makes autograd follow a value that enters."""
 
 
 class _Enter(torch.autograd.Function):
-    """Gives tensors a place in the graph; not leaves, so a module may change them in place.
-
-    ``anchor`` is what makes autograd follow it.
-    """
+    """Gives tensors a place in the graph; not leaves, so a module may change them in place."""
 
     @staticmethod
     def forward(
@@ -185,14 +196,12 @@ class _Enter(torch.autograd.Function):
         return (None, None, *(None for _ in gradients))
 
 
-def _paired(
-    outputs: Mapping[str, Sequence[Tensor]], gradients: Gradients
-) -> tuple[list[Tensor], list[Tensor | None]]:
+def _paired(kept: _Kept, gradients: Gradients) -> tuple[list[Tensor], list[Tensor | None]]:
     """Outputs with what has come for them; those that nobody used are left out."""
     pairs: list[tuple[Tensor, Tensor | None]] = []
-    for name, tensors in outputs.items():
+    for name, tensors in kept.outputs.items():
         if name not in gradients:  # the loss: nothing comes for it
-            pairs += [(t, None) for t in tensors]
+            pairs += [(t, kept.seed) for t in tensors]
             continue
         for t, gradient in zip(tensors, gradients[name], strict=True):
             if gradient is not None:
@@ -201,4 +210,6 @@ def _paired(
 
 
 def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

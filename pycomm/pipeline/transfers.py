@@ -201,7 +201,8 @@ class RemoteInlet:
 
     def _wait(self, work: TransferWork) -> None:
         self._group.wait(work)
-        work.order_before(device.current_stream)
+        if self._memory is None:
+            work.order_before(device.current_stream)
 
 
 class Local:
