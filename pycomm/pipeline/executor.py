@@ -21,6 +21,8 @@ from pycomm.pipeline.transfers import TAGS, Inlet, Local, Outlet, RemoteInlet, R
 # Gradients in use or waiting, of a connection: they are used up in one action.
 _GRADIENT_SLOTS = 2
 
+_DOING_NOTHING = contextlib.nullcontext()
+
 
 @dataclasses.dataclass(frozen=True)
 class Connection:
@@ -41,6 +43,7 @@ class Feed:
     extras: Mapping[int, Sequence[dict[str, Any]]]  # keyword arguments, by stage
     weights: Sequence[float]  # of each micro-batch's loss in that of the batch
     scale: Tensor | None = None  # of the loss, for backward
+    gradients: dict[float, Tensor] = dataclasses.field(default_factory=dict)  # of a loss, by weight
 
     def gradient(self, micro_batch: int, loss: Tensor) -> Tensor | None:
         """What the backward of a micro-batch's loss begins with: its weight, scaled.
@@ -48,9 +51,14 @@ class Feed:
         Multiplying the loss would give the same bits, and two more nodes in the graph.
         """
         weight = self.weights[micro_batch]
-        if self.scale is not None:
-            return self.scale.to(loss.device, loss.dtype) * weight
-        return None if weight == 1.0 else torch.full_like(loss, weight)
+        if weight == 1.0 and self.scale is None:
+            return None
+        if weight not in self.gradients:  # which has two sizes of micro-batches at most
+            made = torch.full_like(loss, weight)
+            if self.scale is not None:
+                made *= self.scale.to(loss.device, loss.dtype)
+            self.gradients[weight] = made
+        return self.gradients[weight]
 
 
 @dataclasses.dataclass
@@ -83,7 +91,7 @@ class Executor:
         group: Group,
         where: torch.device,
         loss: Callable[[Any, Any], Tensor],
-        accumulating: Callable[[], contextlib.AbstractContextManager[None]],
+        accumulating: Callable[[], contextlib.AbstractContextManager[object]],
     ) -> None:
         self.statistics = Statistics()
         self._action: Action | None = None  # the one in progress
@@ -140,11 +148,18 @@ class Executor:
         """
         with self._step(feed, training=True):
             losses: list[Tensor] = []
+            autocast = torch.is_autocast_enabled(self._where.type)
             for action in self._actions:
                 self._action = action
-                self._act(action, feed, losses)
+                if action.kind is Kind.FORWARD:
+                    self._forward(action, feed, losses)
+                elif autocast:  # a backward has the dtypes that its forward chose
+                    with torch.autocast(self._where.type, enabled=False):
+                        self._backward(action)
+                else:
+                    self._backward(action)
             self._action = None
-            return self._settle(losses)
+            return self._settle(feed, losses)
 
     def evaluate(self, feed: Feed, *, with_loss: bool) -> tuple[list[Any], Tensor | None]:
         """Forward alone: the last stage's outputs, if it is here, or the loss, everywhere."""
@@ -167,50 +182,42 @@ class Executor:
                 self._release(self._values_in, action.stage)
             self._action = None
             if with_loss:
-                return outputs, self._settle(losses)
+                return outputs, self._settle(feed, losses)
             self._settle_sends()
             return outputs, None
 
-    def _act(self, action: Action, feed: Feed, losses: list[Tensor]) -> None:
+    def _forward(self, action: Action, feed: Feed, losses: list[Tensor]) -> None:
         stage, number = self._stages[action.stage], action.micro_batch
-        if action.kind is Kind.FORWARD:
-            finish = None
-            if action.stage == self._last:
-                finish = functools.partial(self._loss_of, action, feed, losses)
-            values = self._values(action, feed)
-            results = stage.forward(number, values, self._extra(action, feed), finish)
-            if action.stage != self._last:
-                self._send(self._values_out, action, results)
-            held = sum(stage.held for stage in self._stages.values())
-            self.statistics.most_held = max(self.statistics.most_held, held)
-            return
-        with self._without_autocast():
-            if action.kind is Kind.WEIGHT_GRADIENT:
-                with self._syncing(number):
-                    stage.weight_gradients(number)
-            elif action.kind is Kind.INPUT_GRADIENT:
-                found = stage.input_gradients(number, self._gradients(action))
-                self._send(self._gradients_out, action, found)
-            else:
-                with self._syncing(number):
-                    found = stage.backward(number, self._gradients(action))
-                self._send(self._gradients_out, action, found)
-        if action.kind is not Kind.WEIGHT_GRADIENT:
+        finish = None
+        if action.stage == self._last:
+            finish = functools.partial(self._loss_of, action, feed, losses)
+        values = self._values(action, feed)
+        results = stage.forward(number, values, self._extra(action, feed), finish)
+        if action.stage != self._last:
+            self._send(self._values_out, action, results)
+        held = sum(stage.held for stage in self._stages.values())
+        self.statistics.most_held = max(self.statistics.most_held, held)
+
+    def _backward(self, action: Action) -> None:
+        """A whole one, or a half. A stage's gradients are final with its last micro-batch, to which
+        every schedule comes last.
+        """
+        stage, number = self._stages[action.stage], action.micro_batch
+        final = number == self._schedule.micro_batches - 1
+        if action.kind is Kind.INPUT_GRADIENT:
+            found = stage.input_gradients(number, self._gradients(action))
+            self._send(self._gradients_out, action, found)
             self._release(self._gradients_in, action.stage)
-        if action.kind is not Kind.INPUT_GRADIENT:
-            self._release(self._values_in, action.stage)
-
-    def _without_autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Backward has the dtypes that forward chose."""
-        if torch.is_autocast_enabled(self._where.type):
-            return torch.autocast(self._where.type, enabled=False)
-        return contextlib.nullcontext()
-
-    def _syncing(self, micro_batch: int) -> contextlib.AbstractContextManager[None]:
-        """Every schedule comes to the last micro-batch last: then a stage's gradients are final."""
-        if micro_batch == self._schedule.micro_batches - 1:
-            return contextlib.nullcontext()
-        return self._accumulating()
+            return
+        with _DOING_NOTHING if final else self._accumulating():
+            if action.kind is Kind.WEIGHT_GRADIENT:
+                stage.weight_gradients(number)
+            else:
+                found = stage.backward(number, self._gradients(action))
+        if action.kind is Kind.BACKWARD:
+            self._send(self._gradients_out, action, found)
+            self._release(self._gradients_in, action.stage)
+        self._release(self._values_in, action.stage)
 
     # --- what comes and goes ----------------------------------------------------------------------
 
@@ -246,7 +253,7 @@ class Executor:
     ) -> tuple[Tensor, Tensor | None]:
         """The loss of a micro-batch, and what its backward begins with.
 
-        Appends its share in the loss of the batch to ``losses``.
+        Appends it to ``losses``, too.
         """
         number, target = action.micro_batch, None
         if feed.targets is not None:
@@ -256,9 +263,7 @@ class Executor:
             target = self._targets_in.receive(number)
             self._targets_in.release()
         loss = self._loss(output, target)
-        weight = feed.weights[number]
-        share = loss.detach()  # without its graph, which is backward's to free
-        losses.append(share if weight == 1.0 else share * weight)
+        losses.append(loss.detach())  # without its graph, which is backward's to free
         return loss, feed.gradient(number, loss)
 
     # --- around a step ----------------------------------------------------------------------------
@@ -322,14 +327,18 @@ class Executor:
             "must take what the one before it gives."
         )
 
-    def _settle(self, losses: Sequence[Tensor]) -> Tensor:
+    def _settle(self, feed: Feed, losses: Sequence[Tensor]) -> Tensor:
         """Wait for what was sent; then all ranks learn the loss."""
         if self._loss_in is not None:
             self._loss_in.begin(1)
             self._settle_sends()
             loss: Tensor = self._loss_in.receive(0)
             return loss.clone()
-        total = functools.reduce(torch.add, losses)
+        shares = [
+            loss if weight == 1.0 else loss * weight
+            for loss, weight in zip(losses, feed.weights, strict=True)
+        ]
+        total = functools.reduce(torch.add, shares)
         for outlet in self._loss_out:
             outlet.begin(1)
             outlet.send(total.cpu(), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pickle
 from typing import Any
 
@@ -30,6 +31,11 @@ class _Tensor:
 
     nbytes: int
 
+    @property
+    def in_order(self) -> bool:
+        """Whether the strides are those of a contiguous tensor."""
+        return torch.empty(self.shape, device="meta").stride() == self.strides
+
     def view(self, memory: Tensor) -> Tensor:
         typed = memory[self.offset : self.offset + self.nbytes].view(self.dtype)
         return typed.as_strided(self.shape, self.strides)
@@ -45,6 +51,27 @@ class Layout:
     spec: pytree.TreeSpec
     leaves: tuple[_Tensor | Any, ...]
     nbytes: int
+
+    @functools.cached_property
+    def lone(self) -> _Tensor | None:
+        """Of a message that is one tensor, its elements in order, as most are."""
+        if self.spec != _LEAF or not isinstance(self.leaves[0], _Tensor):
+            return None
+        return self.leaves[0] if self.leaves[0].in_order else None
+
+    def is_of(self, value: Any) -> bool:
+        """Whether this is the layout of a lone tensor, without making one; it may say no."""
+        lone = self.lone
+        return (
+            lone is not None
+            and type(value) is Tensor
+            and value.shape == lone.shape
+            and value.dtype is lone.dtype
+            and value.requires_grad is lone.requires_grad
+            and value.is_contiguous()
+            and not value.is_conj()
+            and not value.is_neg()
+        )
 
     @staticmethod
     def of(value: Any) -> tuple[Layout, list[Tensor]]:

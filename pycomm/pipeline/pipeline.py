@@ -328,12 +328,11 @@ class Pipeline:
             raise TypeError(f"loss_fn returned a {type(loss).__name__}{shape}, not one number")
         return loss.reshape(())
 
-    @contextlib.contextmanager
-    def _accumulating(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for optimizer in self._optimizers:
-                stack.enter_context(optimizer.no_sync())
-            yield
+    def _accumulating(self) -> contextlib.AbstractContextManager[object]:
+        stack = contextlib.ExitStack()
+        for optimizer in self._optimizers:
+            stack.enter_context(optimizer.no_sync())
+        return stack
 
 
 def _problem(

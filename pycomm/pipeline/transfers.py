@@ -79,10 +79,15 @@ class RemoteOutlet:
         self._capacity = _slot_bytes(self._largest)
 
     def send(self, value: Any, micro_batch: int) -> None:
-        layout, tensors = Layout.of(value)
-        memory = layout.pack(tensors)
-        dump = b"" if layout == self._layout else layout.dump()
-        self._layout = layout
+        layout, dump = self._layout, b""
+        if layout is not None and layout.is_of(value):
+            memory = value
+        else:
+            layout, tensors = Layout.of(value)
+            memory = layout.pack(tensors)
+            if layout != self._layout:
+                dump = layout.dump()
+            self._layout = layout
         self._largest = max(self._largest, layout.nbytes)
         fits = layout.nbytes <= self._capacity
         immediate = len(dump) << _MICRO_BATCH_BITS | micro_batch
@@ -109,7 +114,8 @@ class RemoteOutlet:
             immediate,
             place=device.place_of(memory),
         )
-        self._under_way.append((work, memory))
+        if not work.settled():
+            self._under_way.append((work, memory.detach()))
 
 
 class RemoteInlet:
@@ -164,6 +170,10 @@ class RemoteInlet:
             slot = self._allocate(layout.nbytes)
             self._wait(self._start(slot, 2))
         self.wait_seconds += time.perf_counter() - started
+        lone = layout.lone
+        if self._memory is not None and lone is not None and lone.nbytes:
+            t = self._memory.lend(slot, lone.dtype, lone.nbytes // lone.dtype.itemsize)
+            return t.view(lone.shape).requires_grad_(lone.requires_grad)
         return layout.unpack(self._tensor(slot))
 
     def release(self) -> None:
@@ -244,11 +254,14 @@ class _SlotMemory:
                 break  # it is of a step with smaller messages
         return self._group.allocate(nbytes)
 
-    def lend(self, buffer: Buffer) -> Tensor:
-        """Its bytes. Whatever views them keeps the lease alive."""
+    def lend(
+        self, buffer: Buffer | Tensor, dtype: torch.dtype = torch.uint8, count: int = -1
+    ) -> Tensor:
+        """Its elements, all of its bytes by default. What views them keeps the lease alive."""
+        assert isinstance(buffer, Buffer)
         lease = memoryview(buffer)
         self._lent.append((buffer, weakref.ref(lease)))
-        return torch.frombuffer(lease, dtype=torch.uint8)
+        return torch.frombuffer(lease, dtype=dtype, count=count)
 
 
 def _slot_bytes(largest: int) -> int:
