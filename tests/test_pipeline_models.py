@@ -455,3 +455,39 @@ def test_the_measured_cut_leaves_the_model_as_it_was() -> None:
     parts = run_ranks(2, run)
     expected, _ = trained_alone(model.eval(), data, 2)
     assert_equal_parts(parts, expected)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("width", [6, 2000])  # small tensors enter a stage in another way
+def test_stages_that_begin_in_place_and_inputs_that_want_a_gradient(
+    schedule: str, width: int
+) -> None:
+    torch.manual_seed(10)
+    layers: list[nn.Module] = []
+    for _ in range(4):
+        layers += [nn.Linear(width if layers else 5, width), nn.ReLU(inplace=True)]
+    model = nn.Sequential(*layers).double()
+    x = torch.randn(16, 5).double().requires_grad_()
+    y = torch.randn(16, width).double()
+
+    def run(group: _core.Group) -> tuple[dict[str, Tensor], Tensor | None]:
+        mine = x.detach().clone().requires_grad_()
+        stages = [1] * 8 if schedule == "interleaved" else [1, 2, 2, 3]
+        pipeline = Pipeline(
+            copy.deepcopy(model),
+            mse,
+            schedule=schedule,
+            stages=stages,
+            micro_batches=2,
+            group=group,
+        )
+        pipeline.step(mine, y)
+        return {name: param.grad for name, param in pipeline.named_parameters()}, mine.grad
+
+    results = run_ranks(4, run)
+    accumulate(model, mse, x, y, 2, 16)
+    assert_equal_parts(
+        [part for part, _ in results], {name: p.grad for name, p in model.named_parameters()}
+    )
+    assert x.grad is not None and results[0][1] is not None
+    assert torch.equal(results[0][1], x.grad)

@@ -270,7 +270,7 @@ void PostOffice::wait(TransferWork& work, const InterruptCheck& check_interrupt)
 }
 
 void PostOffice::drive_until_done(const TransferWork& work, const std::function<void()>& check) {
-  Backoff(group_.window_.doorbell())
+  Backoff(group_.window_.doorbell(), group_.process_->may_spin)
       .drive([&] { return work.done(); },
              [&] {
                std::lock_guard lock(mutex_);

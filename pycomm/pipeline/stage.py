@@ -74,8 +74,11 @@ class Stage:
             extra: keyword arguments for the module.
             finish: in the last stage, makes the output the loss, and the gradient of that.
         """
-        entries = {name: _Entry(value) for name, value in values.items()}
-        inputs = {name: entry.value for name, entry in entries.items()}
+        # What is fed to the first stage keeps the graph that it may come with.
+        entries = {
+            name: _Entry(value) for name, value in values.items() if self.number > 0 or name != MAIN
+        }
+        inputs = {**values, **{name: entry.value for name, entry in entries.items()}}
         outputs = self._recomputed(inputs, extra) if self._recompute else self._call(inputs, extra)
         seed = None
         if finish is not None:
@@ -147,21 +150,28 @@ class _BuffersKept:
 
 
 class _Entry:
-    """Where a value enters the stage's graph: what flows back to here are its gradients."""
+    """Where a value enters the stage's graph: what flows back to here are its gradients.
+
+    Its tensors are no leaves of the graph, so a module may change them in place.
+    """
 
     def __init__(self, value: Any) -> None:
         self.value = value
-        self.gradients: list[Tensor | None] = []
-        leaves, spec = ([value], None) if isinstance(value, Tensor) else pytree.tree_flatten(value)
+        self._node: Any = None
+        self._leaf: Tensor | None = None
+        self._gradients: list[Tensor | None] = []
+        if isinstance(value, Tensor) and value.requires_grad and value.nbytes <= _SMALL_BYTES:
+            self._leaf = value
+            self.value = value.clone()
+            self._node = self.value.grad_fn
+            return
+        leaves, spec = pytree.tree_flatten(value)
         followed = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not followed:
             return
-        self.gradients = [None] * len(followed)
-        entered = _Enter.apply(_ANCHOR, self.gradients, *followed)  # type: ignore[no-untyped-call]
+        self._gradients = [None] * len(followed)
+        entered = _Enter.apply(_ANCHOR, self._gradients, *followed)  # type: ignore[no-untyped-call]
         self._node = entered[0].grad_fn
-        if spec is None:
-            self.value = entered[0]
-            return
         rest = iter(entered)
         leaves = [
             next(rest) if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
@@ -170,17 +180,26 @@ class _Entry:
         self.value = pytree.tree_unflatten(leaves, spec)
 
     @property
-    def edges(self) -> list[GradientEdge]:
-        """In the graph, of each tensor that requires a gradient."""
-        return [GradientEdge(self._node, number) for number in range(len(self.gradients))]
+    def gradients(self) -> list[Tensor | None]:
+        """Of each tensor that requires one, once backward is over."""
+        return self._gradients if self._leaf is None else [self._leaf.grad]
 
+    @property
+    def edges(self) -> list[GradientEdge]:
+        """Where they enter the graph."""
+        count = len(self._gradients) if self._leaf is None else 1
+        return [GradientEdge(self._node, number) for number in range(count)]
+
+
+_SMALL_BYTES = 1 << 16
+"""Up to here copying a tensor is faster than calling Python twice, as ``_Enter`` does."""
 
 _ANCHOR = torch.zeros((), requires_grad=True)
 """What makes autograd follow a value that enters."""
 
 
 class _Enter(torch.autograd.Function):
-    """Gives tensors a place in the graph; not leaves, so a module may change them in place."""
+    """Gives tensors a place in the graph, and takes their gradients there."""
 
     @staticmethod
     def forward(
