@@ -30,7 +30,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from pycomm import _core
 from pycomm.errors import PeerLostError
@@ -130,7 +130,8 @@ def _on_uncaught(
 
         def print_it() -> None:
             _say(f"{member}:\n")
-            _previous_hook(kind, error, trace)
+            with contextlib.redirect_stderr(_stderr()):
+                _previous_hook(kind, error, trace)
 
         _end_job(member, 1, _summary(error), print_it, _is_echo(error))
 
@@ -229,8 +230,20 @@ def _is_echo(error: BaseException | None) -> bool:
 def _say(text: str) -> None:
     """One write, so that ranks do not mix their lines."""
     with contextlib.suppress(OSError, ValueError):  # nobody listens any more
-        sys.stderr.write(text)
-        sys.stderr.flush()
+        stream = _stderr()
+        stream.write(text)
+        stream.flush()
+
+
+def _stderr() -> TextIO:
+    """Where text still arrives. A hook around ours may collect it in memory, to prefix each line
+    when we return (torch.distributed does), and we do not.
+    """
+    try:
+        sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):
+        return sys.__stderr__ or sys.stderr
+    return sys.stderr
 
 
 def _flush() -> None:

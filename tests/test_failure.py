@@ -284,3 +284,20 @@ def test_a_signal_to_the_launcher_leaves_nothing(launcher_command, number):
 
 def alive(pids):
     return [pid for pid in pids if os.path.exists(f"/proc/{pid}")]
+
+
+def test_an_exception_is_seen_though_torch_distributed_collects_what_hooks_print() -> None:
+    script = """
+        import os, torch.distributed
+        import pycomm
+        pycomm.init()
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        if pycomm.rank() == 1:
+            raise ValueError("bad batch")
+        pycomm.barrier()
+    """
+    done = mpirun(2, script)
+    assert done.returncode != 0
+    assert ours(done.err)[-1].endswith("ValueError: bad batch"), done.err
