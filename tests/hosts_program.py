@@ -5,6 +5,7 @@ A placement is the host of each rank: 0,1,0,1. The ranks must find themselves pl
 """
 
 import argparse
+import copy
 import faulthandler
 import functools
 import os
@@ -17,10 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from test_pipeline import SCHEDULES, assert_equal_parts, batches, block_model, sgd, trained_alone
 from torch import Tensor
 
 import pycomm
 from pycomm import _core
+from pycomm.pipeline import Pipeline
 from pycomm.runtime import world_group
 
 HANGS_AFTER_S = 45.0  # each program, on each placement
@@ -210,11 +213,28 @@ def train(args: argparse.Namespace) -> None:
                 del sys.modules[name]
 
 
+def pipeline(args: argparse.Namespace) -> None:
+    """A stage on each rank, and each transfer inside a host or between two."""
+    model, data = block_model(), batches(8, 3)
+    for schedule in SCHEDULES:
+        mine = Pipeline(
+            copy.deepcopy(model), torch.nn.functional.mse_loss, schedule=schedule, micro_batches=7
+        )
+        optimizer = sgd(mine.parameters())
+        for x, y in data:
+            optimizer.zero_grad()
+            mine.step(x, y)
+            optimizer.step()
+        expected, _ = trained_alone(copy.deepcopy(model), data, 7)
+        assert_equal_parts(pycomm.all_gather_object(dict(mine.named_parameters())), expected)
+
+
 PROGRAMS: dict[str, Callable[[argparse.Namespace], None]] = {
     "collectives": collectives,
     "mismatch": mismatch,
     "fail": fail,
     "train": train,
+    "pipeline": pipeline,
 }
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from cluster import Cluster, what_is_missing
 from launchers import Result, mpirun_command, process_options
 
 PROGRAM = Path(__file__).with_name("hosts_program.py")
+EVERYTHING = ["collectives", "mismatch", "train", "pipeline"]
 
 # For mpirun: the slots of each host, and how ranks are dealt out to them.
 PLACEMENTS = {
@@ -43,7 +44,7 @@ def program(*placements: str, programs: list[str], runs: Path) -> list[str]:
 def assert_all_done(done: Result, placements: list[str]) -> None:
     assert done.returncode == 0, done.out + done.err
     for placement in placements:
-        for name in ("collectives", "mismatch", "train"):
+        for name in EVERYTHING:
             assert f"{name} on {placement}: done" in done.out
     assert done.out.count("largest parameter difference: 0\n") == len(placements), done.out
 
@@ -54,7 +55,7 @@ def assert_all_done(done: Result, placements: list[str]) -> None:
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_real_hosts(placement: str, tmp_path: Path) -> None:
     slots, map_by = PLACEMENTS[placement]
-    everything = program(placement, programs=["collectives", "mismatch", "train"], runs=tmp_path)
+    everything = program(placement, programs=EVERYTHING, runs=tmp_path)
     with Cluster(slots) as cluster:
         done = cluster.mpirun(everything, map_by=map_by, timeout_s=140)
     assert_all_done(done, [placement])
@@ -64,7 +65,7 @@ def test_real_hosts(placement: str, tmp_path: Path) -> None:
 def test_pretended_hosts(tmp_path: Path) -> None:
     # One start for all placements: init() after shutdown() reads PYCOMM_HOST again.
     placements = list(PLACEMENTS)
-    everything = program(*placements, programs=["collectives", "mismatch", "train"], runs=tmp_path)
+    everything = program(*placements, programs=EVERYTHING, runs=tmp_path)
     done = subprocess.run(
         [*mpirun_command(4), *everything, "--pretend"],
         capture_output=True,

@@ -1,6 +1,7 @@
 """The command that draws pipeline schedules."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -82,3 +83,21 @@ def test_nonsense_is_refused(
 def test_an_all_reduce_still_needs_its_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--hosts", "2"]) == 2
     assert "needs --hosts and --bytes" in capsys.readouterr().err
+
+
+def test_the_drawing_has_a_box_for_each_action_and_is_the_same_each_time(tmp_path: Path) -> None:
+    texts = []
+    for name in ("first.svg", "second.svg"):
+        path = tmp_path / name
+        options = ["--stages", "3", "--micro-batches", "4", "--schedule", "zero_bubble"]
+        assert cli.main(["plan", "pipeline", *options, "--svg", str(path)]) == 0
+        texts.append(path.read_text())
+    assert texts[0] == texts[1]
+    assert [texts[0].count(f">{number}</text>") >= 9 for number in range(4)] == [True] * 4
+    assert "weight gradient" in texts[0] and "zero_bubble: 4 micro-batches" in texts[0]
+
+
+def test_a_drawing_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--stages", "2", "--micro-batches", "2", "--svg", "/nowhere/at/all.svg"]
+    assert cli.main(["plan", "pipeline", *options]) == 2
+    assert "plan pipeline: --svg /nowhere/at/all.svg: No such file" in capsys.readouterr().err

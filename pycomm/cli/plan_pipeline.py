@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from pycomm.cli.timeline_svg import draw
 from pycomm.errors import InvalidArgumentError
 from pycomm.pipeline.schedule import (
     SCHEDULES,
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--schedule", choices=list(SCHEDULES), default="1f1b", help="(1f1b)")
     parser.add_argument("--stages-per-rank", type=int, help="(2 for interleaved, 1 for the others)")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw it, too")
     # SUPPRESS: a default here would overwrite what was given before the word "pipeline".
     parser.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS, help="for programs"
@@ -51,6 +54,15 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"plan pipeline: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     timeline = simulate(schedule)
+    if arguments.svg is not None:
+        try:
+            draw(schedule, timeline, arguments.svg)
+        except ImportError as error:
+            print(f"plan pipeline: --svg needs matplotlib: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            print(f"plan pipeline: --svg {arguments.svg}: {error.strerror}", file=sys.stderr)
+            return 2
     if arguments.json:
         print(json.dumps(_for_programs(schedule, timeline)))
         return 0
