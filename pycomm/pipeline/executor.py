@@ -148,7 +148,7 @@ class Executor:
         """
         with self._step(feed, training=True):
             losses: list[Tensor] = []
-            autocast = torch.is_autocast_enabled(self._where.type)
+            autocast = _may_autocast(self._where.type)
             for action in self._actions:
                 self._action = action
                 if action.kind is Kind.FORWARD:
@@ -399,3 +399,10 @@ class Executor:
             elif action.kind is not Kind.INPUT_GRADIENT:
                 held -= 1
         return most
+
+
+def _may_autocast(device_type: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except TypeError:  # before torch 2.4 one cannot ask of a device
+        return True
