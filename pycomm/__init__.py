@@ -40,6 +40,7 @@ from pycomm.errors import (
     PeerLostError,
     StageError,
 )
+from pycomm.grad_scaler import GradScaler
 from pycomm.groups import new_group
 from pycomm.join import join
 from pycomm.mesh import Mesh
@@ -67,6 +68,7 @@ from pycomm.runtime import (
     shutdown,
     size,
 )
+from pycomm.sharded_optimizer import ShardedOptimizer
 from pycomm.state import broadcast_optimizer_state, broadcast_parameters
 from pycomm.work import Work
 
@@ -75,6 +77,7 @@ __all__ = [
     "CommError",
     "CommTimeoutError",
     "DistributedOptimizer",
+    "GradScaler",
     "Group",
     "InvalidArgumentError",
     "Mesh",
@@ -83,6 +86,7 @@ __all__ = [
     "P2POp",
     "PeerLostError",
     "ReduceOp",
+    "ShardedOptimizer",
     "StageError",
     "Work",
     "all_gather",

@@ -12,6 +12,7 @@ from pycomm import _core, device
 from pycomm.compressed_exchange import CompressedExchange
 from pycomm.compression.protocol import Compressor
 from pycomm.errors import InvalidArgumentError, MismatchError
+from pycomm.memory import dense_strides
 from pycomm.objects import all_gather_object
 
 # Large enough that what a reduction costs besides its bytes hardly shows, small enough that a model
@@ -108,7 +109,7 @@ def lay_out(
     mine = _Recording(
         trained=[slot.name for slot in slots],
         order=[slot.index for slot in order],
-        strides=[_dense_strides(slot.param) for slot in slots],
+        strides=[dense_strides(slot.param) for slot in slots],
     )
     recordings: list[_Recording] = all_gather_object(mine, group=group)
     _check_same_trained(recordings)
@@ -181,15 +182,6 @@ def _check_same_trained(recordings: list[_Recording]) -> None:
                 f"parameter '{name}' requires a gradient on rank {trained} and is frozen on "
                 f"rank {frozen}.\n  Freeze and unfreeze the same parameters on every rank."
             )
-
-
-def _dense_strides(param: Tensor) -> tuple[int, ...]:
-    """The parameter's own strides if its elements fill their memory, else contiguous ones.
-
-    Every rank lays a gradient out in the same strides, because a reduction pairs elements by their
-    place in memory.
-    """
-    return torch.empty_like(param, device="meta").stride()
 
 
 def _store(

@@ -22,6 +22,15 @@ def laid_out_like(t: Tensor, wire: Tensor) -> Tensor:
     return wire if t.is_contiguous() else torch.empty_like(t).copy_(wire)
 
 
+def dense_strides(t: Tensor) -> tuple[int, ...]:
+    """The strides of ``t`` if its elements fill their memory, else contiguous ones.
+
+    Every rank lays a gradient out in the same strides, because a reduction pairs elements by their
+    place in memory.
+    """
+    return torch.empty_like(t, device="meta").stride()
+
+
 def lies_like(t: Tensor, other: Tensor) -> bool:
     """Whether the values of two tensors of one shape lie in the same order, and as they are."""
     return (

@@ -17,6 +17,7 @@ from pycomm.pipeline.micro_batches import cut, sizes
 
 SCHEDULES = ["gpipe", "1f1b", "interleaved", "zero_bubble"]
 STEPS = 10
+SGD_OPTIONS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 
 
 class Block(nn.Module):
@@ -51,7 +52,7 @@ def batches(rows: int, count: int = STEPS, seed: int = 0) -> list[tuple[Tensor, 
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01)
+    return torch.optim.SGD(parameters, **SGD_OPTIONS)
 
 
 def accumulate(

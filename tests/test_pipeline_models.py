@@ -11,6 +11,7 @@ import torch
 from run_ranks import run_ranks
 from test_pipeline import (
     SCHEDULES,
+    SGD_OPTIONS,
     accumulate,
     assert_equal_parts,
     batches,
@@ -20,9 +21,9 @@ from test_pipeline import (
 )
 from torch import Tensor, nn
 
-from pycomm import DistributedOptimizer, _core
+from pycomm import DistributedOptimizer, GradScaler, ShardedOptimizer, _core
 from pycomm.mesh import MeshLayout
-from pycomm.pipeline import GradScaler, Pipeline, Stash, Take
+from pycomm.pipeline import Pipeline, Stash, Take
 
 Batch = tuple[Any, Any, int]  # input, target, rows
 mse = nn.functional.mse_loss
@@ -387,8 +388,8 @@ def test_autocast_and_a_scaler_that_skips_everywhere() -> None:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("overlap", [True, False])
-def test_data_parallel_pipelines_end_with_the_canonical_fold(schedule: str, overlap: bool) -> None:
+@pytest.mark.parametrize("reduced", ["with overlap", "at the end", "in shares"])
+def test_data_parallel_pipelines_end_with_the_canonical_fold(schedule: str, reduced: str) -> None:
     """dp 2 x pp 2: each replica takes half of the rows; gradients are averaged in rank order."""
     model, data = block_model(), batches(12, 5)
     layout = MeshLayout.of({"dp": 2, "pp": 2}, [[0, 1, 2, 3]])
@@ -401,13 +402,19 @@ def test_data_parallel_pipelines_end_with_the_canonical_fold(schedule: str, over
         pipeline = Pipeline(
             copy.deepcopy(model), mse, schedule=schedule, micro_batches=3, group=row
         )
-        optimizer = DistributedOptimizer(
-            sgd(pipeline.parameters()),
-            pipeline.named_parameters(),
-            group=column,
-            bucket_cap_bytes=400,
-            overlap=overlap,
-        )
+        optimizer: torch.optim.Optimizer
+        if reduced == "in shares":
+            optimizer = ShardedOptimizer(
+                torch.optim.SGD, pipeline.parameters(), group=column, **SGD_OPTIONS
+            )
+        else:
+            optimizer = DistributedOptimizer(
+                sgd(pipeline.parameters()),
+                pipeline.named_parameters(),
+                group=column,
+                bucket_cap_bytes=400,
+                overlap=reduced == "with overlap",
+            )
         for x, y in data:
             optimizer.zero_grad()
             pipeline.step(x[here["dp"] :: 2], y[here["dp"] :: 2])

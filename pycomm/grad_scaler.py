@@ -1,4 +1,4 @@
-"""Loss scaling for a model in parts: all of them step, or none."""
+"""Loss scaling where each rank sees other gradients: all of them step, or none."""
 
 from __future__ import annotations
 
@@ -15,16 +15,20 @@ from pycomm.runtime import group_of
 class GradScaler(torch.amp.GradScaler):
     """``torch.amp.GradScaler`` that skips a step on every rank if any has found an inf or NaN.
 
+    For pipelines, whose ranks have other parameters each, and for ``ShardedOptimizer``, which
+    reduces gradients in its step. Those of a ``DistributedOptimizer`` are the same on every rank,
+    so torch's own will do.
+
     ::
 
-        scaler = pycomm.pipeline.GradScaler(group=mesh["pp"])
+        scaler = pycomm.GradScaler(group=mesh["pp"])
         loss = pipeline.step(batch, target, scaler=scaler)
         scaler.step(optimizer)
         scaler.update()
 
     Args:
         device, init_scale, ...: as for ``torch.amp.GradScaler``.
-        group: the ranks with the parts, the world if None. All make the same calls.
+        group: the ranks that step together, the world if None. All make the same calls.
     """
 
     def __init__(self, device: str = "cuda", *, group: Group | None = None, **options: Any) -> None:
