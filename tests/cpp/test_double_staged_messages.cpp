@@ -84,14 +84,21 @@ TEST(double_staged_messages_pass_on_what_messages_before_have_brought) {
 
 TEST(double_catches_staged_messages_that_wait_for_no_event) {
   for (const int priority : {highest_priority(), Gpu::kPriority}) {
-    std::string failure;
-    under_every_quick_schedule([&] {
-      gpu_double::forget("cudaStreamWaitEvent", priority);
-      failure += failure_of(
-          [] { run_staged({0, 0}, [](const Mailer& me) { everyone_to_everyone(me, 2000); }); });
-      gpu_double::forget("");
-    });
-    CHECK(failure.find("values(peer * 7 + rank, count)") != std::string::npos);
+    // What comes too early is wrong unless the threads of the ranks happen to wait for each other:
+    // in one run of ten they do.
+    constexpr int kMostRuns = 10;
+    const std::string wrong = "values(peer * 7 + rank, count)";
+    bool caught = false;
+    for (int run = 0; run < kMostRuns && !caught; ++run) {
+      under_every_quick_schedule([&] {
+        gpu_double::forget("cudaStreamWaitEvent", priority);
+        const std::string failure = failure_of(
+            [] { run_staged({0, 0}, [](const Mailer& me) { everyone_to_everyone(me, 2000); }); });
+        gpu_double::forget("");
+        caught |= failure.find(wrong) != std::string::npos;
+      });
+    }
+    CHECK(caught);
   }
 }
 
