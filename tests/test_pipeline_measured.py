@@ -60,7 +60,7 @@ def test_the_bubble_is_what_the_schedule_predicts(schedule: str) -> None:
         )
         x = torch.ones(micro_batches, 1, requires_grad=True)
         seconds = []
-        for _ in range(2):
+        for _ in range(3):  # a busy machine may hold one of them up
             pipeline.step(x, torch.ones(micro_batches, 1))
             seconds.append(pipeline.statistics.seconds)
         return min(seconds)
