@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from test_pipeline import SCHEDULES, assert_equal_parts, batches, block_model, sgd, trained_alone
+from test_pipeline import assert_equal_parts, batches, block_model, sgd, trained_alone
 from torch import Tensor
 
 import pycomm
@@ -216,7 +216,7 @@ def train(args: argparse.Namespace) -> None:
 def pipeline(args: argparse.Namespace) -> None:
     """A stage on each rank, and each transfer inside a host or between two."""
     model, data = block_model(), batches(8, 3)
-    for schedule in SCHEDULES:
+    for schedule in ("1f1b", "zero_bubble"):
         mine = Pipeline(
             copy.deepcopy(model), torch.nn.functional.mse_loss, schedule=schedule, micro_batches=7
         )
