@@ -107,7 +107,7 @@ test-cpp: $(built)
 	ctest --test-dir build/dev --output-on-failure --no-tests=error
 
 test-python: $(built)
-	$(time_limit) 1300 $(pytest) $(ARGS)
+	$(time_limit) 2400 $(pytest) $(ARGS)
 
 # Lines carry their rank, so that the stacks of a hang can be told apart.
 test-mpi: $(built)
