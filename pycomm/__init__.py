@@ -3,7 +3,7 @@
 Importing starts nothing: no thread, no MPI. ``init()`` joins the other ranks.
 """
 
-from pycomm import compression, pipeline
+from pycomm import compression, pipeline, tensor_parallel
 from pycomm._core import Algorithm, Group, ReduceOp
 from pycomm.clipping import clip_grad_norm_
 from pycomm.collectives import (
@@ -140,4 +140,5 @@ __all__ = [
     "send_object",
     "shutdown",
     "size",
+    "tensor_parallel",
 ]
