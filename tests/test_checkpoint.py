@@ -66,9 +66,7 @@ LAYOUTS = [
 SOURCES = [
     Layout(),
     Layout(dp=2, pp=2),
-    Layout(pp=2, schedule="interleaved"),
     Layout(dp=3, sharded=True),
-    Layout(dp=2, pp=2, sharded=True),
 ]
 
 

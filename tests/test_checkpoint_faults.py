@@ -17,8 +17,8 @@ from launchers import mpirun
 from run_ranks import RankError, run_ranks
 from torch import nn
 
-from pycomm import InvalidArgumentError, MismatchError, _core, checkpoint
-from pycomm.checkpoint import folder
+from pycomm import CommTimeoutError, InvalidArgumentError, MismatchError, _core, checkpoint
+from pycomm.checkpoint import folder, saving
 
 RANKS = 3
 
@@ -448,44 +448,67 @@ def test_a_rank_that_raises_in_its_own_state_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_a_rank_that_is_too_slow_or_dies_while_it_writes(tmp_path: Path) -> None:
+def test_a_rank_that_is_too_slow_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gave_up = threading.Event()
+
+    class SlowDisk(saving.FileSystemWriter):
+        def write_data(self, *arguments: Any) -> Any:
+            if threading.current_thread().name == "rank 1":
+                gave_up.wait(30)
+            return super().write_data(*arguments)
+
+    monkeypatch.setattr(saving, "FileSystemWriter", SlowDisk)
+    path = tmp_path / "c"
+    worlds = _core.loopback_worlds([0, 0], timeout_s=1.0)
+    errors: dict[int, Exception] = {}
+
+    def save(rank: int) -> None:
+        try:
+            checkpoint.save(path, state_of(2), group=worlds[rank].group)
+        except Exception as error:
+            errors[rank] = error
+        gave_up.set()
+
+    threads = [threading.Thread(target=save, args=(r,), name=f"rank {r}") for r in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert isinstance(errors[0], CommTimeoutError)
+    for error in errors.values():
+        assert str(error).startswith(f"checkpoint.save({str(path)!r}): "), error
+        assert "rank 1" in str(error) and "What was there before is as it was" in str(error)
+    assert not path.exists()
+
+
+def test_a_rank_that_dies_while_it_writes(tmp_path: Path) -> None:
     path = tmp_path / "c"
     write(path, 1)
     result = mpirun(
         2,
         """
-        import os, signal, sys, time, pycomm, torch
+        import os, signal, sys, pycomm
         from pycomm.checkpoint import saving
         from torch import nn
 
+        pycomm.init()
         class Writer(saving.FileSystemWriter):
             def write_data(self, plan, planner):
                 if pycomm.rank() == 1:
-                    happens()
+                    os.kill(os.getpid(), signal.SIGKILL)
                 return super().write_data(plan, planner)
         saving.FileSystemWriter = Writer
-
-        def save(group):
-            model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-            try:
-                pycomm.checkpoint.save(sys.argv[1], {"model": model, "step": 2}, group=group)
-            except pycomm.CommError as error:
-                print(f"{type(error).__name__} on {pycomm.rank()}: {error}", flush=True)
-
-        pycomm.init(timeout_s=2)
-        group = pycomm.new_group([0, 1])
-        happens = lambda: time.sleep(4)
-        save(group)
-        happens = lambda: os.kill(os.getpid(), signal.SIGKILL)
-        save(None)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        try:
+            pycomm.checkpoint.save(sys.argv[1], {"model": model, "step": 2})
+        except pycomm.PeerLostError as error:
+            print(error, flush=True)
         """,
         str(path),
     )
-    assert result.returncode != 0
     call = re.escape(f"checkpoint.save('{path}')")
-    for error in ("CommTimeoutError on 0", "PeerLostError on 0"):
-        assert re.search(rf"{error}: {call}: .*rank 1", result.out), result
-    assert re.search(rf"Error on 1: {call}", result.out), result
+    assert result.returncode != 0
+    assert re.search(rf"{call}: .*rank 1(.|\n)*is as it was", result.out), result
     assert step_in(path) == 1
     write(path, 3, 2)
     assert step_in(path) == 3

@@ -28,6 +28,11 @@ T = TypeVar("T")
 
 METADATA = ".metadata"
 _TOKEN = ".seen-by-all-"
+_REMEDIES = {
+    "write": "Make room there, or save to another path; what was saved before is as it was.",
+    "read": "Take another checkpoint, if it is damaged or not all there.",
+    "remove": "Remove it by hand: the new checkpoint is in place.",
+}
 SECONDS_TO_SEE = 5.0
 """That a network file system may take to show one host what another has written."""
 
@@ -96,13 +101,14 @@ def sees(path: Path, token: str) -> bool:
 
 def put_in_place(path: Path, token: str) -> None:
     """Let what was written be the checkpoint at ``path``."""
-    with _explained("write", path):
+    with _explained("write", path, "A whole checkpoint is there, the new or the previous one."):
         (unfinished(path) / token).unlink()
         _sync(unfinished(path))
         if is_checkpoint(path):
             path.rename(replaced(path))
         unfinished(path).rename(path)
         _sync(path.parent)
+    with _explained("remove", replaced(path)):
         if replaced(path).exists():
             shutil.rmtree(replaced(path))
 
@@ -164,30 +170,23 @@ def host() -> str:
 class _explained:  # noqa: N801  # reads like contextlib's
     """Turns what goes wrong with a disk into an error that names path and remedy."""
 
-    def __init__(self, verb: str, path: Path) -> None:
+    def __init__(self, verb: str, path: Path, remedy: str = "") -> None:
         self._verb = verb
         self._path = path
+        self._remedy = remedy or _REMEDIES[verb]
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is None or isinstance(error, InvalidArgumentError):
+        if not isinstance(error, Exception) or isinstance(error, InvalidArgumentError):
             return
+        path: object = self._path
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if isinstance(error, OSError):
-            path = error.filename or self._path
-            reason = error.strerror or str(error)
-        elif isinstance(error, Exception):
-            path, reason = self._path, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        else:
-            return
-        remedy = (
-            "Make room there, or save to another path; what was saved before is as it was."
-            if self._verb == "write"
-            else "Take another checkpoint, if it is damaged or not all there."
-        )
+            path, reason = error.filename or path, error.strerror or str(error)
         raise InvalidArgumentError(
-            f"cannot {self._verb} {path} on {host()}: {reason}.\n  {remedy}"
+            f"cannot {self._verb} {path} on {host()}: {reason.rstrip('. ')}.\n  {self._remedy}"
         ) from error
 
 

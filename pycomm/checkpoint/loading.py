@@ -50,7 +50,8 @@ def load(
     Raises:
         InvalidArgumentError: on every rank, naming what is missing, unexpected, of another shape or
             dtype, cut off or not seen by a rank; the group stays usable, and nothing has been
-            changed unless the text says that a file cannot be read.
+            changed unless the text says that a file cannot be read, or that what is one tensor here
+            differs in the checkpoint.
         MismatchError: ranks passed different paths or names; the group stays usable.
         PeerLostError, CommTimeoutError: a rank ended, or took longer than the deadline.
 

@@ -91,6 +91,8 @@ class ModuleThing:
                 self._twins.append((first_names[memory], value, name, place))
             entry = self._entry(name, place)
             problem = saved.problem(entry)
+            if any(s == 0 and n > 1 for s, n in zip(value.stride(), value.shape, strict=True)):
+                problem = f"'{full_name}' is expanded here: its elements share memory"
             if problem:
                 problems.append(problem)
             else:

@@ -44,7 +44,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         saved = Saved.open(Path(os.path.realpath(folder.absolute(path))))
         found = saved.read_all()
     except InvalidArgumentError as error:
-        raise InvalidArgumentError(f"checkpoint.read({os.fspath(path)!r}): {error}") from error
+        raise InvalidArgumentError(f"checkpoint.read({str(path)!r}): {error}") from error
     result: dict[str, Any] = {
         name: {} for name, kind in saved.kinds.items() if kind in ("module", "optimizer")
     }

@@ -48,9 +48,10 @@ class Saved:
                 f"{place} was not written by pycomm.\n  Read it with torch.distributed.checkpoint."
             )
         found = saved.read(Wanted(values=[record.NAME]))[record.NAME]
-        if found["format"] > record.FORMAT:
+        version = folder.reading(place, lambda: int(found["format"]))
+        if version > record.FORMAT:
             raise InvalidArgumentError(
-                f"{place} has format {found['format']}, and this pycomm knows {record.FORMAT}.\n"
+                f"{place} has format {version}, and this pycomm knows {record.FORMAT}.\n"
                 "  Load it with the version that wrote it, or a newer one."
             )
         return dataclasses.replace(saved, record=found)

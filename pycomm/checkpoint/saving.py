@@ -70,7 +70,7 @@ def save(
     agree(call, place, things, group)
     call = f"checkpoint.save({str(place)!r})"
     place = Path(os.path.realpath(place))
-    with naming(call, "The checkpoint that was there before, if any, is as it was."):
+    with naming(call, "What was there before is as it was, unless the new one is whole and there."):
         planner = together(call, group, lambda: _planner(things))
         token = together(call, group, lambda: folder.prepare(place), root=0)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import re
 from typing import Any
 
 import torch
@@ -35,11 +36,12 @@ def encoded(name: str, value: Any) -> bytes:
         torch.save(pytree.tree_map_only(Tensor, _own_memory, value), file)
         decoded(file.getvalue())
     except Exception as error:  # whatever its own pickling raises
+        refused = re.search(r"WeightsUnpickler error: (.*?)( Please use |\n|$)", str(error))
+        reason = refused.group(1) if refused else str(error).strip().splitlines()[0]
         raise InvalidArgumentError(
-            f"'{name}' is a {type(value).__name__} that cannot be saved: "
-            f"{str(error).strip().splitlines()[0]}\n"
-            "  Values are loaded with weights_only=True: use tensors, numbers, strings, lists and "
-            "dicts, or allow a type with torch.serialization.add_safe_globals()."
+            f"'{name}' is a {type(value).__name__} that cannot be saved: {reason}\n"
+            "  Values are loaded with weights_only=True: use tensors, Python's numbers, strings, "
+            "lists and dicts, or allow a type with torch.serialization.add_safe_globals()."
         ) from error
     return file.getvalue()
 
