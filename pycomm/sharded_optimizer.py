@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pycomm._core import Group, ReduceOp
-from pycomm.clipping import scale_to_norm, total_norm
+from pycomm.clipping import Spread, SpreadModel, scale_to_norm, spreads_of, total_norm
 from pycomm.collectives import all_gather_into, all_reduce_, reduce_scatter_into
 from pycomm.errors import InvalidArgumentError
 from pycomm.gradient_sync import SyncOptions
@@ -151,16 +151,31 @@ class ShardedOptimizer(Optimizer):
         self._is_reduced = False
 
     def clip_grad_norm_(
-        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        *,
+        model: nn.Module | SpreadModel | None = None,
     ) -> Tensor:
         """``torch.nn.utils.clip_grad_norm_`` of the reduced gradients; returns their norm.
 
         Collective; between the last ``backward()`` and ``step()``. ``.grad`` stays as it is: what
         is multiplied is what ``step()`` will use.
+
+        Args:
+            model: where the parameters are part of a larger model: the ``Pipeline`` that has them,
+                or a module with layers of ``tensor_parallel``. The norm is that of all of it then.
         """
+        spreads = [Spread(self._group), *([] if model is None else spreads_of(model))]
         self.synchronize()
+        gradients = [
+            (piece.param, piece.shard.grad)
+            for piece in self._pieces
+            if piece.shard.grad is not None
+        ]
+        total = total_norm(gradients, norm_type, spreads)
         shards = [piece.shard for piece in self._pieces]
-        total = total_norm(shards, norm_type, self._group)
         return scale_to_norm(shards, total, max_norm, error_if_nonfinite, self._group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
