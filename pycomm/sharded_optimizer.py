@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
@@ -106,6 +107,12 @@ class ShardedOptimizer(Optimizer):
             ]
         )
         self._is_reduced = False
+        self._wait_seconds = 0.0
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds spent reducing gradients and gathering parameters, since it was made."""
+        return self._wait_seconds
 
     # --- the training loop ------------------------------------------------------------------------
 
@@ -123,8 +130,10 @@ class ShardedOptimizer(Optimizer):
         for own, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             inner.update({k: v for k, v in own.items() if not k.startswith("param")})
         self._inner.step()
+        started = time.perf_counter()
         for flat in self._flats:
             flat.share_parameters(self._group)
+        self._wait_seconds += time.perf_counter() - started
         self._is_reduced = False
         return loss
 
@@ -135,6 +144,7 @@ class ShardedOptimizer(Optimizer):
         """
         if self._is_reduced:
             return
+        started = time.perf_counter()
         params = [param for flat in self._flats for param in flat.params]
         used = torch.tensor([param.grad is not None for param in params], dtype=torch.uint8)
         all_reduce_(used, ReduceOp.MAX, group=self._group)
@@ -143,6 +153,7 @@ class ShardedOptimizer(Optimizer):
             flat.reduce_gradients(self._op, self._group)
             for piece in flat.pieces:
                 piece.shard.grad = piece.gradient if by_param[id(piece.param)] else None
+        self._wait_seconds += time.perf_counter() - started
         self._is_reduced = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
