@@ -46,7 +46,8 @@ class RunFolder:
             )
 
     def record(self, row: dict[str, float], state: dict[str, Any]) -> None:
-        """Write what was measured, and a checkpoint from which a run can go on from here."""
+        """Write what rank 0 measured, and a checkpoint from which a run can go on from here."""
+        row = pycomm.broadcast_object(row)
         self.history.append(row)
         pycomm.checkpoint.save(self.path / "checkpoint", {**state, "history": self.history})
         if pycomm.rank() != 0:

@@ -3,6 +3,9 @@
 Importing starts nothing: no thread, no MPI. ``init()`` joins the other ranks.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from pycomm import compression, pipeline, tensor_parallel
 from pycomm._core import Algorithm, Group, ReduceOp
 from pycomm.clipping import clip_grad_norm_
@@ -72,6 +75,9 @@ from pycomm.sharded_optimizer import ShardedOptimizer
 from pycomm.state import broadcast_optimizer_state, broadcast_parameters
 from pycomm.work import Work
 
+if TYPE_CHECKING:
+    from pycomm import checkpoint
+
 __all__ = [
     "Algorithm",
     "CommError",
@@ -108,6 +114,7 @@ __all__ = [
     "broadcast_object",
     "broadcast_optimizer_state",
     "broadcast_parameters",
+    "checkpoint",
     "clip_grad_norm_",
     "compression",
     "gather",
@@ -142,3 +149,10 @@ __all__ = [
     "size",
     "tensor_parallel",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``checkpoint``, when it is first asked for: torch's part of it takes half a second."""
+    if name == "checkpoint":
+        return importlib.import_module("pycomm.checkpoint")
+    raise AttributeError(f"module 'pycomm' has no attribute {name!r}")

@@ -317,6 +317,15 @@ class DistributedOptimizer(Optimizer):
             self._sync.gradients_zeroed()
             self._sync.step_done()
 
+    @property
+    def optimizer_class(self) -> type[Optimizer]:
+        """Of the wrapped optimizer."""
+        return type(self._inner)
+
+    def named_by_user(self) -> list[tuple[str, Tensor]]:
+        """The parameters whose names were given in ``named_parameters``."""
+        return self._parameters.named_by_user()
+
     # --- an Optimizer by delegation ---------------------------------------------------------------
 
     @property

@@ -72,6 +72,10 @@ class OwnedParameters:
             _owners[id(param)] = self
         return added
 
+    def named_by_user(self) -> list[tuple[str, Tensor]]:
+        """Those that got their names from ``named_parameters``."""
+        return [(name, param) for name, param in self.named if id(param) in self._names]
+
     def _learn_names(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         by_name: dict[str, Tensor] = {}
         if not isinstance(named_parameters, Iterable):

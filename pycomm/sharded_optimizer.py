@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +18,7 @@ from pycomm.errors import InvalidArgumentError
 from pycomm.gradient_sync import SyncOptions
 from pycomm.memory import dense_strides
 from pycomm.objects import all_gather_object
+from pycomm.optimizer_state import install_state, options_of
 from pycomm.owned_parameters import OwnedParameters
 from pycomm.runtime import group_of
 
@@ -99,7 +100,7 @@ class ShardedOptimizer(Optimizer):
         self._inner: Optimizer = make(
             [
                 {
-                    **{key: value for key, value in own.items() if not key.startswith("param")},
+                    **options_of(own),
                     "params": [p.shard for p in self._pieces if p.param_group == number]
                     or [torch.nn.Parameter(torch.empty(0))],
                 }
@@ -128,7 +129,7 @@ class ShardedOptimizer(Optimizer):
                 loss = closure()
         self.synchronize()
         for own, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
-            inner.update({k: v for k, v in own.items() if not k.startswith("param")})
+            inner.update(options_of(own))
         self._inner.step()
         started = time.perf_counter()
         for flat in self._flats:
@@ -270,9 +271,41 @@ class ShardedOptimizer(Optimizer):
                 }
         self._take_options(groups)
 
+    @property
+    def optimizer_class(self) -> type[Optimizer]:
+        """Of the optimizer that is divided."""
+        return type(self._inner)
+
+    def state_pieces(self) -> list[StatePiece]:
+        """What this rank keeps of the state; together the ranks have each element once."""
+        return [
+            StatePiece(
+                piece.param,
+                piece.begin,
+                piece.shard.numel(),
+                dict(self._inner.state.get(piece.shard, {})),
+            )
+            for piece in self._pieces
+        ]
+
+    def load_state_pieces(
+        self, states: Sequence[Mapping[str, Any]], options: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Replace this rank's state. No communication.
+
+        Args:
+            states: of each of ``state_pieces()``, in that order; empty for none.
+            options: of each param group, such as ``lr``; what is not there stays as it is.
+        """
+        of_shards: dict[Tensor, Mapping[str, Any]] = {
+            piece.shard: state for piece, state in zip(self._pieces, states, strict=True) if state
+        }
+        install_state(self._inner, of_shards, options)
+        self._take_options(self._inner.param_groups)
+
     def _take_options(self, groups: Iterable[dict[str, Any]]) -> None:
         for own, theirs in zip(self.param_groups, groups, strict=True):
-            own.update({k: v for k, v in theirs.items() if not k.startswith("param")})
+            own.update(options_of(theirs))
 
     def _numbers(self) -> dict[int, int]:
         """How a state_dict numbers parameters, by id."""
@@ -288,6 +321,22 @@ class ShardedOptimizer(Optimizer):
             "a ShardedOptimizer belongs to its process: it cannot be pickled or copied.\n"
             "  Save optimizer.full_state_dict(), which loads into the bare optimizer too."
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class StatePiece:
+    """One rank's share of the state of a parameter: that of a run of its elements.
+
+    Args:
+        param: the whole parameter.
+        begin, count: of the run, in the order of the parameter's memory (``dense_strides``).
+        state: 1-D tensors with a value for each element, and what holds for all elements.
+    """
+
+    param: Tensor
+    begin: int
+    count: int
+    state: dict[str, Any]
 
 
 @dataclasses.dataclass(eq=False)

@@ -137,6 +137,7 @@ class Pipeline:
         """This rank's layers, by their names in the ``nn.Sequential``; stages, by their numbers."""
         self._parameters = list(self.module.parameters())
         self._ties = Ties(pieces, here, ties, self._schedule.rank_of, self._group)
+        self._is_sequential = isinstance(model, nn.Sequential)
         self._device = torch.device(_device(self.module) if device is None else device)
         self._stages = [Stage(stage, here[stage], recompute=recompute) for stage in here]
         self._executor = Executor(
@@ -253,6 +254,23 @@ class Pipeline:
         """Take this rank's part out of the whole model's, or of its own."""
         own = self.module.state_dict().keys()
         self.module.load_state_dict({k: v for k, v in state_dict.items() if k in own})
+
+    def stages_of_parameters(self) -> dict[str, int]:
+        """The stage of each of this rank's parameters, under each of its names."""
+        return {
+            self._whole_name(stage.number, name): stage.number
+            for stage in self._stages
+            for name, _ in stage.module.named_parameters(remove_duplicate=False)
+        }
+
+    def tied_names(self) -> list[list[str]]:
+        """Names in the whole model of each parameter that stages share; the same on every rank."""
+        return [
+            [self._whole_name(stage, name) for stage, name in names] for names in self._ties.names
+        ]
+
+    def _whole_name(self, stage: int, name: str) -> str:
+        return name if self._is_sequential else f"{stage}.{name}"
 
     def train(self, mode: bool = True) -> Pipeline:
         """As ``nn.Module.train``."""

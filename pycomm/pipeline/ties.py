@@ -48,6 +48,8 @@ class Ties:
         except InvalidArgumentError as error:
             mistake = error
         raise_together("Pipeline", mistake, group)
+        self.names: list[tuple[_Name, ...]] = ties
+        """Of each shared parameter: stages, and its names there."""
         for rank, theirs in enumerate(all_gather_object(ties, group=group)):
             if theirs != ties:
                 raise MismatchError(

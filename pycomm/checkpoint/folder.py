@@ -1,0 +1,216 @@
+"""The folder of a checkpoint: written under another name, and then put in place.
+
+::
+
+    path.unfinished    being written; without ``.metadata`` until everything else is there
+    path               a checkpoint
+    path.replaced      the previous one, between the two renames that replace it
+
+Whatever moment a crash chooses, ``path`` or else ``path.replaced`` is a whole checkpoint, if there
+was one before.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from pycomm.checkpoint.contents import listed
+from pycomm.errors import InvalidArgumentError
+
+T = TypeVar("T")
+
+METADATA = ".metadata"
+_TOKEN = ".seen-by-all-"
+SECONDS_TO_SEE = 5.0
+"""That a network file system may take to show one host what another has written."""
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """Where a checkpoint is, whatever the working directory will be.
+
+    Raises:
+        InvalidArgumentError: that is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise InvalidArgumentError(f"path is {path!r}. Pass the path of a folder.")
+    text = os.fspath(path)
+    if not isinstance(text, str) or "://" in text:
+        raise InvalidArgumentError(f"path is {path!r}. Pass the path of a folder, as a str.")
+    place = Path(os.path.abspath(text))
+    if not place.name:
+        raise InvalidArgumentError(f"path is {path!r}. Pass the path of a folder of its own.")
+    return place
+
+
+def unfinished(path: Path) -> Path:
+    """Where the next checkpoint at ``path`` is written."""
+    return path.with_name(path.name + ".unfinished")
+
+
+def replaced(path: Path) -> Path:
+    """Where the previous checkpoint is while it is replaced."""
+    return path.with_name(path.name + ".replaced")
+
+
+def prepare(path: Path) -> str:
+    """Make an empty folder to write to, and a file there by which other ranks recognise it.
+
+    Raises:
+        InvalidArgumentError: ``path`` is something else than a checkpoint, or cannot be written.
+    """
+    token = _TOKEN + uuid.uuid4().hex
+    with _explained("write", path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for place in (path, unfinished(path), replaced(path)):
+            _refuse_other(place)
+        if replaced(path).exists():  # a crash between two renames, or after both
+            if is_checkpoint(path):
+                shutil.rmtree(replaced(path))
+            else:
+                replaced(path).rename(path)
+        discard(path)
+        unfinished(path).mkdir()
+        (unfinished(path) / token).touch()
+    return token
+
+
+def sees(path: Path, token: str) -> bool:
+    """Whether this rank's ``path`` is the one that rank 0 prepared."""
+    deadline = time.monotonic() + SECONDS_TO_SEE
+    while True:
+        if unfinished(path).is_dir() and token in os.listdir(unfinished(path)):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+
+
+def put_in_place(path: Path, token: str) -> None:
+    """Let what was written be the checkpoint at ``path``."""
+    with _explained("write", path):
+        (unfinished(path) / token).unlink()
+        _sync(unfinished(path))
+        if is_checkpoint(path):
+            path.rename(replaced(path))
+        unfinished(path).rename(path)
+        _sync(path.parent)
+        if replaced(path).exists():
+            shutil.rmtree(replaced(path))
+
+
+def discard(path: Path) -> None:
+    """Remove what was written and not put in place, if there is any."""
+    if unfinished(path).exists():
+        shutil.rmtree(unfinished(path))
+
+
+def find(path: Path) -> Path:
+    """The folder to read.
+
+    Raises:
+        InvalidArgumentError: there is no checkpoint.
+    """
+    with _explained("read", path):
+        if is_checkpoint(path):
+            return path
+        if not path.exists() and is_checkpoint(replaced(path)):
+            return replaced(path)
+        if path.is_dir():
+            problem = f"{path} is a folder without {METADATA}, no checkpoint"
+        elif path.exists():
+            problem = f"{path} is a file, and a checkpoint is a folder"
+        else:
+            problem = f"there is no {path}"
+        if unfinished(path).exists():
+            problem += f".\n  {unfinished(path)} is what a save left that did not complete"
+        raise InvalidArgumentError(problem + ".")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a whole checkpoint is there."""
+    return (path / METADATA).is_file()
+
+
+def reading(path: Path, action: Callable[[], T]) -> T:
+    """What ``action``, which reads ``path``, returns; with errors that say what to do.
+
+    Raises:
+        InvalidArgumentError: it raised anything else.
+    """
+    with _explained("read", path):
+        return action()
+
+
+def writing(path: Path, action: Callable[[], T]) -> T:
+    """Likewise, for what writes ``path``."""
+    with _explained("write", path):
+        return action()
+
+
+def host() -> str:
+    """This rank's, for errors."""
+    return os.environ.get("PYCOMM_HOST") or socket.gethostname()
+
+
+class _explained:  # noqa: N801  # reads like contextlib's
+    """Turns what goes wrong with a disk into an error that names path and remedy."""
+
+    def __init__(self, verb: str, path: Path) -> None:
+        self._verb = verb
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None or isinstance(error, InvalidArgumentError):
+            return
+        if isinstance(error, OSError):
+            path = error.filename or self._path
+            reason = error.strerror or str(error)
+        elif isinstance(error, Exception):
+            path, reason = self._path, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        else:
+            return
+        remedy = (
+            "Make room there, or save to another path; what was saved before is as it was."
+            if self._verb == "write"
+            else "Take another checkpoint, if it is damaged or not all there."
+        )
+        raise InvalidArgumentError(
+            f"cannot {self._verb} {path} on {host()}: {reason}.\n  {remedy}"
+        ) from error
+
+
+def _refuse_other(place: Path) -> None:
+    """Refuse to replace what pycomm has not written."""
+    if not os.path.lexists(place):
+        return
+    if not place.is_dir():
+        raise InvalidArgumentError(f"{place} is no folder.\n  Save to another path.")
+    foreign = sorted(name for name in os.listdir(place) if not _is_ours(name))
+    if foreign:
+        raise InvalidArgumentError(
+            f"{place} would be replaced, and holds {listed(foreign)} beside or instead of a "
+            "checkpoint.\n  Save to another path, or move that away."
+        )
+
+
+def _is_ours(name: str) -> bool:
+    return name.endswith(".distcp") or name.startswith((METADATA, _TOKEN, ".nfs"))
+
+
+def _sync(folder: Path) -> None:
+    """Let names survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,141 @@
+"""``save``: what all ranks have, each part once, into one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.storage import WriteResult
+
+from pycomm._core import Group
+from pycomm.checkpoint import folder
+from pycomm.checkpoint.contents import Contents
+from pycomm.checkpoint.optimizer import OptimizerThing
+from pycomm.checkpoint.save_plan import Planner
+from pycomm.checkpoint.thing import Thing
+from pycomm.checkpoint.things import agree, things_of
+from pycomm.checkpoint.together import together
+from pycomm.errors import InvalidArgumentError
+from pycomm.objects import all_gather_object, broadcast_object, gather_object, scatter_object
+from pycomm.runtime import group_of
+
+
+def save(
+    path: str | os.PathLike[str], state: Mapping[str, Any], *, group: Group | None = None
+) -> None:
+    """Write a checkpoint that loads into any layout: other ``dp``, ``pp``, ``tp``, or one process.
+
+    ::
+
+        pycomm.checkpoint.save("run/latest", {"model": pipeline, "optimizer": optimizer,
+                                              "scheduler": scheduler, "step": step})
+
+    The folder has the format of ``torch.distributed.checkpoint``, each tensor's parts written once,
+    by the ranks in turns. A checkpoint that is at ``path`` is replaced when the new one is whole
+    and on the disk; until then, and after a crash at any moment, ``load`` finds the previous one.
+
+    Args:
+        path: of the folder, the same on every rank, on a file system that all ranks see.
+        state: by name, the same names on every rank: an ``nn.Module`` (its layers split over ranks
+            or not) or a ``Pipeline``, of which each rank has its part; an optimizer, bare, in a
+            ``DistributedOptimizer`` or a ``ShardedOptimizer``, whose parameters get their names
+            from the modules beside it; anything with ``state_dict`` and ``load_state_dict``; or
+            values that ``torch.load(weights_only=True)`` takes: tensors, numbers, strings, lists,
+            dicts. Objects and values are the same on every rank.
+        group: the ranks that share the state, the world if None; every one of them makes this call.
+
+    Raises:
+        InvalidArgumentError: on every rank, if one cannot write, does not see what the others
+            write, or has something that cannot be saved or differs; the group stays usable and the
+            previous checkpoint as it is.
+        MismatchError: ranks passed different paths or names; the group stays usable.
+        PeerLostError, CommTimeoutError: a rank ended, or took longer than the deadline. The next
+            ``save`` removes what is left of this one.
+
+    Replicas are not compared. Of buffers, such as the averages of a BatchNorm, which data-parallel
+    replicas have each of their own, the lowest rank's are written.
+
+    Cost: each rank writes about its share of all bytes, and waits until they are on the disk.
+    Memory: no second copy of what lies on the CPU in one piece; else of one tensor at a time.
+    """
+    call = "checkpoint.save"
+    group = group_of(group, call)
+    place = together(call, group, lambda: folder.absolute(path))
+    things = together(call, group, lambda: things_of(state))
+    agree(call, place, things, group)
+    call = f"checkpoint.save({str(place)!r})"
+    place = Path(os.path.realpath(place))
+    planner = together(call, group, lambda: _planner(things))
+    token = together(call, group, lambda: folder.prepare(place), root=0)
+    try:
+        _check_all_see(call, place, broadcast_object(token, group=group), group)
+        _write(call, place, planner, group)
+        together(call, group, lambda: folder.put_in_place(place, token), root=0)
+    except InvalidArgumentError:
+        if group.rank == 0:  # every rank has ended its part
+            with contextlib.suppress(OSError):  # the reason is under way; the next save tries again
+                folder.discard(place)
+        raise
+
+
+def _planner(things: list[Thing]) -> Planner:
+    contents = Contents()
+    for thing in things:
+        contents.add(thing.contents())
+    return Planner(
+        contents,
+        {thing.name: thing.kind for thing in things},
+        {thing.name: thing.record() for thing in things if isinstance(thing, OptimizerThing)},
+    )
+
+
+def _check_all_see(call: str, place: Path, token: str, group: Group) -> None:
+    seen = together(call, group, lambda: folder.reading(place, lambda: folder.sees(place, token)))
+    everyones = all_gather_object((seen, folder.host()), group=group)
+    for rank, (its_seen, its_host) in enumerate(everyones):
+        if not its_seen:
+            raise InvalidArgumentError(
+                f"{call} on rank {group.rank}: rank {rank} on {its_host} does not see "
+                f"{folder.unfinished(place)}, which rank 0 has made on {everyones[0][1]}: they "
+                "have no file system in common there.\n  Pass a path on one that all ranks share."
+            )
+
+
+def _write(call: str, place: Path, planner: Planner, group: Group) -> None:
+    """The sequence that torch lays down for its planners and writers, over pycomm's group."""
+    target = folder.unfinished(place)
+    writer = FileSystemWriter(target)
+    writer.set_up_storage_writer(group.rank == 0)
+    plan = together(
+        call,
+        group,
+        lambda: folder.writing(
+            target, lambda: writer.prepare_local_plan(planner.create_local_plan())
+        ),
+    )
+    plans = gather_object(plan, group=group)
+
+    def global_plan() -> tuple[list[Any], Any]:
+        assert plans is not None
+        shared_out, metadata = planner.create_global_plan(plans)
+        return writer.prepare_global_plan(shared_out), metadata
+
+    planned = together(call, group, global_plan, root=0)
+    mine = planner.finish_plan(scatter_object(planned[0] if group.rank == 0 else None, group=group))
+
+    def write_data() -> list[WriteResult]:
+        return writer.write_data(mine, planner).wait() if mine.items else []
+
+    written = together(call, group, functools.partial(folder.writing, target, write_data))
+    results = gather_object(written, group=group)
+
+    def finish() -> None:
+        assert results is not None
+        writer.finish(planned[1], results)
+
+    together(call, group, functools.partial(folder.writing, target, finish), root=0)

@@ -1,0 +1,91 @@
+"""From what the user passes to things, alike on all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from pycomm._core import Group
+from pycomm.checkpoint import folder, record
+from pycomm.checkpoint.contents import SEPARATOR, listed
+from pycomm.checkpoint.module import ModuleThing, table_of
+from pycomm.checkpoint.optimizer import OptimizerThing
+from pycomm.checkpoint.plain import ObjectThing, ValueThing
+from pycomm.checkpoint.thing import Thing
+from pycomm.errors import InvalidArgumentError, MismatchError
+from pycomm.objects import all_gather_object
+from pycomm.pipeline import Pipeline
+
+
+def things_of(state: Mapping[str, Any]) -> list[Thing]:
+    """What each name stands for.
+
+    Raises:
+        InvalidArgumentError: a name that cannot be one, or something without a state.
+    """
+    if not isinstance(state, Mapping) or not state:
+        raise InvalidArgumentError(
+            f"state is {state!r}.\n  Pass names with what to save: "
+            '{"model": model, "optimizer": optimizer, "epoch": epoch}.'
+        )
+    for name in state:
+        if not isinstance(name, str) or not name or SEPARATOR in name or name == record.NAME:
+            raise InvalidArgumentError(
+                f"state has the name {name!r}.\n  Use names of one word, without dots, other than "
+                f"{record.NAME!r}."
+            )
+    modules = [
+        ModuleThing(name, thing)
+        for name, thing in state.items()
+        if isinstance(thing, (nn.Module, Pipeline))
+    ]
+    made: dict[str, Thing] = {module.name: module for module in modules}
+    table, ties = table_of(modules), {module.name: module.ties for module in modules}
+    for name, thing in state.items():
+        if isinstance(thing, Optimizer):
+            made[name] = OptimizerThing(name, thing, table, ties)
+        elif name in made:
+            continue
+        elif hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict"):
+            made[name] = ObjectThing(name, thing)
+        else:
+            made[name] = ValueThing(name, thing)
+    return [made[name] for name in state]
+
+
+def agree(call: str, path: Path, things: list[Thing], group: Group) -> None:
+    """See to it that all ranks mean the same, and how parameters are called. Collective.
+
+    Raises:
+        MismatchError: ranks passed different paths or names; the group stays usable.
+    """
+    mine = {thing.name: thing.kind for thing in things}
+    optimizers = [thing for thing in things if isinstance(thing, OptimizerThing)]
+    modules = {optimizer.name: optimizer.modules() for optimizer in optimizers}
+    everyones = all_gather_object((str(path), mine, modules, folder.host()), group=group)
+    first_path, first, _, first_host = everyones[0]
+    for rank, (its_path, its_things, _, its_host) in enumerate(everyones):
+        if its_path != first_path:
+            raise MismatchError(
+                f"{call} on rank {group.rank}: path is {first_path} on rank 0 ({first_host}) and "
+                f"{its_path} on rank {rank} ({its_host}).\n  Pass the same on every rank; a "
+                "relative one depends on the working directory."
+            )
+        if its_things != first:
+            different = [
+                f"'{name}' ({first.get(name, 'not there')} and {its_things.get(name, 'not there')})"
+                for name in {**first, **its_things}
+                if first.get(name) != its_things.get(name)
+            ]
+            raise MismatchError(
+                f"{call} on rank {group.rank}: ranks 0 and {rank} pass different things: "
+                f"{listed(different)}.\n  Pass the same names on every rank; a value that only one "
+                "rank has goes to the others with broadcast_object."
+            )
+    for optimizer in optimizers:
+        used = set().union(*(its_modules[optimizer.name] for _, _, its_modules, _ in everyones))
+        optimizer.has_prefixes = len(used - {""}) > 1

@@ -1,0 +1,38 @@
+"""Steps that all ranks take, and that fail on all ranks if they fail on one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from pycomm._core import Group
+from pycomm.errors import CommError, InvalidArgumentError
+from pycomm.objects import raise_together
+
+T = TypeVar("T")
+
+
+def together(call: str, group: Group, action: Callable[[], T], *, root: int | None = None) -> T:
+    """What ``action`` returns here, once it has returned on every rank.
+
+    Args:
+        call: for errors, and for the watch over ranks that do not come.
+        root: the only rank to act; the others get None.
+
+    Raises:
+        InvalidArgumentError: on every rank, if it raised anything on one.
+        PeerLostError, CommTimeoutError: a rank did not come back from it.
+    """
+    result: T | None = None
+    mistake: Exception | None = None
+    if root is None or group.rank == root:
+        try:
+            result = action()
+        except InvalidArgumentError as error:
+            mistake = error
+        except CommError:
+            raise
+        except Exception as error:  # of a disk, of a user's class
+            mistake = error
+    raise_together(call, mistake, group)
+    return result  # type: ignore[return-value]  # None where another rank acted
