@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import importlib
 import re
 from pathlib import Path
 
@@ -25,7 +26,6 @@ pytestmark = pytest.mark.timeout(180)
     ("arguments", "most"),
     [
         (("--dp", "2", "--pp", "2"), 0.0),
-        (("--pp", "2", "--schedule", "zero_bubble", "--zero"), 0.0),
         (("--pp", "2", "--tp", "2"), 1e-11),  # AdamW divides small gradients by their own size
     ],
 )
@@ -65,16 +65,32 @@ def test_a_run_goes_on_in_another_layout(tmp_path: Path) -> None:
         (("--dp", "3"), "2 ranks are not --dp 3 x --pp 1 x --tp 1"),
         (("--tp", "8"), "2 ranks are no multiple of --pp 1 x --tp 8"),
         (("--batch", "3"), "--batch 3 does not divide among 2 replicas"),
-        (("--batch", "4"), "--micro-batches 4 are more than the 2 passages"),
-        (("--resume", "nowhere"), "--resume: .*there is no .*nowhere"),
+        (
+            ("--batch", "4"),
+            "--micro-batches 4 are more than the 2 passages that each of 2",
+        ),
+        (("--verify", "--resume", "latest"), "--verify repeats the whole training"),
     ],
 )
-def test_wrong_arguments_are_said_once(
-    arguments: tuple[str, ...], message: str, tmp_path: Path
+def test_wrong_arguments(
+    arguments: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = run(2, *arguments, cwd=tmp_path)
-    assert done.returncode == 2
+    monkeypatch.syspath_prepend(example_runs.EXAMPLES)
+    monkeypatch.setattr("pycomm.size", lambda: 2)
+    monkeypatch.setattr("pycomm.rank", lambda: 0)
+    monkeypatch.setattr("sys.argv", ["train_gpt.py", *arguments])
+    gpt_arguments = importlib.reload(importlib.import_module("gpt_arguments"))
+    with pytest.raises(SystemExit):
+        gpt_arguments.parse_arguments()
+    assert f"train_gpt.py: error: {message}" in capsys.readouterr().err
+
+
+def test_what_cannot_be_resumed_is_said_once(tmp_path: Path) -> None:
+    done = run(2, "--resume", "nowhere", cwd=tmp_path)
     said = done.stdout + done.stderr
-    assert said.count("train_gpt.py: error: ") == 1
-    assert re.search(message, said), said
-    assert "Traceback" not in said
+    assert done.returncode == 2 and "Traceback" not in said
+    assert said.count("train_gpt.py: error: --resume: ") == 1
+    assert re.search("there is no .*nowhere", said), said
