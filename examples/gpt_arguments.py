@@ -21,7 +21,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--schedule", choices=SCHEDULES, default="1f1b", help="of the pipeline")
     parser.add_argument("--micro-batches", type=at_least(1), default=4, metavar="M")
     parser.add_argument("--zero", action="store_true", help="share the optimizer's state out")
-    parser.add_argument("--steps", type=at_least(1), default=300, help="until when to train")
+    parser.add_argument("--steps", type=at_least(1), default=600, help="until when to train")
     parser.add_argument(
         "--every", type=at_least(1), default=100, metavar="STEPS", help="test and save so often"
     )
