@@ -81,7 +81,7 @@ def vocab_parallel_cross_entropy(
             group,
             f"logits have {length} classes, and of {total} this rank's share is {end - begin}.",
         )
-    check_same(call, "target", target, group)
+    check_same("cross entropy", "target", target, group)
     ignored = target == ignore_index
     known = ignored | ((target >= 0) & (target < total))
     if target.is_cpu and not bool(known.all()):

@@ -102,7 +102,7 @@ class VocabParallelEmbedding(SplitModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """See the class."""
-        check_same("VocabParallelEmbedding", "tokens", tokens, self.group)
+        check_same("embedding", "tokens", tokens, self.group)
         here = (tokens >= self._begin) & (tokens < self._end)
         known = (tokens >= 0) & (tokens < self.num_embeddings)
         # A token that no rank has stays one that torch refuses.
