@@ -67,6 +67,8 @@ def prepare(path: Path) -> str:
     """
     token = _TOKEN + uuid.uuid4().hex
     with _explained("write", path.parent):
+        if path.parent.exists() and not path.parent.is_dir():
+            raise InvalidArgumentError(f"{path.parent} is no folder.\n  Save to another path.")
         path.parent.mkdir(parents=True, exist_ok=True)
         for place in (path, unfinished(path), replaced(path)):
             _refuse_other(place)

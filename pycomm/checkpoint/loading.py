@@ -13,7 +13,7 @@ from pycomm.checkpoint.contents import Wanted, joined, listed
 from pycomm.checkpoint.saved import Saved
 from pycomm.checkpoint.thing import Thing
 from pycomm.checkpoint.things import agree, things_of
-from pycomm.checkpoint.together import together
+from pycomm.checkpoint.together import naming, together
 from pycomm.errors import InvalidArgumentError
 from pycomm.objects import all_gather_object, gather_object
 from pycomm.runtime import group_of
@@ -66,15 +66,16 @@ def load(
     things = together(call, group, lambda: things_of(state))
     agree(call, place, things, group)
     call = f"checkpoint.load({str(place)!r})"
-    saved = _open(call, Path(os.path.realpath(place)), group)
-    together(call, group, lambda: _check_kinds(saved, things, partial))
-    wanted = together(call, group, lambda: _wanted(saved, things))
-    _check_names(call, saved, things, group)
-    together(call, group, lambda: saved.check_files(wanted))
-    values = together(call, group, lambda: saved.read(Wanted(values=wanted.values)))
-    together(call, group, lambda: _check(things, values))
-    together(call, group, lambda: saved.read(Wanted(tensors=wanted.tensors)))
-    together(call, group, lambda: _install(things, values))
+    with naming(call, "What is being restored may be so in part; load it again."):
+        saved = _open(call, Path(os.path.realpath(place)), group)
+        together(call, group, lambda: _check_kinds(saved, things, partial))
+        wanted = together(call, group, lambda: _wanted(saved, things))
+        _check_names(call, saved, things, group)
+        together(call, group, lambda: saved.check_files(wanted))
+        values = together(call, group, lambda: saved.read(Wanted(values=wanted.values)))
+        together(call, group, lambda: _check(things, values))
+        together(call, group, lambda: saved.read(Wanted(tensors=wanted.tensors)))
+        together(call, group, lambda: _install(things, values))
     return {name: values[name] for name, kind in saved.kinds.items() if kind == "value"}
 
 

@@ -19,7 +19,7 @@ from pycomm.checkpoint.optimizer import OptimizerThing
 from pycomm.checkpoint.save_plan import Planner
 from pycomm.checkpoint.thing import Thing
 from pycomm.checkpoint.things import agree, things_of
-from pycomm.checkpoint.together import together
+from pycomm.checkpoint.together import naming, together
 from pycomm.errors import InvalidArgumentError
 from pycomm.objects import all_gather_object, broadcast_object, gather_object, scatter_object
 from pycomm.runtime import group_of
@@ -70,17 +70,18 @@ def save(
     agree(call, place, things, group)
     call = f"checkpoint.save({str(place)!r})"
     place = Path(os.path.realpath(place))
-    planner = together(call, group, lambda: _planner(things))
-    token = together(call, group, lambda: folder.prepare(place), root=0)
-    try:
-        _check_all_see(call, place, broadcast_object(token, group=group), group)
-        _write(call, place, planner, group)
-        together(call, group, lambda: folder.put_in_place(place, token), root=0)
-    except InvalidArgumentError:
-        if group.rank == 0:  # every rank has ended its part
-            with contextlib.suppress(OSError):  # the reason is under way; the next save tries again
-                folder.discard(place)
-        raise
+    with naming(call, "The checkpoint that was there before, if any, is as it was."):
+        planner = together(call, group, lambda: _planner(things))
+        token = together(call, group, lambda: folder.prepare(place), root=0)
+        try:
+            _check_all_see(call, place, broadcast_object(token, group=group), group)
+            _write(call, place, planner, group)
+            together(call, group, lambda: folder.put_in_place(place, token), root=0)
+        except InvalidArgumentError:
+            if group.rank == 0:  # every rank has ended its part
+                with contextlib.suppress(OSError):  # the error is on its way; the next save tries
+                    folder.discard(place)
+            raise
 
 
 def _planner(things: list[Thing]) -> Planner:

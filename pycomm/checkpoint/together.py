@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from pycomm._core import Group
-from pycomm.errors import CommError, InvalidArgumentError
+from pycomm.errors import (
+    CommError,
+    CommTimeoutError,
+    InvalidArgumentError,
+    MismatchError,
+    PeerLostError,
+)
 from pycomm.objects import raise_together
 
 T = TypeVar("T")
@@ -16,7 +23,7 @@ def together(call: str, group: Group, action: Callable[[], T], *, root: int | No
     """What ``action`` returns here, once it has returned on every rank.
 
     Args:
-        call: for errors, and for the watch over ranks that do not come.
+        call: for errors.
         root: the only rank to act; the others get None.
 
     Raises:
@@ -36,3 +43,12 @@ def together(call: str, group: Group, action: Callable[[], T], *, root: int | No
             mistake = error
     raise_together(call, mistake, group)
     return result  # type: ignore[return-value]  # None where another rank acted
+
+
+@contextlib.contextmanager
+def naming(call: str, consequence: str) -> Iterator[None]:
+    """Let errors about ranks that do not come say what they were awaited for."""
+    try:
+        yield
+    except (CommTimeoutError, MismatchError, PeerLostError) as error:
+        raise type(error)(f"{call}: {error}\n  {consequence}") from error

@@ -1,0 +1,481 @@
+"""What goes wrong with disks, arguments and ranks: an error on all of them, and nothing lost."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launchers import mpirun
+from run_ranks import RankError, run_ranks
+from torch import nn
+
+from pycomm import InvalidArgumentError, MismatchError, _core, checkpoint
+from pycomm.checkpoint import folder
+
+RANKS = 3
+
+
+def state_of(step: int, width: int = 4, **more: Any) -> dict[str, Any]:
+    model = nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2))
+    with torch.no_grad():
+        for param in model.parameters():
+            param.fill_(step)
+    return {"model": model, "optimizer": torch.optim.Adam(model.parameters()), "step": step, **more}
+
+
+def write(path: Path, step: int, ranks: int = 1) -> None:
+    run_ranks(ranks, lambda group: checkpoint.save(path, state_of(step), group=group))
+
+
+def step_in(path: Path) -> int:
+    """The step of a checkpoint, all of which is of that step."""
+
+    def load(group: _core.Group) -> int:
+        state = state_of(0)
+        step = checkpoint.load(path, state, group=group)["step"]
+        assert all(bool((param == step).all()) for param in state["model"].parameters())
+        return int(step)
+
+    return run_ranks(1, load)[0]
+
+
+def refused(
+    body: Callable[[_core.Group], Any],
+    pattern: str,
+    kind: type[Exception] = InvalidArgumentError,
+    ranks: int = RANKS,
+) -> None:
+    """Every rank raises ``kind`` with a text like ``pattern``, and the group stays usable."""
+
+    def attempt(group: _core.Group) -> None:
+        with pytest.raises(kind, match=pattern):
+            body(group)
+        group.barrier()
+
+    run_ranks(ranks, attempt)
+
+
+def saves(path: Any, *states: dict[str, Any]) -> Callable[[_core.Group], None]:
+    """The same on all ranks, or one for each."""
+    return lambda group: checkpoint.save(path, states[group.rank % len(states)], group=group)
+
+
+def loads(path: Any, state: Callable[[], dict[str, Any]], **options: Any) -> Callable[..., Any]:
+
+    def load(group: _core.Group) -> dict[str, Any]:
+        mine = state()
+        try:
+            return checkpoint.load(path, mine, group=group, **options)
+        except Exception:
+            assert all(not param.any() for param in mine["model"].parameters())
+            raise
+
+    return load
+
+
+# --- what may not be saved ------------------------------------------------------------------------
+
+
+def test_arguments_that_make_no_sense(tmp_path: Path) -> None:
+    good = state_of(1)
+    path = tmp_path / "c"
+    refused(saves(path, {}), r"state is \{\}")
+    refused(saves(path, {"a.b": 1}), r"has the name 'a\.b'(.|\n)*without dots")
+    refused(saves(path, {"pycomm": 1}), "other than 'pycomm'")
+    refused(saves("s3://bucket/c", good), "path is 's3://bucket/c'")
+    refused(saves(3, good), "path is 3")
+    refused(saves("/", good), "of a folder of its own")
+    lambdas = {"model": good["model"], "f": {"key": lambda: None}}
+    refused(saves(path, lambdas), r"'f' is a dict that cannot be saved(.|\n)*weights_only")
+    refused(saves(path, {"lazy": nn.LazyLinear(3)}), "'lazy.weight' has no shape yet")
+    refused(saves(path, {"meta": nn.Linear(1, 1, device="meta")}), r"'meta\.weight' .* on meta")
+    lbfgs = torch.optim.LBFGS(good["model"].parameters())
+    refused(saves(path, {"model": good["model"], "o": lbfgs}), "'o' is an LBFGS")
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_that_differ_hear_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    one = state_of(1)
+    refused(saves(path, one, {**one, "more": 1}), "ranks 0 and 1 pass .*'more'", MismatchError)
+    refused(
+        lambda group: checkpoint.save(tmp_path / str(group.rank), one, group=group),
+        r"path is .*/0 on rank 0 .* and .*/1 on rank 1",
+        MismatchError,
+    )
+    refused(saves(path, one, {**one, "step": 2}), r"'step' \(ranks 0 and 1\)(.|\n)*all_gather_obj")
+    other_lr = torch.optim.Adam(one["model"].parameters(), lr=0.5)
+    refused(
+        saves(path, one, one, {**one, "optimizer": other_lr}),
+        r"'optimizer\.param_groups\.0\.weight\.lr' \(ranks 0 and 2\)",
+    )
+    sgd = torch.optim.SGD(one["model"].parameters())
+    refused(saves(path, one, {**one, "optimizer": sgd}), "'optimizer' is Adam on rank 0 and SGD")
+    wide = state_of(1, width=5)
+    refused(saves(path, one, wide), r"'model\.0\.weight' is torch\.float32 \(4, 3\) on rank 0 and")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_folders_are_left_alone(tmp_path: Path) -> None:
+    state = state_of(1)
+    file = tmp_path / "file"
+    file.write_text("mine")
+    refused(saves(file, state), "file is no folder")
+    mixed = tmp_path / "mixed"
+    write(mixed, 1)
+    (mixed / "notes.txt").write_text("mine")
+    refused(saves(mixed, state), r"would be replaced, and holds notes\.txt")
+    (tmp_path / "c.unfinished").mkdir()
+    (tmp_path / "c.unfinished" / "notes.txt").write_text("mine")
+    refused(saves(tmp_path / "c", state), r"c\.unfinished would be replaced")
+    refused(saves(file / "c", state), "file is no folder")
+    refused(saves(file / "d" / "c", state), r"cannot write .*file.* on .*: Not a directory")
+    refused(saves("/proc/1/c", state), "cannot write /proc/1.* on ")
+    assert file.read_text() == (mixed / "notes.txt").read_text() == "mine"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    write(empty, 2)
+    link = tmp_path / "link"
+    link.symlink_to(empty)
+    write(link, 3)
+    assert link.is_symlink() and step_in(empty) == step_in(link) == 3
+    write(tmp_path / "new" / "folders" / "c", 4)
+
+
+# --- disks ----------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_on_one_rank_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c"
+    write(path, 1)
+    prepare = folder.prepare
+
+    def with_full_disk(path: Path) -> str:
+        token = prepare(path)
+        (folder.unfinished(path) / "__1_0.distcp").symlink_to("/dev/full")
+        return token
+
+    with monkeypatch.context() as patched:
+        patched.setattr(folder, "prepare", with_full_disk)
+        refused(
+            saves(path, state_of(2)),
+            rf"failed on rank 1: .*cannot write {path}.unfinished.*No space left(.|\n)*Make room",
+        )
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+    assert step_in(path) == 1
+    write(path, 2, RANKS)
+    assert step_in(path) == 2
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+@pytest.fixture
+def crash_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
+    """Lets the n-th change to the file system, and none after it, not happen."""
+    count = 0
+    limit = 0
+    done: list[str] = []
+
+    def watched(name: str, action: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            if threading.current_thread().name.startswith("rank"):
+                count += 1
+                if count > limit:
+                    raise Crash(name)
+                done.append(name)
+            return action(*arguments, **options)
+
+        return act
+
+    for module, name in [
+        (Path, "mkdir"),
+        (Path, "touch"),
+        (Path, "unlink"),
+        (Path, "rename"),
+        (Path, "open"),
+        (os, "fsync"),
+        (os, "unlink"),
+        (os, "rmdir"),
+        (pickle, "dump"),
+    ]:
+        monkeypatch.setattr(module, name, watched(name, getattr(module, name)))
+
+    def at(number: int) -> list[str]:
+        nonlocal count, limit
+        count, limit = 0, number
+        done.clear()
+        return done
+
+    return at
+
+
+def test_a_crash_at_any_moment_leaves_a_whole_checkpoint(
+    tmp_path: Path, crash_at: Callable[[int], list[str]]
+) -> None:
+    path = tmp_path / "c"
+    seen = []
+    for number in range(100):
+        crash_at(10**9)
+        for left in tmp_path.iterdir():
+            shutil.rmtree(left)
+        write(path, 1)
+        done = crash_at(number)
+        try:
+            write(path, 2)
+        except RankError as error:
+            if not isinstance(error.__cause__, Crash):
+                raise
+            crash_at(10**9)
+            seen.append(step_in(path))
+            write(path, 3)  # whatever was left
+            assert step_in(path) == 3
+            assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+        else:
+            assert done.count("rename") >= 3  # the metadata, the old folder, the new one
+            break
+    assert seen == sorted(seen) and set(seen) == {1, 2}
+    assert len(seen) > 12
+
+
+def test_a_first_save_that_crashes_leaves_no_checkpoint(
+    tmp_path: Path, crash_at: Callable[[int], list[str]]
+) -> None:
+    crash_at(6)
+    with pytest.raises(RankError, match="Crash"):
+        write(tmp_path / "c", 1)
+    crash_at(10**9)
+    refused(
+        loads(tmp_path / "c", lambda: state_of(0)),
+        r"there is no .*/c\.\n.*/c\.unfinished is what a save left that did not complete",
+    )
+
+
+def test_ranks_without_a_common_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same path is another folder on rank 2: here by a path that is resolved differently."""
+    path = tmp_path / "c"
+    realpath = os.path.realpath
+
+    def of_host(place: Any, **options: Any) -> str:
+        found = realpath(place, **options)
+        elsewhere = threading.current_thread().name == "rank 2" and str(place) == str(path)
+        return f"{found}-elsewhere" if elsewhere else found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os.path, "realpath", of_host)
+        patched.setattr(folder, "SECONDS_TO_SEE", 0.1)
+        refused(
+            saves(path, state_of(1)),
+            r"rank 2 on .* does not see .*\.unfinished, which rank 0 has made(.|\n)*share",
+        )
+        assert not list(tmp_path.iterdir())
+        write(path, 1)
+        refused(
+            loads(path, lambda: state_of(0)),
+            r"there is no .*c-elsewhere(.|\n)*rank 2 on .*; rank 0 on .* finds a checkpoint",
+        )
+        write(tmp_path / "c-elsewhere", 2)
+        refused(loads(path, lambda: state_of(0)), "rank 0 on .* and rank 2 on .* find different")
+        shutil.rmtree(tmp_path / "c-elsewhere")
+        shutil.copytree(path, tmp_path / "c-elsewhere")  # a copy on every host will do
+        run_ranks(RANKS, loads(path, lambda: state_of(0)))
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """A checkpoint to be damaged."""
+    path = tmp_path / "c"
+    write(path, 1, RANKS)
+    return path
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_changes(damaged: Path) -> None:
+    states = {rank: state_of(0) for rank in range(RANKS)}
+
+    def load(group: _core.Group) -> None:
+        checkpoint.load(damaged, states[group.rank], group=group)
+
+    file = damaged / "__1_0.distcp"
+    content = file.read_bytes()
+    file.write_bytes(content[:-200])
+    refused(load, rf"{file} on .* has {len(content) - 200} bytes, and {len(content)} are needed")
+    file.unlink()
+    refused(load, rf"cannot read {file} on .*: No such file")
+    for state in states.values():
+        assert all(not param.any() for param in state["model"].parameters())
+    file.write_bytes(bytes(len(content)))
+    refused(load, r"cannot read .*\.distcp on .*Take another checkpoint|(.|\n)*Take another")
+    metadata = damaged / ".metadata"
+    pickled = metadata.read_bytes()
+    metadata.write_bytes(pickled[:100])
+    refused(load, r"cannot read .*\.metadata on ")
+    metadata.write_bytes(pickle.dumps({"not": "ours"}))
+    refused(load, "is not that of a checkpoint")
+    metadata.unlink()
+    refused(load, r"is a folder without \.metadata, no checkpoint")
+    with pytest.raises(InvalidArgumentError, match=r"checkpoint\.read\(.*is a folder without"):
+        checkpoint.read(damaged)
+    refused(
+        loads(damaged / "__0_0.distcp", lambda: state_of(0)),
+        "is a file, and a checkpoint is a folder",
+    )
+
+
+def test_values_are_loaded_without_running_their_code(damaged: Path) -> None:
+    """A file in which a value was replaced by a pickle that would run something."""
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(damaged / "evil"),)
+
+    import io
+
+    saved = checkpoint.saved.Saved.open(damaged)
+    (index,) = (index for index in saved.metadata.storage_data if index.fqn == "step")
+    place = saved.metadata.storage_data[index]
+    payload = io.BytesIO()
+    torch.save({"step": Evil()}, payload)
+    place.relative_path, place.offset, place.length = "evil.distcp", 0, len(payload.getvalue())
+    (damaged / "evil.distcp").write_bytes(payload.getvalue())
+    (damaged / ".metadata").write_bytes(pickle.dumps(saved.metadata))
+    refused(loads(damaged, lambda: state_of(0)), r"cannot read .*evil\.distcp")
+    assert not (damaged / "evil").exists()
+
+
+def test_a_checkpoint_of_another_program(tmp_path: Path) -> None:
+    from torch.distributed import checkpoint as dcp
+
+    dcp.save({"model": nn.Linear(2, 2).state_dict()}, checkpoint_id=tmp_path / "c")
+    refused(
+        loads(tmp_path / "c", lambda: state_of(0)), r"was not written by pycomm(.|\n)*torch\.di"
+    )
+
+
+# --- what does not fit ----------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_named_and_nothing_changes(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    write(path, 1)
+
+    refused(loads(path, lambda: {**state_of(0), "optimizer": None}), r"'optimizer' \(value\) is of")
+    wide = state_of(0, width=5)
+    refused(
+        loads(path, lambda: wide),
+        r"'model\.0\.weight' has shape \(4, 3\) in it, and \(5, 3\) here, 'model\.0\.bias' has",
+    )
+
+    def more() -> dict[str, Any]:
+        model = nn.Sequential(*state_of(0)["model"], nn.Linear(2, 2))
+        nn.init.zeros_(model[2].weight)
+        nn.init.zeros_(model[2].bias)
+        return {"model": model, "optimizer": torch.optim.Adam(model.parameters())}
+
+    refused(loads(path, more), r"'model\.2\.weight' is missing, 'model\.2\.bias' is missing")
+
+    def fewer() -> dict[str, Any]:
+        model = state_of(0)["model"][:1]
+        return {"model": model, "optimizer": torch.optim.Adam(model.parameters())}
+
+    refused(loads(path, fewer), r"has 'model\.1\.weight', 'model\.1\.bias', 'optimizer\..*no rank")
+
+    def double() -> dict[str, Any]:
+        model = state_of(0)["model"].double()
+        return {"model": model, "optimizer": torch.optim.Adam(model.parameters())}
+
+    refused(loads(path, double), r"'model\.0\.weight' is torch\.float32 in it, and torch\.float64")
+
+    def part() -> dict[str, Any]:
+        state = state_of(0)
+        params = list(state["model"].parameters())[:-1]
+        return {**state, "optimizer": torch.optim.Adam(params)}
+
+    refused(loads(path, part), r"has 'optimizer\.param_groups\.1\.bias\.lr'")
+
+    def sgd() -> dict[str, Any]:
+        state = state_of(0)
+        return {**state, "optimizer": torch.optim.SGD(state["model"].parameters())}
+
+    refused(loads(path, sgd), "'optimizer' is SGD, and the checkpoint has the state of Adam")
+    refused(loads(path, lambda: {"model": state_of(0)["model"]}), r"has 'optimizer', which state")
+    refused(loads(path, lambda: {**state_of(0), "epoch": 0}), r"'epoch' \(value\) is not in it")
+    refused(loads(tmp_path / "none", lambda: state_of(0)), "there is no ")
+    alone = loads(path, lambda: {"model": state_of(0)["model"]}, partial=True)
+    assert run_ranks(RANKS, alone) == [{"step": 1}] * RANKS
+
+
+# --- ranks ----------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_raises_in_its_own_state_is_named(tmp_path: Path) -> None:
+    class Broken:
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def state_dict(self) -> dict[str, int]:
+            if self.rank == 1:
+                raise KeyError("lost")
+            return {"n": 1}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            if self.rank == 2:
+                raise KeyError("unknown")
+
+    def save(rank: int) -> Callable[[_core.Group], None]:
+        return lambda group: checkpoint.save(
+            tmp_path / "c", {"broken": Broken(rank * group.rank)}, group=group
+        )
+
+    refused(save(1), "failed on rank 1: KeyError: 'lost'")
+    run_ranks(RANKS, save(0))
+    refused(
+        lambda group: checkpoint.load(tmp_path / "c", {"broken": Broken(group.rank)}, group=group),
+        "failed on rank 2: KeyError: 'unknown'",
+    )
+
+
+def test_a_rank_that_dies_while_it_writes(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    write(path, 1)
+    result = mpirun(
+        2,
+        """
+        import os, signal, sys, pycomm, torch
+        from pycomm.checkpoint import saving
+        from torch import nn
+
+        pycomm.init()
+        class Writer(saving.FileSystemWriter):
+            def write_data(self, plan, planner):
+                if pycomm.rank() == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().write_data(plan, planner)
+        saving.FileSystemWriter = Writer
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        try:
+            pycomm.checkpoint.save(sys.argv[1], {"model": model, "step": 2})
+        except pycomm.PeerLostError as error:
+            print(error, flush=True)
+            raise
+        """,
+        str(path),
+    )
+    assert result.returncode != 0
+    assert "rank 1" in result.out and f"checkpoint.save('{path}')" in result.out, result
+    assert step_in(path) == 1
+    write(path, 3, 2)
+    assert step_in(path) == 3
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
