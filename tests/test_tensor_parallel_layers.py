@@ -192,7 +192,7 @@ def test_layers_that_are_not_there() -> None:
             tensor_parallel.ColumnParallelLinear(4, 2, group=group)
         with pytest.raises(InvalidArgumentError, match="in_features is 2"):
             tensor_parallel.RowParallelLinear(2, 4, group=group)
-        with pytest.raises(InvalidArgumentError, match="has 7 features, and .* of 7 is [23]"):
+        with pytest.raises(InvalidArgumentError, match=r"has 7 features, and .* of 7 is [23]"):
             tensor_parallel.RowParallelLinear(7, 4, group=group)(torch.ones(1, 7))
         with pytest.raises(InvalidArgumentError, match="num_embeddings is 1"):
             tensor_parallel.VocabParallelEmbedding(1, 4, group=group)
