@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -447,34 +448,44 @@ def test_a_rank_that_raises_in_its_own_state_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_a_rank_that_dies_while_it_writes(tmp_path: Path) -> None:
+def test_a_rank_that_is_too_slow_or_dies_while_it_writes(tmp_path: Path) -> None:
     path = tmp_path / "c"
     write(path, 1)
     result = mpirun(
         2,
         """
-        import os, signal, sys, pycomm, torch
+        import os, signal, sys, time, pycomm, torch
         from pycomm.checkpoint import saving
         from torch import nn
 
-        pycomm.init()
         class Writer(saving.FileSystemWriter):
             def write_data(self, plan, planner):
                 if pycomm.rank() == 1:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    happens()
                 return super().write_data(plan, planner)
         saving.FileSystemWriter = Writer
-        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-        try:
-            pycomm.checkpoint.save(sys.argv[1], {"model": model, "step": 2})
-        except pycomm.PeerLostError as error:
-            print(error, flush=True)
-            raise
+
+        def save(group):
+            model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+            try:
+                pycomm.checkpoint.save(sys.argv[1], {"model": model, "step": 2}, group=group)
+            except pycomm.CommError as error:
+                print(f"{type(error).__name__} on {pycomm.rank()}: {error}", flush=True)
+
+        pycomm.init(timeout_s=2)
+        group = pycomm.new_group([0, 1])
+        happens = lambda: time.sleep(4)
+        save(group)
+        happens = lambda: os.kill(os.getpid(), signal.SIGKILL)
+        save(None)
         """,
         str(path),
     )
     assert result.returncode != 0
-    assert "rank 1" in result.out and f"checkpoint.save('{path}')" in result.out, result
+    call = re.escape(f"checkpoint.save('{path}')")
+    for error in ("CommTimeoutError on 0", "PeerLostError on 0"):
+        assert re.search(rf"{error}: {call}: .*rank 1", result.out), result
+    assert re.search(rf"Error on 1: {call}", result.out), result
     assert step_in(path) == 1
     write(path, 3, 2)
     assert step_in(path) == 3
