@@ -1,83 +1,100 @@
-"""What a training run leaves behind: runs/<time>/ with metrics.csv, metrics.png, checkpoint.pt."""
+"""What a training run leaves behind: runs/<time>/ with metrics.csv, metrics.png, checkpoint/."""
 
 import argparse
 import csv
-import os
-import pickle
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from arguments import parser
-from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from command_line import RankZeroParser
 
 import pycomm
 
 
 class RunFolder:
-    """Rank 0 writes it; the other ranks know it, too, and what it was resumed from."""
+    """Rank 0 writes the metrics, all ranks the checkpoint.
 
-    def __init__(self, path: Path, checkpoint: dict[str, Any] | None) -> None:
+    Args:
+        source: the checkpoint to go on from.
+    """
+
+    def __init__(self, path: Path, source: Path | None, parser: RankZeroParser) -> None:
         self.path = path
-        self.checkpoint = checkpoint
-        self.history: list[dict[str, float]] = [*checkpoint["history"]] if checkpoint else []
+        self.history: list[dict[str, float]] = []
+        self._source, self._parser = source, parser
 
-    def record(
-        self,
-        row: dict[str, float],
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        schedule: LRScheduler,
-    ) -> None:
-        """An epoch is over: write its metrics and a checkpoint that can be resumed from here."""
+    def resume(self, state: dict[str, Any], period: str, until: int) -> None:
+        """Load ``state`` and the metrics so far, if there is something to go on from.
+
+        Args:
+            period: the name of what the history counts, such as "epoch", and of the option that
+                says until when to train.
+        """
+        if self._source is None:
+            return
+        try:
+            loaded = pycomm.checkpoint.load(self._source, {**state, "history": []})
+        except pycomm.InvalidArgumentError as error:
+            self._parser.error(f"--resume: {error}")
+        self.history = loaded["history"]
+        trained = int(self.history[-1][period])
+        if trained >= until:
+            self._parser.error(
+                f"--resume: {self._source} has trained {trained} {period}s; ask for more with "
+                f"--{period}s"
+            )
+
+    def record(self, row: dict[str, float], state: dict[str, Any]) -> None:
+        """Write what rank 0 measured, and a checkpoint from which a run can go on from here."""
+        row = pycomm.broadcast_object(row)
         self.history.append(row)
+        pycomm.checkpoint.save(self.path / "checkpoint", {**state, "history": self.history})
         if pycomm.rank() != 0:
             return
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "history": self.history,
-        }
-        # Under another name first: whoever is interrupted here still has the previous epoch's.
-        unfinished = self.path / "checkpoint.pt.unfinished"
-        torch.save(state, unfinished)
-        os.replace(unfinished, self.path / "checkpoint.pt")
         with open(self.path / "metrics.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(row))
             writer.writeheader()
             writer.writerows(self.history)
 
-    def report(self) -> None:
-        """Plot the metrics and say where everything lies."""
+    def report(self, result: str, period: str, plots: Sequence[Sequence[str]]) -> None:
+        """Plot metrics against ``period``, a picture for each of ``plots``; say where they are."""
         if pycomm.rank() != 0:
             return
-        _plot(self.history, self.path / "metrics.png")
-        accuracy = self.history[-1]["accuracy"]
-        print(f"test accuracy {accuracy:.2%} after {len(self.history)} epochs, see {self.path}/")
+        _plot(self.history, period, plots, self.path / "metrics.png")
+        print(f"{result}, see {self.path}/")
 
 
-def open_run(args: argparse.Namespace) -> RunFolder:
-    """Make the folder and read the checkpoint to resume from, on rank 0 for all.
+def open_run(args: argparse.Namespace, parser: RankZeroParser) -> RunFolder:
+    """Make the folder and look for the checkpoint to resume from, on rank 0 for all.
 
     What goes wrong there is said like a wrong argument, and ends all ranks.
     """
-    path, checkpoint, problem = Path(), None, ""
+    path, source, problem = Path(), None, ""
     if pycomm.rank() == 0:
         try:
             if args.resume:
-                checkpoint = read_checkpoint(args)
+                source = find_checkpoint(args)
             path = _make_folder(Path(args.runs))
         except OSError as error:
             problem = f"{error.filename}: {error.strerror}"
         except ValueError as error:
             problem = str(error)
-    path, checkpoint, problem = pycomm.broadcast_object((path, checkpoint, problem))
+    path, source, problem = pycomm.broadcast_object((path, source, problem))
     if problem:
         parser.error(problem)
-    return RunFolder(path, checkpoint)
+    return RunFolder(path, source, parser)
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path:
+    """The checkpoint that ``--resume`` names."""
+    if args.resume != "latest":
+        path = Path(args.resume)
+        return path / "checkpoint" if (path / "checkpoint").is_dir() else path
+    found = sorted(Path(args.runs).glob("*/checkpoint"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ValueError(f"--resume latest: there is no {args.runs}/*/checkpoint yet")
+    return found[-1]
 
 
 def _make_folder(runs: Path) -> Path:
@@ -93,42 +110,26 @@ def _make_folder(runs: Path) -> Path:
     raise FileExistsError(f"{runs} holds 99 runs begun at {began}")
 
 
-def read_checkpoint(args: argparse.Namespace) -> dict[str, Any]:
-    path = Path(args.resume)
-    if args.resume == "latest":
-        found = sorted(Path(args.runs).glob("*/checkpoint.pt"), key=lambda p: p.stat().st_mtime)
-        if not found:
-            raise ValueError(f"--resume latest: there is no {args.runs}/*/checkpoint.pt yet")
-        path = found[-1]
-    elif path.is_dir():
-        path /= "checkpoint.pt"
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"--resume: {path} is not a checkpoint ({type(error).__name__})"
-        ) from error
-    if not isinstance(checkpoint, dict) or "history" not in checkpoint:
-        raise ValueError(f"--resume: {path} was not written by train.py")
-    trained = len(checkpoint["history"])
-    if trained >= args.epochs:
-        raise ValueError(
-            f"--resume: {path} has trained {trained} epochs; ask for more with --epochs"
-        )
-    return checkpoint
-
-
-def _plot(history: list[dict[str, float]], path: Path) -> None:
+def _plot(
+    history: list[dict[str, float]], period: str, plots: Sequence[Sequence[str]], path: Path
+) -> None:
     import matplotlib  # here, because it is slow to import and rank 0 alone plots
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
-    epochs = [row["epoch"] for row in history]
-    left.plot(epochs, [row["loss"] for row in history])
-    left.set(xlabel="epoch", ylabel="training loss", yscale="log")
-    right.plot(epochs, [row["accuracy"] for row in history])
-    right.set(xlabel="epoch", ylabel="test accuracy")
+    figure, axes = pyplot.subplots(
+        1, len(plots), figsize=(4.5 * len(plots), 3.5), layout="constrained", squeeze=False
+    )
+    for axis, metrics in zip(axes[0], plots, strict=True):
+        for metric in metrics:
+            axis.plot(
+                [row[period] for row in history],
+                [row[metric] for row in history],
+                marker=".",
+                label=metric.replace("_", " "),
+            )
+        axis.set(xlabel=period)
+        axis.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

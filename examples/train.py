@@ -4,7 +4,7 @@ mpirun -np 4 python examples/train.py
 """
 
 import torch
-from arguments import COMPRESSORS, parse_arguments
+from arguments import COMPRESSORS, parse_arguments, parser
 from dashboard import Dashboard
 from run_folder import open_run
 from sklearn.datasets import load_digits
@@ -65,7 +65,7 @@ def main() -> None:
     args = parse_arguments()
     if args.verify:
         torch.set_default_dtype(torch.float64)
-    run = open_run(args)
+    run = open_run(args, parser)
     train_set, test_set = load_data()
     loader = shard(train_set, args.batch, pycomm.rank())
 
@@ -76,30 +76,34 @@ def main() -> None:
         compressor=COMPRESSORS.get(args.compress),
     )
     schedule = build_schedule(optimizer)
-    if run.checkpoint:
-        model.load_state_dict(run.checkpoint["model"])
-        optimizer.load_state_dict(run.checkpoint["optimizer"])
-        schedule.load_state_dict(run.checkpoint["schedule"])
+    state = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    run.resume(state, "epoch", args.epochs)
     pycomm.broadcast_parameters(model)
 
-    with Dashboard(args.epochs, len(loader), args.batch) as dashboard:
+    with Dashboard(args.epochs * len(loader), "samples", ["grad"]) as dashboard:
         for epoch in range(len(run.history), args.epochs):
             loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-            dashboard.begin_epoch(epoch)
+            dashboard.begin(f"epoch {epoch + 1:2d}/{args.epochs}", epoch * len(loader))
             total = torch.zeros(())
             for images, labels in loader:
+                waited = optimizer.wait_seconds
                 optimizer.zero_grad()
                 loss = nn.functional.cross_entropy(model(images), labels)
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 total += loss.detach()
-                dashboard.step(loss.item(), optimizer.wait_seconds)
+                waited = optimizer.wait_seconds - waited
+                dashboard.step(loss.item(), args.batch, {"grad": waited})
             schedule.step()
             mean_loss = float(pycomm.all_reduce(total / len(loader), pycomm.ReduceOp.AVG))
-            speed = dashboard.end_epoch()
+            speed = dashboard.end()
             row = {"epoch": epoch + 1, "loss": mean_loss, "accuracy": accuracy(model, test_set)}
-            run.record(row | speed, model, optimizer, schedule)
-    run.report()
+            run.record(row | speed, state)
+    run.report(
+        f"test accuracy {run.history[-1]['accuracy']:.2%} after {args.epochs} epochs",
+        "epoch",
+        [["loss"], ["accuracy"]],
+    )
     if args.verify and pycomm.rank() == 0:
         replica = build_model()
         alone = build_optimizer(replica)

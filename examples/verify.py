@@ -32,18 +32,16 @@ def largest_difference(
         for batches in zip(*loaders, strict=True):
             of_ranks = [_gradients(replica, images, labels) for images, labels in batches]
             for param, *gradients in zip(replica.parameters(), *of_ranks, strict=True):
-                param.grad = canonical_average(gradients)
+                param.grad = canonical_average(gradients, pycomm.hosts())
             optimizer.step()
         schedule.step()
     pairs = zip(trained.parameters(), replica.parameters(), strict=True)
     return max((a - b).detach().abs().max().item() for a, b in pairs)
 
 
-def canonical_average(gradients: list[Tensor]) -> Tensor:
+def canonical_average(gradients: list[Tensor], hosts: list[list[int]]) -> Tensor:
     """Fold the ranks of a host by rank, then the hosts in order; divide once, at the end."""
-    of_hosts = [
-        functools.reduce(torch.add, [gradients[rank] for rank in host]) for host in pycomm.hosts()
-    ]
+    of_hosts = [functools.reduce(torch.add, [gradients[rank] for rank in host]) for host in hosts]
     return functools.reduce(torch.add, of_hosts) / len(gradients)
 
 

@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pycomm._core import Group
 from pycomm.collectives import all_gather_list
 from pycomm.errors import InvalidArgumentError
 from pycomm.runtime import group_of
+from pycomm.shares import named_shares, split_group
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Ranks that have the parts of a model."""
+
+    group: Group
+    counts: Callable[[Tensor], bool] = lambda param: True
+    """Whether a parameter is to be counted on this rank, and not on another that has it too."""
+
+
+class SpreadModel(Protocol):
+    """A model in parts, such as a ``Pipeline``."""
+
+    def spreads(self) -> list[Spread]:
+        """Over which ranks, one axis after the other."""
+        ...
+
+
+def spreads_of(model: nn.Module | SpreadModel) -> list[Spread]:
+    """Over which ranks the parameters of a model are spread.
+
+    Raises:
+        InvalidArgumentError: a module with layers split over different groups.
+    """
+    if not isinstance(model, nn.Module):
+        return model.spreads()
+    group = split_group(model)
+    if group is None:
+        return []
+    split = {id(param) for _, param, _ in named_shares(model)}
+    is_first = group.rank == 0
+    return [Spread(group, lambda param: is_first or id(param) in split)]
 
 
 def clip_grad_norm_(
-    parameters: Iterable[Tensor] | Tensor,
+    parameters: nn.Module | Iterable[Tensor] | Tensor,
     max_norm: float,
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
@@ -24,11 +60,13 @@ def clip_grad_norm_(
 ) -> Tensor:
     """``torch.nn.utils.clip_grad_norm_`` where each rank has other parameters.
 
-    For the stages of a pipeline (see ``Pipeline.clip_grad_norm_``, which counts shared parameters
-    once) and for other models in parts; not for data parallelism, where all ranks have the whole.
+    For models in parts: hand-made stages, or a module with layers of ``tensor_parallel``, whose
+    whole parameters count once. (``Pipeline.clip_grad_norm_`` is for pipelines.) Not for data
+    parallelism, where all ranks have all gradients.
 
     Args:
-        parameters: this rank's; their gradients are multiplied in place.
+        parameters: this rank's, or the module that has them; their gradients are multiplied in
+            place.
         group: the ranks whose parameters make up the model, the world if None; all call it.
 
     Returns:
@@ -41,23 +79,44 @@ def clip_grad_norm_(
     Cost: one all-gather of a number for each parameter.
     """
     group = group_of(group)
+    spreads = []
+    if isinstance(parameters, nn.Module):
+        spreads = spreads_of(parameters)
+        parameters = parameters.parameters()
+    if not any(spread.group.ranks == group.ranks for spread in spreads):
+        spreads.append(Spread(group))
     own = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    total = total_norm(own, norm_type, group)
+    total = total_norm(with_gradients(own), norm_type, spreads)
     return scale_to_norm(own, total, max_norm, error_if_nonfinite, group)
 
 
-def total_norm(parameters: Iterable[Tensor], norm_type: float, group: Group) -> Tensor:
-    """Of the gradients of all ranks' parameters; collective. Those without one are left out."""
+def with_gradients(parameters: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The parameters that have a gradient, with it."""
+    return [(param, param.grad) for param in parameters if param.grad is not None]
+
+
+def total_norm(
+    gradients: Iterable[tuple[Tensor, Tensor]], norm_type: float, spreads: Sequence[Spread]
+) -> Tensor:
+    """The norm of all ranks' gradients.
+
+    Collective over each of the spreads' groups, one after the other. The bits are the same on every
+    rank: all put together the same numbers in the same order.
+
+    Args:
+        gradients: of this rank, each with its parameter.
+    """
     norms = [
-        torch.linalg.vector_norm(param.grad, norm_type).double().cpu()
-        for param in parameters
-        if param.grad is not None
+        torch.linalg.vector_norm(gradient, norm_type).double().cpu()
+        for param, gradient in gradients
+        if all(spread.counts(param) for spread in spreads)
     ]
-    mine = torch.stack(norms) if norms else torch.empty(0, dtype=torch.float64)
-    everyones = torch.cat(all_gather_list(mine, group=group))
-    if not len(everyones):
+    known = torch.stack(norms) if norms else torch.empty(0, dtype=torch.float64)
+    for spread in spreads:
+        known = torch.cat(all_gather_list(known, group=spread.group))
+    if not len(known):
         return torch.zeros((), dtype=torch.float64)
-    norm: Tensor = torch.linalg.vector_norm(everyones, norm_type)
+    norm: Tensor = torch.linalg.vector_norm(known, norm_type)
     return norm
 
 

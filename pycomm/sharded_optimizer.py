@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pycomm._core import Group, ReduceOp
-from pycomm.clipping import scale_to_norm, total_norm
+from pycomm.clipping import Spread, SpreadModel, scale_to_norm, spreads_of, total_norm
 from pycomm.collectives import all_gather_into, all_reduce_, reduce_scatter_into
 from pycomm.errors import InvalidArgumentError
 from pycomm.gradient_sync import SyncOptions
@@ -107,6 +108,12 @@ class ShardedOptimizer(Optimizer):
             ]
         )
         self._is_reduced = False
+        self._wait_seconds = 0.0
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds spent reducing gradients and gathering parameters, since it was made."""
+        return self._wait_seconds
 
     # --- the training loop ------------------------------------------------------------------------
 
@@ -124,8 +131,10 @@ class ShardedOptimizer(Optimizer):
         for own, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             inner.update(options_of(own))
         self._inner.step()
+        started = time.perf_counter()
         for flat in self._flats:
             flat.share_parameters(self._group)
+        self._wait_seconds += time.perf_counter() - started
         self._is_reduced = False
         return loss
 
@@ -136,6 +145,7 @@ class ShardedOptimizer(Optimizer):
         """
         if self._is_reduced:
             return
+        started = time.perf_counter()
         params = [param for flat in self._flats for param in flat.params]
         used = torch.tensor([param.grad is not None for param in params], dtype=torch.uint8)
         all_reduce_(used, ReduceOp.MAX, group=self._group)
@@ -144,6 +154,7 @@ class ShardedOptimizer(Optimizer):
             flat.reduce_gradients(self._op, self._group)
             for piece in flat.pieces:
                 piece.shard.grad = piece.gradient if by_param[id(piece.param)] else None
+        self._wait_seconds += time.perf_counter() - started
         self._is_reduced = True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -152,16 +163,31 @@ class ShardedOptimizer(Optimizer):
         self._is_reduced = False
 
     def clip_grad_norm_(
-        self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+        self,
+        max_norm: float,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        *,
+        model: nn.Module | SpreadModel | None = None,
     ) -> Tensor:
         """``torch.nn.utils.clip_grad_norm_`` of the reduced gradients; returns their norm.
 
         Collective; between the last ``backward()`` and ``step()``. ``.grad`` stays as it is: what
         is multiplied is what ``step()`` will use.
+
+        Args:
+            model: where the parameters are part of a larger model: the ``Pipeline`` that has them,
+                or a module with layers of ``tensor_parallel``. The norm is that of all of it then.
         """
+        spreads = [Spread(self._group), *([] if model is None else spreads_of(model))]
         self.synchronize()
+        gradients = [
+            (piece.param, piece.shard.grad)
+            for piece in self._pieces
+            if piece.shard.grad is not None
+        ]
+        total = total_norm(gradients, norm_type, spreads)
         shards = [piece.shard for piece in self._pieces]
-        total = total_norm(shards, norm_type, self._group)
         return scale_to_norm(shards, total, max_norm, error_if_nonfinite, self._group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pycomm._core import Group
 from pycomm.arguments import refuse
 from pycomm.collectives import all_gather_list
+from pycomm.errors import InvalidArgumentError
 
 
 def bounds(length: int, ranks: int, rank: int) -> tuple[int, int]:
@@ -127,14 +128,16 @@ def split_group(module: nn.Module) -> Group | None:
     """The group over whose ranks a module's parameters are split; None if it has none.
 
     Raises:
-        ValueError: there are several.
+        InvalidArgumentError: there are several.
     """
     found: dict[tuple[int, ...], Group] = {}
     for part in module.modules():
         if isinstance(part, SplitModule):
             found.setdefault(tuple(part.group.ranks), part.group)
     if len(found) > 1:
-        raise ValueError(
-            f"its layers are split over different ranks: {', '.join(map(str, map(list, found)))}"
+        raise InvalidArgumentError(
+            "layers of one module are split over different ranks: "
+            f"{' and '.join(str(list(ranks)) for ranks in found)}.\n"
+            "  Build all of them with the same group."
         )
     return next(iter(found.values()), None)

@@ -23,6 +23,7 @@ from pycomm.objects import (
     raise_together,
 )
 from pycomm.runtime import group_of
+from pycomm.shares import named_shares
 
 
 def broadcast_parameters(
@@ -36,7 +37,8 @@ def broadcast_parameters(
     Args:
         parameters: a module (all its parameters and buffers), a ``state_dict()``, or (name, tensor)
             pairs; same names, order, shapes and dtypes on every rank, any strides. A tensor that
-            appears twice (tied weights) travels once.
+            appears twice (tied weights) travels once. What of a module is split over these very
+            ranks (see ``tensor_parallel``) stays as it is.
         root: a rank of the group.
         group: the ranks taking part, the world if None; every one of them makes this call.
 
@@ -53,7 +55,7 @@ def broadcast_parameters(
     tensors: dict[str, Tensor] = {}
     mistake = None
     try:
-        tensors = _distinct(_named_tensors(parameters))
+        tensors = _distinct(_named_tensors(parameters, group))
     except InvalidArgumentError as error:
         mistake = error
     raise_together(call, mistake, group)
@@ -122,10 +124,12 @@ def broadcast_optimizer_state(
 
 
 def _named_tensors(
-    parameters: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    parameters: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], group: Group
 ) -> list[tuple[str, Tensor]]:
     if isinstance(parameters, nn.Module):
-        return [*parameters.named_parameters(), *parameters.named_buffers()]
+        own = _split_over(parameters, group)
+        named = [*parameters.named_parameters(), *parameters.named_buffers()]
+        return [(name, t) for name, t in named if id(t) not in own]
     if isinstance(parameters, Mapping):
         return list(parameters.items())
     if not isinstance(parameters, Iterable):
@@ -141,6 +145,26 @@ def _named_tensors(
                 "Pass model, model.state_dict() or model.named_parameters()."
             )
     return pairs
+
+
+def _split_over(module: nn.Module, group: Group) -> set[int]:
+    """The ids of the parameters that are each rank's own share.
+
+    Raises:
+        InvalidArgumentError: some of the ranks have shares of one tensor, and others copies.
+    """
+    own = set()
+    for name, param, share in named_shares(module):
+        sharing = set(share.group.ranks) & set(group.ranks)
+        if len(sharing) == group.size and group.size > 1:
+            own.add(id(param))
+        elif len(sharing) > 1:
+            raise InvalidArgumentError(
+                f"'{name}' is split over the ranks {sorted(share.group.ranks)}, and the call is "
+                f"made by {sorted(group.ranks)}: a rank would get another one's share.\n"
+                "  Call it with the group of data parallelism, then with that of the split layers."
+            )
+    return own
 
 
 def _distinct(pairs: list[tuple[str, Tensor]]) -> dict[str, Tensor]:

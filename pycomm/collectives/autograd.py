@@ -75,7 +75,8 @@ class _Linear(torch.autograd.Function):
         transpose: Callable[[Tensor], Tensor | None],
     ) -> Tensor:
         ctx.transpose = transpose
-        return function(t)  # without following t: grad mode is off here
+        # Without following t: grad mode is off here. A view could not be changed in place later.
+        return function(t).detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None]:

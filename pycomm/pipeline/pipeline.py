@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pycomm._core import DType, Group
-from pycomm.clipping import scale_to_norm, total_norm
+from pycomm.clipping import Spread, scale_to_norm, spreads_of, total_norm, with_gradients
 from pycomm.errors import InvalidArgumentError, MismatchError
 from pycomm.objects import all_gather_object, raise_together
 from pycomm.optimizer import DistributedOptimizer, optimizers_of
@@ -215,11 +215,16 @@ class Pipeline:
     ) -> Tensor:
         """``torch.nn.utils.clip_grad_norm_`` by the norm of all stages' gradients; returns that.
 
-        Collective. What stages share counts once.
+        Collective. What stages share counts once, and so does what ranks share that split the
+        layers of a stage.
         """
         own = list(self.parameters())
-        total = total_norm(filter(self._ties.counts, own), norm_type, self._group)
+        total = total_norm(with_gradients(own), norm_type, self.spreads())
         return scale_to_norm(own, total, max_norm, error_if_nonfinite, self._group)
+
+    def spreads(self) -> list[Spread]:
+        """Over which ranks the model is spread: for ``ShardedOptimizer.clip_grad_norm_``."""
+        return [*spreads_of(self.module), Spread(self._group, self._ties.counts)]
 
     @property
     def statistics(self) -> Statistics:

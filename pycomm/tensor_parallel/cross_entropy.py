@@ -14,6 +14,7 @@ from pycomm.collectives import all_reduce_
 from pycomm.device import place_of
 from pycomm.runtime import group_of
 from pycomm.shares import bounds
+from pycomm.tensor_parallel.agreement import check_same
 
 
 def vocab_parallel_cross_entropy(
@@ -43,7 +44,8 @@ def vocab_parallel_cross_entropy(
     Raises:
         InvalidArgumentError: shapes, a share of another length, a target that is no class (on CUDA
             an assertion on the device), an unknown reduction.
-        MismatchError: shares of different lengths where ``vocabulary`` is None.
+        MismatchError: shares of different lengths where ``vocabulary`` is None; other targets on
+            another rank (CPU tensors).
 
     Cost: two all-reduces of one and two (with smoothing three) numbers a row forward, nothing
     backward. Memory: that of ``logits`` once more.
@@ -79,6 +81,7 @@ def vocab_parallel_cross_entropy(
             group,
             f"logits have {length} classes, and of {total} this rank's share is {end - begin}.",
         )
+    check_same("cross entropy", "target", target, group)
     ignored = target == ignore_index
     known = ignored | ((target >= 0) & (target < total))
     if target.is_cpu and not bool(known.all()):

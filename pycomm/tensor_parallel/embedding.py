@@ -12,6 +12,7 @@ from pycomm._core import Group
 from pycomm.arguments import refuse
 from pycomm.runtime import group_of
 from pycomm.shares import SplitModule, bounds, refuse_fewer
+from pycomm.tensor_parallel.agreement import check_same
 from pycomm.tensor_parallel.regions import reduce_from_region, reduce_scatter_to_sequence
 
 
@@ -35,6 +36,7 @@ class VocabParallelEmbedding(SplitModule):
     Raises:
         InvalidArgumentError: fewer rows than ranks; in ``forward``, a token that is not in the
             vocabulary (on CUDA, as in torch, an assertion on the device).
+        MismatchError: in ``forward``, ranks were given different tokens (CPU tensors).
 
     Cost: one all-reduce of the output forward, nothing backward. With ``sequence_dim``
     reduce-scatter forward and all-gather backward.
@@ -100,6 +102,7 @@ class VocabParallelEmbedding(SplitModule):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """See the class."""
+        check_same("embedding", "tokens", tokens, self.group)
         here = (tokens >= self._begin) & (tokens < self._end)
         known = (tokens >= 0) & (tokens < self.num_embeddings)
         # A token that no rank has stays one that torch refuses.

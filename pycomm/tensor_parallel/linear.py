@@ -13,13 +13,14 @@ Source: Shoeybi et al., Megatron-LM (2019).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pycomm._core import Group
+from pycomm.arguments import refuse
 from pycomm.runtime import group_of
 from pycomm.shares import SplitModule, refuse_fewer
 from pycomm.tensor_parallel.regions import (
@@ -31,8 +32,62 @@ from pycomm.tensor_parallel.regions import (
     scatter_to_region,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-class ColumnParallelLinear(SplitModule):
+
+class _SplitLinear(SplitModule):
+    """What both kinds have in common. Options are each kind's own."""
+
+    in_features: int
+    out_features: int
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        sequence_dim: int | None,
+        group: Group | None,
+        device: Any,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(group_of(group, type(self).__name__))
+        self.in_features, self.out_features = in_features, out_features
+        self.sequence_dim = sequence_dim
+        self._check()
+        self._take(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
+
+    @classmethod
+    def from_module(cls, linear: nn.Linear, *, group: Group | None = None, **options: Any) -> Self:
+        """The share of ``linear``, the same on every rank; ``options`` as for the class."""
+        made = cls(
+            *(linear.in_features, linear.out_features, linear.bias is not None),
+            **{"group": group, "device": "meta", "dtype": linear.weight.dtype, **options},
+        )
+        made._take(linear)
+        return made
+
+    def to_module(self) -> nn.Linear:
+        """The whole layer, on every rank. Collective."""
+        bias = self.whole("bias")
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        linear.register_parameter("weight", self.whole("weight"))
+        linear.register_parameter("bias", bias)
+        return linear
+
+    def _check(self) -> None:
+        """Refuse what cannot be split."""
+        raise NotImplementedError
+
+    def _take(self, whole: nn.Linear) -> None:
+        """Keep this rank's share of a layer."""
+        raise NotImplementedError
+
+
+class ColumnParallelLinear(_SplitLinear):
     """``nn.Linear`` of which each rank computes its share of the output features.
 
     The name is the literature's, which writes ``x A``: its columns are the rows of ``weight``.
@@ -70,30 +125,8 @@ class ColumnParallelLinear(SplitModule):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(group_of(group, "ColumnParallelLinear"))
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features, bias, sequence_dim, group, device, dtype)
         self.gather_output = gather_output
-        self.sequence_dim = sequence_dim
-        refuse_fewer("ColumnParallelLinear", "out_features", out_features, self.group)
-        self.weight: nn.Parameter
-        self.bias: nn.Parameter | None
-        self._take(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
-
-    @classmethod
-    def from_module(
-        cls, linear: nn.Linear, *, group: Group | None = None, **options: Any
-    ) -> ColumnParallelLinear:
-        """The share of ``linear``, the same on every rank; ``options`` as for the class."""
-        made = cls(
-            *(linear.in_features, linear.out_features, linear.bias is not None),
-            **{"group": group, "device": "meta", "dtype": linear.weight.dtype, **options},
-        )
-        made._take(linear)
-        return made
-
-    def to_module(self) -> nn.Linear:
-        """The whole layer, on every rank. Collective."""
-        return _whole(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
@@ -112,12 +145,15 @@ class ColumnParallelLinear(SplitModule):
             f"{self.out_features}, bias={self.bias is not None}"
         )
 
+    def _check(self) -> None:
+        refuse_fewer(type(self).__name__, "out_features", self.out_features, self.group)
+
     def _take(self, whole: nn.Linear) -> None:
         self.take_share("weight", whole.weight, 0)
         self.take_share("bias", whole.bias, 0)
 
 
-class RowParallelLinear(SplitModule):
+class RowParallelLinear(_SplitLinear):
     """``nn.Linear`` of which each rank multiplies its share of the input features.
 
     The name is the literature's, which writes ``x A``: its rows are the columns of ``weight``.
@@ -135,7 +171,8 @@ class RowParallelLinear(SplitModule):
     Input: shape ``(*, share of in_features)``, split. Output: ``(*, out_features)``, whole.
 
     Raises:
-        InvalidArgumentError: fewer input features than ranks.
+        InvalidArgumentError: fewer input features than ranks; in ``forward``, an input that is not
+            this rank's share.
 
     Cost: one all-reduce of the output forward, nothing backward. With ``sequence_dim``
     reduce-scatter forward and all-gather backward.
@@ -153,35 +190,21 @@ class RowParallelLinear(SplitModule):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(group_of(group, "RowParallelLinear"))
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(in_features, out_features, bias, sequence_dim, group, device, dtype)
         self.split_input = split_input
-        self.sequence_dim = sequence_dim
-        refuse_fewer("RowParallelLinear", "in_features", in_features, self.group)
-        self.weight: nn.Parameter
-        self.bias: nn.Parameter | None
-        self._take(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype))
-
-    @classmethod
-    def from_module(
-        cls, linear: nn.Linear, *, group: Group | None = None, **options: Any
-    ) -> RowParallelLinear:
-        """The share of ``linear``, the same on every rank; ``options`` as for the class."""
-        made = cls(
-            *(linear.in_features, linear.out_features, linear.bias is not None),
-            **{"group": group, "device": "meta", "dtype": linear.weight.dtype, **options},
-        )
-        made._take(linear)
-        return made
-
-    def to_module(self) -> nn.Linear:
-        """The whole layer, on every rank. Collective."""
-        return _whole(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         if not self.split_input:
             x = scatter_to_region(x, -1, group=self.group)
+        if x.shape[-1] != self.weight.shape[1]:
+            refuse(
+                "RowParallelLinear",
+                self.group,
+                f"the input has {x.shape[-1]} features, and this rank's share of "
+                f"{self.in_features} is {self.weight.shape[1]}.\n  Pass what a "
+                "ColumnParallelLinear returns, or build the layer with split_input=False.",
+            )
         partial = functional.linear(x, self.weight)
         bias: Tensor | None = self.bias
         if self.sequence_dim is None:
@@ -199,6 +222,9 @@ class RowParallelLinear(SplitModule):
             f"out_features={self.out_features}, bias={self.bias is not None}"
         )
 
+    def _check(self) -> None:
+        refuse_fewer(type(self).__name__, "in_features", self.in_features, self.group)
+
     def _take(self, whole: nn.Linear) -> None:
         self.take_share("weight", whole.weight, 1)
         bias: Tensor | None = whole.bias
@@ -206,14 +232,6 @@ class RowParallelLinear(SplitModule):
             "bias",
             bias if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad),
         )
-
-
-def _whole(module: ColumnParallelLinear | RowParallelLinear) -> nn.Linear:
-    bias = module.whole("bias")
-    linear = nn.Linear(module.in_features, module.out_features, bias is not None, device="meta")
-    linear.register_parameter("weight", module.whole("weight"))
-    linear.register_parameter("bias", bias)
-    return linear
 
 
 def _gathered_linear(
