@@ -36,6 +36,7 @@ mse = nn.functional.mse_loss
 
 
 def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """Not on ranks that are threads: they share the random state."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return make()
@@ -135,6 +136,36 @@ def test_two_tensors_do_not_become_one(tmp_path: Path) -> None:
             checkpoint.load(tmp_path / "c", {"model": copy.deepcopy(TIED)}, group=group)
 
     run_ranks(1, run)
+
+
+def test_copies_that_stages_were_given_apart_are_one_parameter_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+
+    def save(group: _core.Group) -> None:
+        weight = TIED[0].weight.detach()
+        stages = [nn.Embedding.from_pretrained(weight.clone(), freeze=False), None]
+        if group.rank == 1:
+            stages = [None, Head(nn.Parameter(weight.clone()))]
+        ties = [("0.weight", "1.weight")]
+        pipeline = Pipeline(stages, mse, micro_batches=2, ties=ties, group=group)
+        optimizer = torch.optim.AdamW(pipeline.parameters())
+        pipeline.step(TOKENS, TARGETS)
+        optimizer.step()
+        checkpoint.save(path, {"model": pipeline, "optimizer": optimizer}, group=group)
+
+    run_ranks(2, save)
+    embedding = nn.Embedding(11, 4).double()
+    model = nn.Sequential(embedding, Head(embedding.weight))
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.load_state_dict(checkpoint.read(path)["optimizer"])
+    again = torch.optim.AdamW(model.parameters())
+
+    def load(group: _core.Group) -> None:
+        checkpoint.load(path, {"model": model, "optimizer": again}, group=group)
+
+    run_ranks(1, load)
+    assert not list(differences(again.state_dict(), optimizer.state_dict()))
+    assert len(again.state) == 1
 
 
 # --- split parameters -----------------------------------------------------------------------------
@@ -250,6 +281,56 @@ def test_split_layers_go_to_other_numbers_of_ranks_and_back(
     assert not list(differences(checkpoint.read(second), checkpoint.read(end)))
 
 
+def test_three_axes_and_a_divided_optimizer(tmp_path: Path) -> None:
+    """dp 2 x pp 2 x tp 2, to one process, and back."""
+    first, second, third = (tmp_path / name for name in "123")
+
+    def block(seed: int) -> nn.Module:
+        return seeded(lambda: nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4)), seed)
+
+    models = [nn.Sequential(block(seed), block(seed + 1)).double() for seed in range(3)]
+
+    def state(group: _core.Group, number: int) -> dict[str, Any]:
+        mesh = Mesh({"dp": 2, "pp": 2, "tp": 2}, group=group)
+        model = copy.deepcopy(models[number])
+        for part in model:
+            part[0] = ColumnParallelLinear.from_module(part[0], group=mesh["tp"])
+            part[2] = RowParallelLinear.from_module(part[2], group=mesh["tp"])
+        pipeline = Pipeline(model, mse, micro_batches=2, group=mesh["pp"])
+        optimizer = ShardedOptimizer(
+            torch.optim.AdamW, pipeline.parameters(), lr=0.01 * (1 + number), group=mesh["dp"]
+        )
+        return {"model": pipeline, "optimizer": optimizer}
+
+    def train(group: _core.Group) -> None:
+        run = state(group, 0)
+        x = torch.ones(4, 4, dtype=torch.float64)
+        for _ in range(2):
+            run["optimizer"].zero_grad()
+            run["model"].step(x, 2 * x)
+            run["optimizer"].step()
+        checkpoint.save(first, run, group=group)
+
+    def alone(group: _core.Group) -> None:
+        model = models[1]
+        run = {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+        checkpoint.load(first, run, group=group)
+        checkpoint.save(second, run, group=group)
+
+    def back(group: _core.Group) -> None:
+        run = state(group, 2)
+        checkpoint.load(second, run, group=group)
+        checkpoint.save(third, run, group=group)
+
+    run_ranks(8, train)
+    run_ranks(1, alone)
+    run_ranks(8, back)
+    saved = checkpoint.read(first)
+    assert len(saved["optimizer"]["state"]) == 8
+    assert not list(differences(checkpoint.read(second), saved))
+    assert not list(differences(checkpoint.read(third), saved))
+
+
 def test_state_without_a_value_for_each_element_is_refused_where_parameters_are_split(
     tmp_path: Path,
 ) -> None:
@@ -298,6 +379,7 @@ class Odd(nn.Module):
         self.norm = nn.BatchNorm1d(3)
         self.image = nn.Parameter(torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last))
         self.turned = nn.Parameter(torch.rand(5, 7).t())
+        self.again = self.turned
         self.scale = nn.Parameter(torch.rand(()))
         self.none = nn.Parameter(torch.empty(0, 3))
         self.short = nn.Parameter(torch.rand(3, dtype=torch.bfloat16))
@@ -336,9 +418,10 @@ def test_entries_of_every_kind(ranks: int, tmp_path: Path) -> None:
 
     saved = run_ranks(ranks, save)
     model, full = saved[0]
+    other = seeded(Odd, 1)
 
     def load(group: _core.Group) -> None:
-        fresh = seeded(Odd, 1)
+        fresh = copy.deepcopy(other)
         optimizer = torch.optim.Adam(fresh.parameters(), lr=0.9)
         checkpoint.load(tmp_path / "c", {"model": fresh, "optimizer": optimizer}, group=group)
         assert fresh.calls == 10
@@ -347,7 +430,7 @@ def test_entries_of_every_kind(ranks: int, tmp_path: Path) -> None:
             if isinstance(value, Tensor):
                 assert same(fresh.state_dict()[name], value), name
         # Averages are those of the lowest rank.
-        assert not torch.equal(fresh.norm.running_mean, seeded(Odd).norm.running_mean)
+        assert not torch.equal(fresh.norm.running_mean, original.norm.running_mean)
         for number, state in full["state"].items():
             for key, value in state.items():
                 assert same(optimizer.state_dict()["state"][number][key], value), (number, key)
@@ -392,8 +475,7 @@ def test_param_groups_may_be_divided_but_not_joined_where_they_differ(tmp_path: 
         assert [g["lr"] for g in four.param_groups] == [0.1, 0.1, 0.5, 0.5]
         assert {g["momentum"] for g in four.param_groups} == {0.9}
         one = torch.optim.SGD(model.parameters(), lr=3.0)
-        state = {"model": linear(1), "optimizer": one}
-        state["model"] = model
+        state = {"model": model, "optimizer": one}
         with pytest.raises(
             InvalidArgumentError, match=r"'0\.weight' and '1\.weight' in one param group.* lr"
         ):
@@ -455,8 +537,11 @@ def test_two_models_under_one_optimizer(tmp_path: Path) -> None:
 
 
 def test_schedulers_scalers_and_values(tmp_path: Path) -> None:
+    template = linear()
+    rng_state = torch.get_rng_state()  # the ranks' threads share it
+
     def run(group: _core.Group) -> None:
-        model = linear()
+        model = copy.deepcopy(template)
         optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.5))
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9)
         scaler = GradScaler("cpu", init_scale=8.0, group=group)
@@ -464,7 +549,7 @@ def test_schedulers_scalers_and_values(tmp_path: Path) -> None:
         scaler.update(4.0)
         big = torch.arange(1e6)
         state = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        values = {"step": 7, "none": None, "part": big[:3], "rng": torch.get_rng_state()}
+        values = {"step": 7, "none": None, "part": big[:3], "rng": rng_state}
         stepped(model, optimizer)
         scheduler.step()
         checkpoint.save(tmp_path / "c", {**state, **values}, group=group)
