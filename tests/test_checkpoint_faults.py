@@ -169,7 +169,7 @@ def test_a_full_disk_on_one_rank_leaves_the_previous_checkpoint(
         patched.setattr(folder, "prepare", with_full_disk)
         refused(
             saves(path, state_of(2)),
-            rf"failed on rank 1: .*cannot write {path}.unfinished.*No space left(.|\n)*Make room",
+            rf"failed on rank 1: .*cannot write {path}.unfinished.*No space left(.|\n)*See to room",
         )
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
     assert step_in(path) == 1

@@ -29,7 +29,8 @@ T = TypeVar("T")
 METADATA = ".metadata"
 _TOKEN = ".seen-by-all-"
 _REMEDIES = {
-    "write": "Make room there, or save to another path; what was saved before is as it was.",
+    "write": "See to room and permissions there, or save to another path; what was saved before "
+    "is as it was.",
     "read": "Take another checkpoint, if it is damaged or not all there.",
     "remove": "Remove it by hand: the new checkpoint is in place.",
 }
@@ -138,7 +139,7 @@ def find(path: Path) -> Path:
             problem = f"there is no {path}"
         if unfinished(path).exists():
             problem += f".\n  {unfinished(path)} is what a save left that did not complete"
-        raise InvalidArgumentError(problem + ".")
+        raise InvalidArgumentError(problem + ".\n  Pass the path that save() was given.")
 
 
 def is_checkpoint(path: Path) -> bool:
