@@ -99,7 +99,7 @@ def main() -> None:
 
     # --- an activation ---
     group, host = group_of(None).duplicate(), torch.device("cpu")
-    outlet = RemoteOutlet(group, 1 - rank, 3 * rank)
+    outlet = RemoteOutlet(group, 1 - rank, 3 * rank, torch.device("cpu"))
     inlet = RemoteInlet(group, 1 - rank, 3 * (1 - rank), 2, host)
     activation = torch.randn(MIB // 4)
     received = torch.empty_like(activation)

@@ -76,7 +76,7 @@ def clip_grad_norm_(
         InvalidArgumentError: a negative ``max_norm``, or, if asked for, a norm that is no number;
             on every rank.
 
-    Cost: one all-gather of a number for each parameter.
+    Cost: one all-gather of a number for each parameter; on a GPU the host waits for it once.
     """
     group = group_of(group)
     spreads = []
@@ -107,11 +107,11 @@ def total_norm(
         gradients: of this rank, each with its parameter.
     """
     norms = [
-        torch.linalg.vector_norm(gradient, norm_type).double().cpu()
+        torch.linalg.vector_norm(gradient, norm_type).double()
         for param, gradient in gradients
         if all(spread.counts(param) for spread in spreads)
     ]
-    known = torch.stack(norms) if norms else torch.empty(0, dtype=torch.float64)
+    known = _on_host(norms)
     for spread in spreads:
         known = torch.cat(all_gather_list(known, group=spread.group))
     if not len(known):
@@ -141,5 +141,17 @@ def scale_to_norm(
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for param in parameters:
         if param.grad is not None:
-            param.grad.mul_(factor.to(param.grad.device, param.grad.dtype))
+            # It stays on the host: a kernel takes it as an argument, and nobody waits for a copy.
+            param.grad.mul_(factor.to(param.grad.dtype))
     return total
+
+
+def _on_host(numbers: list[Tensor]) -> Tensor:
+    """As one vector, in their order; the host waits once for each device they are on."""
+    places: dict[torch.device, list[int]] = {}
+    for index, number in enumerate(numbers):
+        places.setdefault(number.device, []).append(index)
+    result = torch.empty(len(numbers), dtype=torch.float64)
+    for indices in places.values():
+        result[indices] = torch.stack([numbers[index] for index in indices]).cpu()
+    return result

@@ -37,6 +37,10 @@ class GradScaler(torch.amp.GradScaler):
 
     def _unscale_grads_(self, *arguments: Any, **options: Any) -> dict[torch.device, Tensor]:
         found_inf = super()._unscale_grads_(*arguments, **options)
+        if not found_inf and self._scale is not None:
+            # No gradients here: nothing to object to a step of the others.
+            device = self._scale.device
+            found_inf[device] = torch.zeros((), dtype=torch.float32, device=device)
         for tensor in found_inf.values():
             all_reduce_(tensor, ReduceOp.MAX, group=self._group)
         return found_inf

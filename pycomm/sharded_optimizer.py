@@ -225,9 +225,9 @@ class ShardedOptimizer(Optimizer):
         self._take_options(self._inner.param_groups)
 
     def full_state_dict(self) -> dict[str, Any]:
-        """What the whole optimizer's ``state_dict()`` would be; on every rank. Collective.
+        """What the whole optimizer's ``state_dict()`` would be, on the host; on every rank.
 
-        A bare ``optimizer_class`` over the same parameters loads it, and so does
+        Collective. A bare ``optimizer_class`` over the same parameters loads it, and so does
         ``load_full_state_dict()`` on any number of ranks.
         """
         mine: dict[int, dict[str, Any]] = {}
@@ -235,7 +235,10 @@ class ShardedOptimizer(Optimizer):
         for piece in self._pieces:
             state = self._inner.state.get(piece.shard)
             if state:
-                mine[numbers[id(piece.param)]] = dict(state)
+                mine[numbers[id(piece.param)]] = {
+                    key: value.cpu() if isinstance(value, Tensor) else value
+                    for key, value in state.items()
+                }
         parts: dict[int, list[dict[str, Any]]] = {}
         for theirs in all_gather_object(mine, group=self._group):
             for number, state in theirs.items():
@@ -262,14 +265,17 @@ class ShardedOptimizer(Optimizer):
                 "parameters in its groups, and the optimizer "
                 f"{[len(group['params']) for group in self.param_groups]}."
             )
+        self._take_options(groups)
         numbers = self._numbers()
         for piece in self._pieces:
             state = state_dict["state"].get(numbers[id(piece.param)])
             if state is not None:
+                options = self.param_groups[piece.param_group]
+                counts_on_host = not (options.get("capturable") or options.get("fused"))
                 self._inner.state[piece.shard] = {
-                    key: piece.cut_out(value) for key, value in state.items()
+                    key: piece.cut_out(value, on_host=key == "step" and counts_on_host)
+                    for key, value in state.items()
                 }
-        self._take_options(groups)
 
     @property
     def optimizer_class(self) -> type[Optimizer]:
@@ -360,10 +366,16 @@ class _Piece:
         flat = torch.cat(values)
         return flat.as_strided(self.param.shape, dense_strides(self.param)).contiguous()
 
-    def cut_out(self, value: Any) -> Any:
-        """This piece of a state value of the whole parameter."""
-        if not isinstance(value, Tensor) or value.shape != self.param.shape or value.dim() == 0:
-            return value.clone() if isinstance(value, Tensor) else value
+    def cut_out(self, value: Any, *, on_host: bool) -> Any:
+        """This piece of a state value of the whole parameter, where the parameter is.
+
+        Args:
+            on_host: it stays there; so do the steps that torch's optimizers count, as a rule.
+        """
+        if not isinstance(value, Tensor):
+            return value
+        if value.shape != self.param.shape or value.dim() == 0:
+            return value.clone() if on_host else value.to(self.param.device, copy=True)
         strides = dense_strides(self.param)
         dense = torch.empty_strided(value.shape, strides, dtype=value.dtype).copy_(value)
         flat = dense.as_strided((value.numel(),), (1,))

@@ -23,6 +23,18 @@ class CoreWork(Protocol):
 _abandoned: dict[CoreWork, object] = {}
 
 
+def keep_until_settled(core_work: CoreWork, memory: object) -> None:
+    """Nobody waits for the operation any more: its memory must outlive it, on a GPU too."""
+    _forget_settled()
+    if not core_work.settled():
+        _abandoned[core_work] = memory
+
+
+def _forget_settled() -> None:
+    for over in [work for work in tuple(_abandoned) if work.settled()]:
+        _abandoned.pop(over, None)
+
+
 class Work(Generic[T]):
     """What a collective returns with ``async_op=True``: ``wait()`` before touching its tensors.
 
@@ -32,8 +44,8 @@ class Work(Generic[T]):
     __slots__ = ("_core_work", "_finish", "_result", "_tensors", "_waited")
 
     def __init__(self, core_work: CoreWork, tensors: object, finish: Callable[[], T]) -> None:
-        for over in [work for work in tuple(_abandoned) if work.settled()]:
-            _abandoned.pop(over, None)
+        if _abandoned:
+            _forget_settled()
         self._core_work = core_work
         self._tensors = tensors
         self._finish = finish

@@ -2,10 +2,12 @@
 
 The tests marked ``mpi`` run under mpirun, where each rank is a pytest process that runs the same
 tests in the same order; the others run in one process. Those marked ``gpu`` run where
-``make gpu-check`` starts them, under torchrun. ``[tool.pytest.ini_options]`` has the times
+``make gpu-check`` starts them, under torchrun; those marked ``double_autograd`` where
+tests/test_double_pipeline.py starts them. ``[tool.pytest.ini_options]`` has the times
 after which a test counts as hanging.
 """
 
+import ctypes
 import faulthandler
 import os
 import sys
@@ -15,6 +17,9 @@ import hypothesis
 import pytest
 
 ON_GPUS = "PYCOMM_GPU_CHECK" in os.environ
+AUTOGRAD = os.environ.get("PYCOMM_DOUBLE_AUTOGRAD")
+if AUTOGRAD:
+    ctypes.CDLL(AUTOGRAD)  # before torch is imported, which asks once whether there is CUDA
 
 
 def from_launcher(*names: str) -> str | None:
@@ -64,7 +69,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         marked = item.get_closest_marker("mpi") is not None
         on_gpus = item.get_closest_marker("gpu") is not None
+        on_double = item.get_closest_marker("double_autograd") is not None
         runs = on_gpus if ON_GPUS else marked == UNDER_MPIRUN and not on_gpus
+        runs &= on_double == bool(AUTOGRAD)
         (here if runs else elsewhere).append(item)
     items[:] = here
     if elsewhere:

@@ -10,6 +10,7 @@ Rank ``n`` has GPU ``n``. Ranks are threads of this process, as ``run_ranks`` ha
 of this host that call ``pycomm.init()``.
 """
 
+import collections
 import ctypes
 import fcntl
 import os
@@ -31,6 +32,7 @@ from pycomm import _core, device, gpu_libraries, gradient_sync
 T = TypeVar("T")
 Module = TypeVar("Module", bound=torch.nn.Module)
 
+HERE = Path(__file__).parent
 BUILD = Path(__file__).parent.parent / "build" / "dev"
 NOBODY, CALLERS, NCCLS = 1 << 20, 0, -5  # priorities of streams, for starve()
 
@@ -109,6 +111,26 @@ class Double:
         assert result == 0, f"{function} of the double returned {result}"
 
 
+def autograd_library() -> Path:
+    """Built anew: what a process loads before torch, for ``backward()`` to work on the double."""
+    torch_folder = Path(torch.__file__).parent
+    library = BUILD / "libdouble_autograd.so"
+    subprocess.run(
+        [
+            *(os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-shared", "-fPIC"),
+            *("-isystem", torch_folder / "include", HERE / "double" / "autograd.cpp"),
+            *("-o", library, "-L", torch_folder / "lib", "-ltorch_cpu", "-lc10"),
+            f"-Wl,-rpath,{torch_folder / 'lib'}",
+        ],
+        check=True,
+    )
+    return library
+
+
+# By GPU: how often the host waited for what the rank computes there, as torch does when a value
+# goes from one to the other.
+host_waits: collections.Counter[int] = collections.Counter()
+
 _double: Double | None = None
 
 
@@ -162,6 +184,18 @@ class DoubleTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self._begin + self._inner.storage_offset() * self._inner.element_size()
 
+    @property
+    def data(self) -> "DoubleTensor":
+        return self.detach()
+
+    @data.setter
+    def data(self, other: "DoubleTensor") -> None:
+        torch.Tensor.data.__set__(self, other)
+        self._inner, self._gpu, self._begin, self._keeps = (
+            *(other._inner, other._gpu),
+            *(other._begin, other._keeps),
+        )
+
     # These ask torch's CUDA for the device before anything else; the others do not.
 
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> Any:
@@ -169,12 +203,18 @@ class DoubleTensor(torch.Tensor):
             return self
         return torch.ops.aten.clone(self, memory_format=memory_format)
 
-    def to(self, to: torch.dtype | torch.device | str) -> Any:
-        given = {"dtype": to} if isinstance(to, torch.dtype) else {"device": torch.device(to)}
-        return torch.ops.aten._to_copy(self, **given)
+    def to(self, *args: Any, copy: bool = False, **kwargs: Any) -> Any:
+        place, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        given: dict[str, Any] = {}
+        if place is not None and place != self.device:
+            given |= {"device": place, "non_blocking": non_blocking}
+        if dtype is not None and dtype != self.dtype:
+            given["dtype"] = dtype
+        return torch.ops.aten._to_copy(self, **given) if given or copy else self
 
     def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> "DoubleTensor":
         the_double().synchronize(self._gpu)
+        host_waits[self._gpu] += source.is_cpu and not non_blocking
         self._inner.copy_(source._inner if isinstance(source, DoubleTensor) else source)
         return self
 
@@ -202,6 +242,9 @@ class DoubleTensor(torch.Tensor):
         gpu = given[0]._gpu
         assert all(t._gpu == gpu for t in given), "tensors on two GPUs"
         the_double().synchronize(gpu)
+        host_waits[gpu] += func in _WAITED_FOR or (
+            func is torch.ops.aten.copy_.default and args[0].is_cpu != args[1].is_cpu
+        )
         kwargs.pop("device", None)
         inner_args, inner_kwargs = tree_map_only(DoubleTensor, lambda t: t._inner, (args, kwargs))
         results = func(*inner_args, **inner_kwargs)
@@ -219,12 +262,37 @@ class DoubleTensor(torch.Tensor):
         return tree_map_only(torch.Tensor, wrapped, results)
 
 
+_WAITED_FOR = {
+    torch.ops.aten._local_scalar_dense.default,  # .item(), bool(t), tolist()
+    torch.ops.aten.equal.default,
+    torch.ops.aten.nonzero.default,
+}
+
+
+def _empty(size: list[int], *, device: torch.device, dtype: Any = None, **_: Any) -> DoubleTensor:
+    return on_gpu(torch.empty(size, dtype=dtype), device.index)
+
+
+def _empty_strided(
+    size: list[int], stride: list[int], *, device: torch.device, dtype: Any = None, **_: Any
+) -> DoubleTensor:
+    return on_gpu(torch.empty_strided(size, stride, dtype=dtype), device.index)
+
+
+# All of torch's functions that make tensors begin with these two, so ``device="cuda:1"`` works.
+_factories = torch.library.Library("aten", "IMPL")
+if torch.version.cuda is None:
+    _factories.impl("empty.memory_format", _empty, "CUDA")
+    _factories.impl("empty_strided", _empty_strided, "CUDA")
+
+
 def _moved(t: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
     """``t.to(...)`` with a device in it."""
     place = torch.device(kwargs["device"])
     source = t
     if isinstance(t, DoubleTensor):
         the_double().synchronize(t._gpu)
+        host_waits[t._gpu] += place.type == "cpu" and not kwargs.get("non_blocking")
         source = t._inner
     copied = source.to(kwargs.get("dtype") or source.dtype, copy=True)
     return copied if place.type == "cpu" else on_gpu(copied, place.index)
@@ -243,11 +311,14 @@ def on_gpu(values: torch.Tensor, gpu: int) -> DoubleTensor:
 
 
 def module_on_gpu(module: Module, gpu: int) -> Module:
-    """The same module, its parameters and buffers moved there."""
+    """The same module, its parameters and buffers moved there; what is shared stays so."""
+    moved: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
     for part in module.modules():
         for name, param in part.named_parameters(recurse=False):
-            moved = torch.nn.Parameter(on_gpu(param.detach(), gpu), param.requires_grad)
-            part.register_parameter(name, moved)
+            if param not in moved:
+                there = on_gpu(param.detach(), gpu)
+                moved[param] = torch.nn.Parameter(there, param.requires_grad)
+            part.register_parameter(name, moved[param])
         for name, buffer in part.named_buffers(recurse=False):
             part.register_buffer(name, on_gpu(buffer, gpu))
     return module
@@ -279,7 +350,9 @@ def doubles_in_place_of_gpus() -> Iterator[Double]:
         patch.setattr(gpu_libraries, "places", lambda: double.places)
         patch.setattr(device, "current_stream", double.stream)
         patch.setattr(device, "bytes_of", _bytes_of)
+        patch.setattr(device, "used_on_current_stream", lambda t: None)  # a GPU's is but one
         patch.setattr(gradient_sync, "lies_like", _lies_like)
+        patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         yield double
     assert double.errors() == ""
 

@@ -10,8 +10,8 @@ namespace pycomm {
 
 bool Work::settled() const {
   if (!done()) return false;
-  if (device_call_ == nullptr || error_ != nullptr) return true;
-  try {
+  if (device_call_ == nullptr) return true;
+  try {  // one that has failed, too: what was launched ends when it is aborted
     return device_call_->finished();
   } catch (const CommError&) {
     return true;  // the GPU is lost, and with it the memory

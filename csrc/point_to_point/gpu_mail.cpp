@@ -1,6 +1,7 @@
 #include "point_to_point/gpu_mail.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 #include <utility>
 
@@ -116,10 +117,12 @@ void GpuMail::propose(int number, Peer& peer) {
 
 void GpuMail::launch(Peer& peer, Proposal theirs) {
   std::vector<nccl::GpuMessage> messages;
+  const auto now = std::chrono::steady_clock::now();
   for (const TransferPtr& half : peer.batch) {
+    // A receive into a slot may have been posted long before: the GPU has its time from now on.
     messages.push_back({half->direction == Transfer::Direction::kSend, half->memory, half->bytes(),
                         half->device_call, half->describe() + ", on rank " + std::to_string(rank_),
-                        half->began, half->timeout_s});
+                        half->in_slot ? now : half->began, half->timeout_s});
   }
   peer.launch = std::make_unique<Launch>(peer.pair->launch(std::move(messages), std::move(theirs)));
 }

@@ -131,11 +131,10 @@ class Executor:
         self._loss_in: RemoteInlet | None = None
         last_rank = schedule.rank_of(self._last)
         if group.rank != last_rank:
-            host = torch.device("cpu")
-            self._loss_in = RemoteInlet(group, last_rank, tag, 1, host)
+            self._loss_in = RemoteInlet(group, last_rank, tag, 1, where)
         else:
             others = (rank for rank in range(group.size) if rank != last_rank)
-            self._loss_out = [RemoteOutlet(group, rank, tag) for rank in others]
+            self._loss_out = [RemoteOutlet(group, rank, tag, where) for rank in others]
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -294,15 +293,22 @@ class Executor:
             yield
         except Exception as error:
             named = self._named(error)
-            self._group.abort(f"rank {self._group.rank} raised {type(named).__name__}: {named}")
+            self._give_up(f"{type(named).__name__}: {named}")
             if named is error:
                 raise
             raise named from error
         except BaseException as error:  # Ctrl-C
-            self._group.abort(f"rank {self._group.rank} raised {type(error).__name__}")
+            self._give_up(type(error).__name__)
             raise
         self.statistics.seconds = time.perf_counter() - started
         self.statistics.wait_seconds += self._waited() - waited
+
+    def _give_up(self, raised: str) -> None:
+        self._group.abort(f"rank {self._group.rank} raised {raised}")
+        targets = [self._targets_in, self._targets_out]
+        for channel in [*self._channels(True), *targets, *self._loss_out, self._loss_in]:
+            if channel is not None:
+                channel.abandon()
 
     def _named(self, error: Exception) -> Exception:
         """The error with the action it happened in."""
@@ -332,7 +338,10 @@ class Executor:
         )
 
     def _settle(self, feed: Feed, losses: Sequence[Tensor]) -> Tensor:
-        """Wait for what was sent; then all ranks learn the loss."""
+        """Wait for what was sent; then all ranks learn the loss.
+
+        On GPUs it stays there, so no rank's host waits for the last stage's GPU.
+        """
         if self._loss_in is not None:
             self._loss_in.begin(1)
             self._settle_sends()
@@ -345,7 +354,7 @@ class Executor:
         total = functools.reduce(torch.add, shares)
         for outlet in self._loss_out:
             outlet.begin(1)
-            outlet.send(total.cpu(), 0)
+            outlet.send(total, 0)
         self._settle_sends()
         for outlet in self._loss_out:
             outlet.settle()
@@ -381,7 +390,7 @@ class Executor:
         if src == dst:
             local = Local() if rank == src else None
             return local, local
-        outlet = RemoteOutlet(self._group, dst, tag) if rank == src else None
+        outlet = RemoteOutlet(self._group, dst, tag, self._where) if rank == src else None
         inlet = None
         if rank == dst:
             inlet = RemoteInlet(self._group, src, tag, slots, self._where)

@@ -112,12 +112,11 @@ class Layout:
             end = offset + tensor.nbytes
         return Layout(spec, tuple(described), end), tensors
 
-    def pack(self, tensors: list[Tensor]) -> Tensor:
-        """One piece of memory that holds them: a lone tensor's own, else a copy."""
+    def pack(self, tensors: list[Tensor], where: torch.device) -> Tensor:
+        """One piece of memory that holds them, on a device: a lone tensor's own, else a copy."""
         if len(tensors) == 1:
-            return tensors[0]
-        device = tensors[0].device if tensors else torch.device("cpu")
-        memory = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+            return tensors[0] if tensors[0].device.type == where.type else tensors[0].to(where)
+        memory = torch.empty(self.nbytes, dtype=torch.uint8, device=where)
         kinds = [leaf for leaf in self.leaves if isinstance(leaf, _Tensor)]
         for kind, tensor in zip(kinds, tensors, strict=True):
             if kind.nbytes:

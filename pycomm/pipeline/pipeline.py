@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -68,7 +68,8 @@ class Pipeline:
         ties: for modules given apart, parameters that are one: tuples of names such as
             ``("0.embedding.weight", "3.head.weight")``. What an ``nn.Sequential`` shares between
             stages is found.
-        device: where this rank's stages compute; where their parameters are if None.
+        device: where this rank's stages compute; where their parameters are if None, or else those
+            of the other stages that this rank was given. What comes from another rank comes there.
 
     Raises:
         InvalidArgumentError: more stages than layers, fewer than ranks, an unknown schedule, a
@@ -138,7 +139,9 @@ class Pipeline:
         self._parameters = list(self.module.parameters())
         self._ties = Ties(pieces, here, ties, self._schedule.rank_of, self._group)
         self._is_sequential = isinstance(model, nn.Sequential)
-        self._device = torch.device(_device(self.module) if device is None else device)
+        # A part without parameters computes where the others would.
+        modules = [self.module, *pieces.values()]
+        self._device = torch.device(_device(modules) if device is None else device)
         self._stages = [Stage(stage, here[stage], recompute=recompute) for stage in here]
         self._executor = Executor(
             self._schedule,
@@ -171,7 +174,8 @@ class Pipeline:
             scaler: multiplies the loss before the backward passes.
 
         Returns:
-            The loss of the batch, detached; on every rank.
+            The loss of the batch, detached; on every rank, where its stages compute. On GPUs no
+            host has waited for it.
 
         Raises:
             InvalidArgumentError: fewer rows than micro-batches, other rows in the target than in
@@ -389,8 +393,10 @@ def _check_same(group: Group, arguments: dict[str, object]) -> None:
                 )
 
 
-def _device(module: nn.Module) -> torch.device:
-    """Where a module computes: with its first parameter or buffer."""
-    for t in [*module.parameters(), *module.buffers()]:
-        return t.device
+def _device(modules: Iterable[nn.Module | None]) -> torch.device:
+    """Where modules compute: with the first parameter or buffer that there is."""
+    for module in modules:
+        if module is not None:
+            for t in [*module.parameters(), *module.buffers()]:
+                return t.device
     return torch.device("cpu")

@@ -29,6 +29,7 @@ from pycomm._core import Buffer, Group, TransferWork
 from pycomm.errors import MismatchError
 from pycomm.pipeline.layout import Layout
 from pycomm.pipeline.micro_batches import map_tensors
+from pycomm.work import keep_until_settled
 
 TAGS = 3
 """Tags that one kind of message takes."""
@@ -49,6 +50,9 @@ class Outlet(Protocol):
     def settle(self) -> None:
         """Wait until all has been received."""
 
+    def abandon(self) -> None:
+        """The step failed, and the group with it: keep the memory of what is under way on a GPU."""
+
 
 class Inlet(Protocol):
     """Where they come in."""
@@ -62,14 +66,24 @@ class Inlet(Protocol):
     def release(self) -> None:
         """One more of the messages received is no longer needed: its slot can take another."""
 
+    def abandon(self) -> None:
+        """As of an ``Outlet``."""
+
 
 class RemoteOutlet:
-    """To another rank."""
+    """To another rank.
 
-    def __init__(self, group: Group, dst: int, tag: int) -> None:
+    Args:
+        where: the device that messages leave from, of the receiver's kind; tensors that are
+            elsewhere are copied to it.
+    """
+
+    def __init__(self, group: Group, dst: int, tag: int, where: torch.device) -> None:
         self._group = group
         self._dst = dst
         self._tag = tag
+        self._where = where
+        self._on_gpu = where.type == "cuda"
         self._capacity = 0  # of the slots, bytes
         self._largest = 0
         self._layout: Layout | None = None
@@ -80,11 +94,11 @@ class RemoteOutlet:
 
     def send(self, value: Any, micro_batch: int) -> None:
         layout, dump = self._layout, b""
-        if layout is not None and layout.is_of(value):
+        if layout is not None and layout.is_of(value) and value.is_cuda is self._on_gpu:
             memory = value
         else:
             layout, tensors = Layout.of(value)
-            memory = layout.pack(tensors)
+            memory = layout.pack(tensors, self._where)
             if layout != self._layout:
                 dump = layout.dump()
             self._layout = layout
@@ -100,8 +114,14 @@ class RemoteOutlet:
 
     def settle(self) -> None:
         while self._under_way:
-            self._group.wait(self._under_way[0][0])
+            work = self._under_way[0][0]
+            self._group.wait(work)
+            # A GPU may have yet to read the memory: what comes to use it waits there.
+            work.order_before(device.current_stream)
             self._under_way.popleft()  # and with it the memory
+
+    def abandon(self) -> None:
+        _abandon(self._under_way)
 
     def _start(self, memory: Tensor, nbytes: int, lane: int, immediate: int = 0) -> None:
         while self._under_way and self._under_way[0][0].settled():
@@ -180,6 +200,9 @@ class RemoteInlet:
         if self._to_post:
             self._post()
 
+    def abandon(self) -> None:
+        _abandon(self._posted)
+
     @property
     def layout(self) -> Layout | None:
         """Of the last message."""
@@ -236,6 +259,9 @@ class Local:
     def settle(self) -> None:
         pass
 
+    def abandon(self) -> None:
+        pass
+
 
 class _SlotMemory:
     """Pieces of the arena, each used again once no tensor that views it is left."""
@@ -262,6 +288,11 @@ class _SlotMemory:
         lease = memoryview(buffer)
         self._lent.append((buffer, weakref.ref(lease)))
         return torch.frombuffer(lease, dtype=dtype, count=count)
+
+
+def _abandon(under_way: collections.deque[Any]) -> None:
+    while under_way:
+        keep_until_settled(*under_way.popleft())
 
 
 def _slot_bytes(largest: int) -> int:
