@@ -186,7 +186,7 @@ class Pipeline:
         scale = None
         if scaler is not None and scaler.is_enabled():
             scale = scaler.scale(torch.ones((), device=self._device))
-        feed, _ = self._agree("Pipeline.step", batch, target, extra, scale)
+        feed, _ = self._agree("Pipeline.step", batch, target, extra, scale, training=True)
         self._optimizers = optimizers_of(self._parameters)
         with contextlib.ExitStack() as stack:
             for optimizer in self._optimizers:
@@ -208,7 +208,7 @@ class Pipeline:
             With a target, the loss, on every rank. Without one, the output of the whole batch on
             the last stage's rank, None on the others.
         """
-        feed, with_loss = self._agree("Pipeline.evaluate", batch, target, extra, None)
+        feed, with_loss = self._agree("Pipeline.evaluate", batch, target, extra, training=False)
         outputs, loss = self._executor.evaluate(feed, with_loss=with_loss)
         if with_loss:
             return loss
@@ -301,7 +301,9 @@ class Pipeline:
         batch: Any,
         target: Any,
         extra: Mapping[int, Mapping[str, Any]] | None,
-        scale: Tensor | None,
+        scale: Tensor | None = None,
+        *,
+        training: bool,
     ) -> tuple[Feed, bool]:
         """Check what all ranks were given; returns this rank's share and whether there are targets.
 
@@ -320,7 +322,8 @@ class Pipeline:
                 parts.length_of(f"extra[{stage}]", arguments)
                 if self._schedule.rank_of(stage) == group.rank:
                     extras[stage] = parts.cut(dict(arguments), count)
-            self._ties.check_fresh(call)
+            if training:
+                self._ties.check_fresh(call)
         except InvalidArgumentError as error:
             mistake = error
         mine = torch.tensor([mistake is not None, *rows])
