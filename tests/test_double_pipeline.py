@@ -70,7 +70,7 @@ def placed(value: Any, gpu: int) -> Any:
 
 
 def back(value: Any) -> Any:
-    return tree_map_only(Tensor, lambda t: from_gpu(t.detach()), value)
+    return tree_map_only(Tensor, lambda t: t if t.is_cpu else from_gpu(t.detach()), value)
 
 
 def whole_and_parts(
@@ -132,7 +132,7 @@ def whole_and_parts(
 def test_steps_end_with_the_bits_of_one_process(ranks, schedule):
     for micro_batches in (1, 3, 8):
         whole_and_parts(
-            ranks, block_model(), batches(8, 3), schedule=schedule, micro_batches=micro_batches
+            ranks, block_model(6), batches(8, 2), schedule=schedule, micro_batches=micro_batches
         )
 
 
@@ -200,7 +200,7 @@ def test_stages_without_parameters_and_without_gradients():
     model = block_model(5)
     for param in model[0].parameters():
         param.requires_grad_(False)
-    for schedule in SCHEDULES:
+    for schedule in ("1f1b", "interleaved", "zero_bubble"):
         parts = nn.Sequential(nn.Tanh(), *copy.deepcopy(model), nn.Tanh())
         stages = [2, 3, 2] if schedule != "interleaved" else [1, 1, 1, 2, 1, 1]
         whole_and_parts(3, parts, batches(8, 2), schedule=schedule, stages=stages)
@@ -219,7 +219,7 @@ def test_recomputation_changes_no_bit():
 @double_autograd
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_evaluation_returns_the_batchs_output_or_its_loss(schedule):
-    model = block_model()
+    model = block_model(6)
     x, y = batches(7, 1)[0]
 
     def run(group):
@@ -292,9 +292,15 @@ def test_shared_parameters_and_clipping(schedule):
 
 
 @double_autograd
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("reduced", ["with overlap", "at the end", "in shares"])
-def test_data_parallel_pipelines(schedule, reduced):
+@pytest.mark.parametrize(
+    ("reduced", "schedule"),
+    [
+        *(("with overlap", schedule) for schedule in SCHEDULES),
+        ("at the end", "1f1b"),
+        ("in shares", "zero_bubble"),
+    ],
+)
+def test_data_parallel_pipelines(reduced, schedule):
     """dp 2 x pp 2: of two replicas NCCL's sum of halves is the half of the sum."""
     model = block_model()
     data = [
@@ -348,8 +354,8 @@ def test_data_parallel_pipelines(schedule, reduced):
 
 @double_autograd
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_step_waits_for_no_gpu(schedule):
-    """The hosts are ahead of their GPUs all the time; to clip by a norm they wait for it once."""
+def test_hosts_wait_for_their_gpus_at_the_end_of_a_step_alone(schedule):
+    """The last stage's, for the loss; and all of them once to clip by a norm."""
 
     def run(group):
         there = module_on_gpu(block_model(), group.rank)
@@ -360,12 +366,12 @@ def test_a_step_waits_for_no_gpu(schedule):
             before = host_waits[group.rank]
             loss = pipeline.step(x, y)
             waits.append(host_waits[group.rank] - before)
-            assert loss.device == torch.device("cuda", group.rank)
+            assert loss.is_cuda == (group.rank == 1)
         before = host_waits[group.rank]
         pipeline.clip_grad_norm_(0.1)
         return waits, host_waits[group.rank] - before
 
-    assert run_double_gpu_ranks(2, run) == [([0, 0, 0], 1)] * 2
+    assert run_double_gpu_ranks(2, run) == [([0, 0, 0], 1), ([1, 1, 1], 1)]
 
 
 @double_autograd
@@ -490,7 +496,7 @@ def test_a_stage_that_raises_ends_the_step_everywhere(schedule, backward):
         for x, y in batches(8, 2):  # a rank that was done hears of it in the next step
             pipeline.step(*placed((x, y), group.rank))
 
-    *others, broken = errors_of(3, attempt, starving=NCCLS)
+    *others, broken = errors_of(3, attempt)
     kind = "backward|input gradient|weight gradient" if backward else "forward"
     assert isinstance(broken, StageError)
     assert re.search(

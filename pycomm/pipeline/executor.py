@@ -130,11 +130,12 @@ class Executor:
         self._loss_out: list[RemoteOutlet] = []
         self._loss_in: RemoteInlet | None = None
         last_rank = schedule.rank_of(self._last)
+        host = torch.device("cpu")
         if group.rank != last_rank:
-            self._loss_in = RemoteInlet(group, last_rank, tag, 1, where)
+            self._loss_in = RemoteInlet(group, last_rank, tag, 1, host)
         else:
             others = (rank for rank in range(group.size) if rank != last_rank)
-            self._loss_out = [RemoteOutlet(group, rank, tag, where) for rank in others]
+            self._loss_out = [RemoteOutlet(group, rank, tag, host) for rank in others]
 
     # --- a step -----------------------------------------------------------------------------------
 
@@ -340,7 +341,8 @@ class Executor:
     def _settle(self, feed: Feed, losses: Sequence[Tensor]) -> Tensor:
         """Wait for what was sent; then all ranks learn the loss.
 
-        On GPUs it stays there, so no rank's host waits for the last stage's GPU.
+        It goes through the hosts: as a message between GPUs it would wait for its turn behind the
+        reductions of replicas whose hosts wait for it.
         """
         if self._loss_in is not None:
             self._loss_in.begin(1)

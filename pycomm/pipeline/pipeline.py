@@ -174,8 +174,8 @@ class Pipeline:
             scaler: multiplies the loss before the backward passes.
 
         Returns:
-            The loss of the batch, detached; on every rank, where its stages compute. On GPUs no
-            host has waited for it.
+            The loss of the batch, detached; on every rank. The last stage's host waits for its GPU
+            to have it, once a step; the other ranks have it on the host.
 
         Raises:
             InvalidArgumentError: fewer rows than micro-batches, other rows in the target than in
