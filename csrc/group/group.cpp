@@ -10,6 +10,7 @@
 #include "core/signature.h"
 #include "group/backoff.h"
 #include "group/process.h"
+#include "nccl/drain.h"
 
 namespace pycomm {
 namespace {
@@ -372,6 +373,14 @@ void Group::watch_gpus() {
   }
 }
 
+bool Group::has_drained(nccl::GpuGroup& gpus) const {
+  try {
+    return nccl::drain(gpus, [this] { return given_up_elsewhere(); });
+  } catch (const CommError&) {
+    return false;
+  }
+}
+
 void Group::abandon() {
   post_office_.abandon();  // on all ranks before the group's own GPUs: leaving waits for the others
   std::deque<Pending> left;
@@ -386,7 +395,8 @@ void Group::abandon() {
     state_.fetch_and(~kQueued, std::memory_order_acq_rel);
   }
   if (current_) end_current(error);
-  gpus_.reset();  // waits for what is on the GPU, as long as that may take
+  if (gpus_ != nullptr && !has_drained(*gpus_)) gpus_->abort();
+  gpus_.reset();
   for (const Pending& pending : left) pending.work->complete(error, 0);
 }
 
@@ -463,6 +473,15 @@ void Group::abort(const std::string& reason) {
 }
 
 void Group::check_notices() const { window_.check_notices(); }
+
+bool Group::given_up_elsewhere() const {
+  try {
+    check_notices();
+    return window_.lost_peer() >= 0;
+  } catch (const CommError&) {
+    return true;
+  }
+}
 
 bool Group::failed() const {
   std::lock_guard lock(mutex_);

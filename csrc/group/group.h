@@ -127,6 +127,8 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
 
   /// Throws what a peer of the group, or the job, has posted.
   void check_notices() const;
+  /// Whether a peer has posted such a thing or is gone: its GPU will not do its part.
+  bool given_up_elsewhere() const;
 
   /// Never reuse memory that a peer or the network may still write, because the group has failed.
   void quarantine(std::shared_ptr<ArenaBlock> memory);
@@ -146,6 +148,9 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
 
   Group(std::shared_ptr<Process> process, std::vector<int> ranks, int rank, Placement placement,
         std::shared_ptr<ArenaBlock> memory, Window window, int tag);
+
+  /// Waits for what is on the GPU; false if that will not end.
+  bool has_drained(nccl::GpuGroup& gpus) const;
 
   // Making groups (split.cpp).
   void all_gather_records(const void* mine, void* all, std::size_t bytes, std::string name,

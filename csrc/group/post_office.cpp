@@ -428,7 +428,7 @@ void PostOffice::end_all(const std::exception_ptr& error) {
 void PostOffice::abandon() {
   std::lock_guard lock(mutex_);
   if (!failed_) end_all(std::make_exception_ptr(CommError(kAbandoned)));
-  exchange_->leave_gpus();
+  exchange_->leave_gpus([this] { return group_.given_up_elsewhere(); });
 }
 
 }  // namespace pycomm

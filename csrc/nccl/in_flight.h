@@ -4,7 +4,6 @@
 #include <deque>
 #include <memory>
 #include <string>
-#include <thread>
 
 #include "nccl/communicator.h"
 #include "nccl/device.h"
@@ -45,15 +44,5 @@ class InFlight {
   };
   std::deque<Launched> calls_;  // in the order of the stream
 };
-
-/// Waits, in this thread, until nothing of `calls` (a GpuGroup, a GpuPair) is in flight.
-/// @throws CommError  as its poll().
-template <typename Calls>
-void drain(Calls& calls) {
-  while (calls.in_flight()) {
-    calls.poll();
-    std::this_thread::sleep_for(std::chrono::milliseconds(1));
-  }
-}
 
 }  // namespace pycomm::nccl

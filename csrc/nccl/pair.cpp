@@ -10,6 +10,7 @@
 #include "core/error.h"
 #include "nccl/cards.h"
 #include "nccl/communicator.h"
+#include "nccl/drain.h"
 #include "nccl/in_flight.h"
 #include "nccl/launch.h"
 #include "nccl/place.h"

@@ -13,6 +13,7 @@
 #include "nccl/communicator.h"
 #include "nccl/device.h"
 #include "nccl/exact_order.h"
+#include "nccl/drain.h"
 #include "nccl/in_flight.h"
 #include "nccl/launch.h"
 #include "nccl/memory.h"

@@ -10,6 +10,7 @@
 #include "collectives/open.h"
 #include "collectives/run.h"
 #include "nccl/carried.h"
+#include "nccl/drain.h"
 #include "nccl/in_flight.h"
 #include "nccl/mpi_carrier.h"
 #include "nccl/pieces.h"

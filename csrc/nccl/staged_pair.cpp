@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "nccl/drain.h"
 #include "nccl/in_flight.h"
 #include "nccl/slots.h"
 

@@ -51,7 +51,7 @@ class Exchange {
   const GpuMail& gpus() const { return gpus_; }
   /// Leave the other ranks' GPUs, once they have come to all that was launched. For the progress
   /// thread.
-  void leave_gpus() { gpus_.leave(); }
+  void leave_gpus(const std::function<bool()>& given_up) { gpus_.leave(given_up); }
   /// The group is finished: the next advance_gpus() aborts what is on this rank's.
   void give_up_gpus() { gpus_.give_up(); }
 

@@ -5,7 +5,9 @@
 #include <cstring>
 #include <utility>
 
+#include "core/error.h"
 #include "core/fork_guard.h"
+#include "nccl/drain.h"
 
 namespace pycomm {
 
@@ -54,12 +56,25 @@ GpuMail::~GpuMail() {
     for (auto& [number, peer] : peers_) static_cast<void>(peer.pair.release());
     return;
   }
-  leave();
+  leave([] { return false; });
 }
 
-void GpuMail::leave() {
-  if (std::exchange(gives_up_, false)) abort();
+void GpuMail::leave(const std::function<bool()>& given_up) {
   // By rank, which orders all pairs alike everywhere: two ranks never wait for each other's next.
+  for (auto& [number, peer] : peers_) {
+    try {
+      // What is only being launched may have no other half, and then would never end.
+      if (gives_up_ || peer.launch != nullptr ||
+          (peer.pair != nullptr && !nccl::drain(*peer.pair, given_up))) {
+        abort();
+        break;
+      }
+    } catch (const CommError&) {
+      abort();
+      break;
+    }
+  }
+  gives_up_ = false;
   while (!peers_.empty()) peers_.erase(peers_.begin());
 }
 

@@ -94,8 +94,9 @@ class GpuMail {
   void forget();
   /// The group is finished: the next advance() aborts what is on the GPU.
   void give_up() { gives_up_ = !peers_.empty(); }
-  /// Disconnect, waiting for what is on the GPU unless it was given up.
-  void leave();
+  /// Disconnect, waiting for what is on the GPU unless it was given up: by this rank, or, as
+  /// `given_up()` says, by another, whose GPU will then not do its part.
+  void leave(const std::function<bool()>& given_up);
 
  private:
   /// A batch that both ranks know, on its way to the GPU.
