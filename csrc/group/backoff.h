@@ -20,6 +20,10 @@ namespace pycomm {
 /// each other's folds, which cost the one that yields nothing; if it slept, a wake-up would follow
 /// each of them. It sleeps all the same after milliseconds: who works that long gives the core back
 /// at the scheduler's next tick to one that yields, but at once to one that wakes up.
+///
+/// Where every rank has a core, whoever takes it from one that yields is a stranger: another job, a
+/// worker that loads data. That one would take it for milliseconds with every yield, so a rank that
+/// has seen it sleeps at once for a while.
 class Backoff {
  public:
   using Clock = std::chrono::steady_clock;
@@ -68,8 +72,7 @@ class Backoff {
         pause();
         return false;
       }
-      sched_yield();
-      if (rounds_ % kYieldsPerLook == 0) sleepy_ = awake_long_enough();
+      sleepy_ = meets_strangers() || (rounds_ % kYieldsPerLook == 0 && awake_long_enough());
       return false;
     }
     const Listener listener(doorbell_);
@@ -94,6 +97,22 @@ class Backoff {
     const std::uint32_t ticket;
   };
 
+  /// Yields, unless a stranger is about. True if one is.
+  bool meets_strangers() {
+    if (!may_spin_) {
+      sched_yield();
+      return false;
+    }
+    thread_local Clock::time_point among_strangers_until;
+    const auto before = Clock::now();
+    if (before < among_strangers_until) return true;
+    sched_yield();
+    const auto after = Clock::now();
+    if (after - before < kStrangersTurn) return false;
+    among_strangers_until = after + kAmongStrangers;
+    return true;
+  }
+
   /// Starts the clocks when first asked, so that a wait of a few yields reads none.
   bool awake_long_enough() {
     if (!watched_) {
@@ -114,6 +133,8 @@ class Backoff {
 
   static constexpr int kSpins = 400;  // about 20 us
   static constexpr int kYieldsPerLook = 8;
+  static constexpr std::chrono::nanoseconds kStrangersTurn = std::chrono::microseconds(500);
+  static constexpr std::chrono::nanoseconds kAmongStrangers = std::chrono::milliseconds(25);
   static constexpr std::chrono::nanoseconds kLongestAwake = std::chrono::milliseconds(2);
   static constexpr std::chrono::nanoseconds kLongestSleep = std::chrono::milliseconds(50);
   static constexpr std::chrono::nanoseconds kShortestNap = std::chrono::microseconds(50);
