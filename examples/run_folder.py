@@ -5,7 +5,7 @@ import csv
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from command_line import RankZeroParser
 
@@ -36,14 +36,19 @@ class RunFolder:
         try:
             loaded = pycomm.checkpoint.load(self._source, {**state, "history": []})
         except pycomm.InvalidArgumentError as error:
-            self._parser.error(f"--resume: {error}")
+            self._refuse(str(error))
         self.history = loaded["history"]
         trained = int(self.history[-1][period])
         if trained >= until:
-            self._parser.error(
-                f"--resume: {self._source} has trained {trained} {period}s; ask for more with "
-                f"--{period}s"
+            self._refuse(
+                f"{self._source} has trained {trained} {period}s; ask for more with --{period}s"
             )
+
+    def _refuse(self, problem: str) -> NoReturn:
+        """End all ranks, and leave no folder in which nothing is."""
+        if pycomm.rank() == 0:
+            self.path.rmdir()
+        self._parser.error(f"--resume: {problem}")
 
     def record(self, row: dict[str, float], state: dict[str, Any]) -> None:
         """Write what rank 0 measured, and a checkpoint from which a run can go on from here."""

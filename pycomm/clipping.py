@@ -14,7 +14,7 @@ from pycomm._core import Group
 from pycomm.collectives import all_gather_list
 from pycomm.errors import InvalidArgumentError
 from pycomm.runtime import group_of
-from pycomm.shares import named_shares, split_group
+from pycomm.shares import is_share, named_shares, split_group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,27 +67,53 @@ def clip_grad_norm_(
     Args:
         parameters: this rank's, or the module that has them; their gradients are multiplied in
             place.
-        group: the ranks whose parameters make up the model, the world if None; all call it.
+        group: the ranks whose parameters make up the model; all call it. If None, those that share
+            the module's split layers, or else the world.
 
     Returns:
         The norm of all gradients as one vector, float64, the same bits on every rank.
 
     Raises:
         InvalidArgumentError: a negative ``max_norm``, or, if asked for, a norm that is no number;
-            on every rank.
+            parameters of split layers without their module; a group that has ranks with the same
+            parts, such as replicas; on every rank.
 
     Cost: one all-gather of a number for each parameter; on a GPU the host waits for it once.
     """
-    group = group_of(group)
-    spreads = []
+    spreads: list[Spread] = []
+    own: list[Tensor] = []
     if isinstance(parameters, nn.Module):
         spreads = spreads_of(parameters)
-        parameters = parameters.parameters()
-    if not any(spread.group.ranks == group.ranks for spread in spreads):
-        spreads.append(Spread(group))
-    own = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        own += parameters.parameters()
+    else:
+        own += [parameters] if isinstance(parameters, Tensor) else parameters
+        if any(map(is_share, own)):
+            raise InvalidArgumentError(
+                "clip_grad_norm_: some of the parameters are shares of split layers; what else the "
+                "ranks of such a layer have is the same on all, and counts once.\n"
+                "  Pass the module instead of its parameters."
+            )
+    if group is not None or not spreads:
+        group = group_of(group)
+        spreads += _other_spread(group, spreads)
     total = total_norm(with_gradients(own), norm_type, spreads)
-    return scale_to_norm(own, total, max_norm, error_if_nonfinite, group)
+    return scale_to_norm(own, total, max_norm, error_if_nonfinite, spreads[-1].group)
+
+
+def _other_spread(group: Group, spreads: Sequence[Spread]) -> list[Spread]:
+    """``group`` as one more axis, unless it is one of those there are."""
+    for spread in spreads:
+        both = set(spread.group.ranks) & set(group.ranks)
+        if both == set(spread.group.ranks) == set(group.ranks):
+            return []
+        if len(both) > 1:
+            raise InvalidArgumentError(
+                f"clip_grad_norm_ on rank {group.rank}: the layers are split over ranks "
+                f"{sorted(spread.group.ranks)}, and group is ranks {sorted(group.ranks)}: what "
+                "they have would be counted more than once.\n"
+                "  Leave group out, or pass the ranks that have other layers."
+            )
+    return [Spread(group)]
 
 
 def with_gradients(parameters: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -107,7 +133,7 @@ def total_norm(
         gradients: of this rank, each with its parameter.
     """
     norms = [
-        torch.linalg.vector_norm(gradient, norm_type).double()
+        torch.linalg.vector_norm(gradient, norm_type, dtype=_wide(gradient)).double()
         for param, gradient in gradients
         if all(spread.counts(param) for spread in spreads)
     ]
@@ -118,6 +144,11 @@ def total_norm(
         return torch.zeros((), dtype=torch.float64)
     norm: Tensor = torch.linalg.vector_norm(known, norm_type)
     return norm
+
+
+def _wide(gradient: Tensor) -> torch.dtype:
+    """In which a norm has room: that of 16-bit floats may be larger than they can be."""
+    return torch.promote_types(gradient.dtype, torch.float32)
 
 
 def scale_to_norm(

@@ -15,9 +15,9 @@ from pycomm.runtime import group_of
 class GradScaler(torch.amp.GradScaler):
     """``torch.amp.GradScaler`` that skips a step on every rank if any has found an inf or NaN.
 
-    For pipelines, whose ranks have other parameters each, and for ``ShardedOptimizer``, which
-    reduces gradients in its step. Those of a ``DistributedOptimizer`` are the same on every rank,
-    so torch's own will do.
+    For pipelines and split layers, whose ranks have other parameters each, and for
+    ``ShardedOptimizer``, which reduces gradients in its step. Where all ranks have the whole model,
+    the gradients of a ``DistributedOptimizer`` are the same on all, and torch's own will do.
 
     ::
 
@@ -28,7 +28,8 @@ class GradScaler(torch.amp.GradScaler):
 
     Args:
         device, init_scale, ...: as for ``torch.amp.GradScaler``.
-        group: the ranks that step together, the world if None. All make the same calls.
+        group: the ranks that step together, the world if None, which is always right. All make the
+            same calls.
     """
 
     def __init__(self, device: str = "cuda", *, group: Group | None = None, **options: Any) -> None:

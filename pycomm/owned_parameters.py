@@ -16,6 +16,7 @@ from pycomm.errors import InvalidArgumentError, MismatchError
 from pycomm.gradient_layout import check_gradient_dtype
 from pycomm.gradient_sync import SyncOptions
 from pycomm.objects import all_gather_object, raise_together
+from pycomm.shares import check_replicas
 
 # Who reduces a parameter's gradient, by id(param): whoever owns a parameter keeps it alive.
 _owners: weakref.WeakValueDictionary[int, OwnedParameters] = weakref.WeakValueDictionary()
@@ -57,6 +58,7 @@ class OwnedParameters:
             added = self._new(param_groups)
             for name, param in added:
                 _check_parameter(name, param, options)
+                check_replicas(name, param, group)
             if not any(param.requires_grad for _, param in self.named + added):
                 raise InvalidArgumentError(
                     "a model with no trainable parameter: none of the optimizer's "
@@ -145,7 +147,7 @@ def _check_parameter(name: str, param: Tensor, options: SyncOptions) -> None:
         check_gradient_dtype(name, param, options.compressor)
     if id(param) in _owners:
         raise InvalidArgumentError(
-            f"parameter '{name}' already belongs to another DistributedOptimizer, and its "
+            f"parameter '{name}' already belongs to another wrapped optimizer, and its "
             "gradient cannot be reduced by both.\n  Drop the other (del optimizer), or give "
             "both optimizers' param groups to one."
         )

@@ -73,7 +73,7 @@ class ShardedOptimizer(Optimizer):
     def __init__(
         self,
         optimizer_class: type[Optimizer],
-        params: Iterable[Any],
+        params: Iterable[Any] = (),
         *,
         group: Group | None = None,
         op: ReduceOp = ReduceOp.AVG,
@@ -458,8 +458,8 @@ def _memory(like: Tensor, count: int, group: Group) -> Tensor:
 def _check_class(optimizer_class: Any) -> None:
     if not (isinstance(optimizer_class, type) and issubclass(optimizer_class, Optimizer)):
         raise TypeError(
-            f"ShardedOptimizer takes the class of an optimizer, such as torch.optim.AdamW, not "
-            f"{optimizer_class!r}"
+            "ShardedOptimizer takes the class of an optimizer, such as torch.optim.AdamW, and then "
+            f"its parameters and options, not a {type(optimizer_class).__name__}"
         )
     names = {base.__name__ for base in optimizer_class.__mro__}
     refused = next((name for name in _NOT_ELEMENT_WISE if name in names), None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from pycomm._core import Group
 from pycomm.arguments import refuse
 from pycomm.collectives import all_gather_list
 from pycomm.errors import InvalidArgumentError
+
+_MARKS = "_pycomm_parts"
+_SHARE = "a share of a split layer"
 
 
 def bounds(length: int, ranks: int, rank: int) -> tuple[int, int]:
@@ -72,6 +75,15 @@ class SplitModule(nn.Module):
         own = own.clone(memory_format=torch.contiguous_format)
         self.register_parameter(name, nn.Parameter(own, whole.requires_grad))
         self._shares[name] = Share(dim, begin, tuple(whole.shape), self.group)
+        self._mark()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._mark()  # a copy's parameters are new ones
+
+    def _mark(self) -> None:
+        for name in self._shares:
+            mark_part(self.get_parameter(name), _SHARE, self.group)
 
     def whole(self, name: str) -> nn.Parameter | None:
         """The whole of a parameter of this module's own; on every rank. Collective."""
@@ -97,6 +109,36 @@ def refuse_fewer(call: str, argument: str, length: int, group: Group) -> None:
             f"{argument} is {length}, and each of {group.size} ranks needs one at least.\n"
             "  Split over fewer ranks.",
         )
+
+
+def mark_part(param: Tensor, what: str, group: Group) -> None:
+    """Let a parameter say that each rank of ``group`` has another part of the model.
+
+    For those who see parameters alone: ``check_replicas``.
+    """
+    marks: dict[str, tuple[int, ...]] = param.__dict__.setdefault(_MARKS, {})
+    marks[what] = tuple(group.ranks)
+
+
+def is_share(param: Tensor) -> bool:
+    """Whether it is part of a split layer's, as far as it says so."""
+    return _SHARE in param.__dict__.get(_MARKS, {})
+
+
+def check_replicas(name: str, param: Tensor, group: Group) -> None:
+    """Refuse ranks that have other parts of the model where replicas of one are to be combined.
+
+    Raises:
+        InvalidArgumentError: two of them are in ``group``.
+    """
+    for what, ranks in param.__dict__.get(_MARKS, {}).items():
+        others = sorted(set(ranks) & set(group.ranks))
+        if len(others) > 1:
+            raise InvalidArgumentError(
+                f"parameter '{name}' is {what}, of which ranks {others} have different ones, and "
+                f"gradients are combined over ranks {sorted(group.ranks)}.\n"
+                '  Pass the group of data parallelism: group=mesh["dp"].'
+            )
 
 
 class HeldGroup:

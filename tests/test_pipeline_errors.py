@@ -13,7 +13,14 @@ from run_ranks import run_ranks
 from test_pipeline import batches, block_model
 from torch import Tensor, nn
 
-from pycomm import InvalidArgumentError, MismatchError, PeerLostError, StageError, _core
+from pycomm import (
+    DistributedOptimizer,
+    InvalidArgumentError,
+    MismatchError,
+    PeerLostError,
+    StageError,
+    _core,
+)
 from pycomm.pipeline import Pipeline, Stash, Take
 
 mse = nn.functional.mse_loss
@@ -279,3 +286,20 @@ def test_a_rank_killed_in_a_step_is_named_by_the_others(schedule: str) -> None:
     for rank, when, text in heard:
         assert float(when) - float(killed[1]) < 30, f"rank {rank}"
         assert "of micro-batch" in text and "rank 1 is gone" in text
+
+
+def test_optimizers_over_ranks_with_other_stages_are_refused() -> None:
+    """They would add up gradients of parameters that have nothing to do with each other."""
+
+    def attempt(group: _core.Group) -> None:
+        mine = pipeline(group, nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5)))
+        DistributedOptimizer(torch.optim.SGD(mine.parameters(), lr=0.1), group=group)
+
+    refused(attempt, r"a stage's of a pipeline, of which ranks \[0, 1\](.|\n)*group=mesh\[")
+
+
+def test_a_batch_without_tensors() -> None:
+    def attempt(group: _core.Group) -> None:
+        pipeline(group).step([1, 2, 3], torch.ones(4, 3))
+
+    refused(attempt, "the batch is a list without a tensor that has rows")

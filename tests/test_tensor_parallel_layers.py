@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import pickle
 import threading
 import weakref
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pycomm import (
+    DistributedOptimizer,
     InvalidArgumentError,
     MismatchError,
+    ShardedOptimizer,
     _core,
     broadcast_parameters,
     clip_grad_norm_,
@@ -202,13 +205,15 @@ def test_layers_that_are_not_there() -> None:
             )
         with pytest.raises(InvalidArgumentError, match="p is 2"):
             tensor_parallel.SplitDropout(2, dim=0, group=group)
+        with pytest.raises(InvalidArgumentError, match="2 dimensions, and dim is 7"):
+            tensor_parallel.SplitDropout(0.5, dim=7, group=group)(torch.ones(2, 2))
         with pytest.raises(InvalidArgumentError, match="group is 3"):
             tensor_parallel.ColumnParallelLinear(4, 4, group=3)  # type: ignore[arg-type]
 
     run_ranks(3, run)
 
 
-def test_a_weight_that_changes_between_forward_and_backward_is_seen() -> None:
+def test_what_changes_between_forward_and_backward_is_seen() -> None:
     """As in any layer, though what this one saves for backward goes through hooks of ours."""
     module = nn.Linear(6, 10, dtype=torch.float64)
     sequence = torch.randn(8, 3, 6, dtype=torch.float64)
@@ -224,7 +229,16 @@ def test_a_weight_that_changes_between_forward_and_backward_is_seen() -> None:
         close(y, expected[..., begin:end])
         with torch.no_grad():
             layer.weight.mul_(2.0)
-        with pytest.raises(RuntimeError, match=r"of shape \(.*\), was changed in place"):
+        with pytest.raises(
+            RuntimeError, match=r"a weight .* of shape \(.*\), was changed in place"
+        ):
+            y.sum().backward()
+        part = part.detach().clone()
+        y = layer(part)
+        part.add_(1.0)
+        with pytest.raises(
+            RuntimeError, match=r"the input .* of shape \(.*\), was changed in place"
+        ):
             y.sum().backward()
 
     run_ranks(2, run)
@@ -385,7 +399,8 @@ def test_cross_entropy_of_what_cannot_be() -> None:
     def run(group: _core.Group) -> None:
         for problem, arguments, options in [
             (r"share is 4", (logits, target), {"vocabulary": 8}),
-            (r"target holds 6, and classes are 0 to 5", (logits, target + 1), {}),
+            (r"classes are 0 to 5(.|\n)*Pass vocabulary= where", (logits, target + 1), {}),
+            (r"target holds 6, and classes are 0 to 5.$", (logits, target + 1), {"vocabulary": 6}),
             (r"target holds -1", (logits, target - 1), {}),
             (r"shape \(4, 3\) and target \(3,\)", (logits, target[:3]), {}),
             (r"torch.int64 and target", (logits.long(), target), {}),
@@ -415,7 +430,7 @@ def test_shares_of_a_vocabulary_that_do_not_fit_together() -> None:
 def test_ranks_that_are_given_different_data() -> None:
     def of_tokens(group: _core.Group) -> None:
         layer = tensor_parallel.VocabParallelEmbedding(9, 2, group=group)
-        with pytest.raises(MismatchError, match="embedding of tokens with checksum"):
+        with pytest.raises(MismatchError, match=r"of tokens with checksum(.|\n)*let the sampler"):
             layer(torch.tensor([3, group.rank]))
 
     def of_targets(group: _core.Group) -> None:
@@ -546,6 +561,52 @@ def test_the_norm_counts_what_is_whole_once(norm_type: float) -> None:
     run_ranks(3, run)
 
 
+def test_norms_that_would_count_something_twice_are_refused() -> None:
+    def run(group: _core.Group) -> None:
+        mesh = Mesh({"dp": 2, "tp": 2}, group=group)
+        model = Model(mesh["tp"]).double()
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        whole = Model(None).double()
+        expected = math.sqrt(sum(param.numel() for param in whole.parameters()))
+        close(clip_grad_norm_(model, 1e9), torch.tensor(expected, dtype=torch.float64))
+        with pytest.raises(InvalidArgumentError, match="would be counted more than once"):
+            clip_grad_norm_(model, 1.0, group=group)
+        with pytest.raises(InvalidArgumentError, match="Pass the module instead"):
+            clip_grad_norm_(model.parameters(), 1.0, group=mesh["tp"])
+
+    run_ranks(4, run)
+
+
+def test_the_norm_of_sixteen_bits_has_room() -> None:
+    def run(group: _core.Group) -> None:
+        param = nn.Parameter(torch.zeros(4, dtype=torch.float16))
+        param.grad = torch.full((4,), 6e4, dtype=torch.float16)
+        assert clip_grad_norm_(param, 6e4, group=group) == pytest.approx(1.2e5)
+        assert param.grad.tolist() == [3e4] * 4
+
+    run_ranks(1, run)
+
+
+@pytest.mark.parametrize("make", ["distributed", "sharded"])
+def test_optimizers_over_ranks_with_other_shares_are_refused(make: str) -> None:
+    def run(group: _core.Group) -> None:
+        mesh = Mesh({"dp": 2, "tp": 2}, group=group)
+        model = copy.deepcopy(Model(mesh["tp"]))
+
+        def wrapped(over: _core.Group) -> torch.optim.Optimizer:
+            if make == "sharded":
+                return ShardedOptimizer(torch.optim.SGD, model.parameters(), lr=0.1, group=over)
+            return DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), group=over)
+
+        for over in (group, mesh["tp"]):
+            with pytest.raises(InvalidArgumentError, match=r"split layer(.|\n)*group=mesh\["):
+                wrapped(over)
+        wrapped(mesh["dp"])
+
+    run_ranks(4, run)
+
+
 def test_layers_of_two_groups_have_no_norm() -> None:
     def run(group: _core.Group) -> None:
         other = group.new_group([1, 0])
@@ -571,6 +632,8 @@ def test_autocast_sends_and_keeps_sixteen_bits() -> None:
         x = torch.randn(4, 8, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16):
             y = row(column(x))
+            assert column.double()(x.double()).dtype is torch.float64  # as nn.Linear
+            column.float()
         assert y.dtype is torch.bfloat16 and y.shape == (4, 8)
         y.float().sum().backward()
         assert x.grad.dtype is torch.float32 and row.bias.grad.eq(8).all()

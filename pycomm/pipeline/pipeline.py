@@ -21,6 +21,7 @@ from pycomm.pipeline.schedule import Schedule
 from pycomm.pipeline.stage import Stage
 from pycomm.pipeline.ties import Ties
 from pycomm.runtime import group_of
+from pycomm.shares import mark_part
 
 _NONE = -1  # rows of what was not given, in the agreement that opens each step
 
@@ -137,6 +138,8 @@ class Pipeline:
         self.module = cut.together(model, here)
         """This rank's layers, by their names in the ``nn.Sequential``; stages, by their numbers."""
         self._parameters = list(self.module.parameters())
+        for param in self._parameters:
+            mark_part(param, "a stage's of a pipeline", self._group)
         self._ties = Ties(pieces, here, ties, self._schedule.rank_of, self._group)
         self._is_sequential = isinstance(model, nn.Sequential)
         # A part without parameters computes where the others would.
@@ -317,7 +320,13 @@ class Pipeline:
         try:
             for index, (argument, value) in enumerate((("batch", batch), ("target", target))):
                 if value is not None:
-                    rows[index] = parts.length_of(argument, value) or 0
+                    length = parts.length_of(argument, value)
+                    if length is None and group.rank == 0:
+                        raise InvalidArgumentError(
+                            f"the {argument} is a {type(value).__name__} without a tensor that has "
+                            "rows.\n  Pass tensors, or tuples, lists and dicts of them."
+                        )
+                    rows[index] = length or 0
             for stage, arguments in (extra or {}).items():
                 parts.length_of(f"extra[{stage}]", arguments)
                 if self._schedule.rank_of(stage) == group.rank:

@@ -48,7 +48,7 @@ def vocab_parallel_cross_entropy(
             another rank (CPU tensors).
 
     Cost: two all-reduces of one and two (with smoothing three) numbers a row forward, nothing
-    backward. Memory: that of ``logits`` once more.
+    backward. Memory: the softmax, at least in float32, until backward.
 
     Source: Shoeybi et al., Megatron-LM (2019).
     """
@@ -85,8 +85,11 @@ def vocab_parallel_cross_entropy(
     ignored = target == ignore_index
     known = ignored | ((target >= 0) & (target < total))
     if target.is_cpu and not bool(known.all()):
+        hint = "" if vocabulary else "\n  Pass vocabulary= where the ranks' shares differ."
         refuse(
-            call, group, f"target holds {int(target[~known][0])}, and classes are 0 to {total - 1}."
+            call,
+            group,
+            f"target holds {int(target[~known][0])}, and classes are 0 to {total - 1}.{hint}",
         )
     here = (target >= begin) & (target < end)
     # Of the others any class does; one that nobody has stays one that CUDA refuses.
@@ -120,7 +123,7 @@ class _CrossEntropy(torch.autograd.Function):
         group: Group,
     ) -> Tensor:
         wide = torch.promote_types(logits.dtype, torch.float32)
-        x = logits.detach().to(wide)
+        x = logits.detach().to(wide, copy=True)
         top = x.amax(-1)
         # Part of the operation's name, hence of its signature: how many classes ranks count.
         group.all_reduce(
@@ -129,7 +132,7 @@ class _CrossEntropy(torch.autograd.Function):
             name=f"vocab_parallel_cross_entropy of {total} classes",
             place=place_of(top),
         )
-        x = x - top.unsqueeze(-1)
+        x -= top.unsqueeze(-1)
         of_class = x.gather(-1, rows.unsqueeze(-1)).squeeze(-1).masked_fill(~here, 0.0)
         sums = [of_class, x.sum(-1)] if smoothing else [of_class]
         softmax = x.exp_()

@@ -203,7 +203,8 @@ class RowParallelLinear(_SplitLinear):
                 self.group,
                 f"the input has {x.shape[-1]} features, and this rank's share of "
                 f"{self.in_features} is {self.weight.shape[1]}.\n  Pass what a "
-                "ColumnParallelLinear returns, or build the layer with split_input=False.",
+                "ColumnParallelLinear of the same group returns, or build the layer with "
+                "split_input=False.",
             )
         partial = functional.linear(x, self.weight)
         bias: Tensor | None = self.bias
@@ -239,12 +240,13 @@ def _gathered_linear(
 ) -> Tensor:
     """``linear`` of all ranks' ``x``, put together again in backward instead of kept until then."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.is_autocast_enabled(device_type) and x.dtype is not torch.float64:
         x = x.to(torch.get_autocast_dtype(device_type))  # before it travels
     whole = gather_from_sequence(x, dim, group=group)
     if whole is x:  # alone
         return functional.linear(x, weight, bias)
-    own, address, count = x.detach(), whole.data_ptr(), whole.numel()
+    own, version = x.detach(), x._version
+    address, count = whole.data_ptr(), whole.numel()
 
     def pack(saved: Tensor) -> tuple[Tensor | None, Any]:
         if saved.data_ptr() == address and saved.numel() == count:
@@ -254,13 +256,19 @@ def _gathered_linear(
     def unpack(packed: tuple[Tensor | None, Any]) -> Tensor:
         saved, known = packed
         if saved is None:
+            _check_unchanged("the input", own, version)
             return gather_from_sequence(own, dim, group=group).view(known)
-        if saved._version != known:  # torch checks what no hook has packed
-            raise RuntimeError(
-                f"a weight of ColumnParallelLinear, of shape {tuple(saved.shape)}, was changed in "
-                "place between forward and backward.\n  Call optimizer.step() after backward()."
-            )
+        _check_unchanged("a weight", saved, known)
         return saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return functional.linear(whole, weight, bias)
+
+
+def _check_unchanged(what: str, t: Tensor, version: int) -> None:
+    """As torch checks what no hook of ours has packed."""
+    if t._version != version:
+        raise RuntimeError(
+            f"{what} of ColumnParallelLinear, of shape {tuple(t.shape)}, was changed in place "
+            "between forward and backward.\n  Change a copy, or change it after backward()."
+        )

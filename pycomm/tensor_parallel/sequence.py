@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pycomm._core import Group
+from pycomm.arguments import refuse
 from pycomm.errors import InvalidArgumentError
 from pycomm.runtime import group_of
 from pycomm.shares import HeldGroup
@@ -87,6 +88,8 @@ class SplitDropout(nn.Module):
         if not self.training or self.p == 0.0:
             return x
         group = self._held.group
+        if not -x.dim() <= self.dim < x.dim():
+            refuse("SplitDropout", group, f"x has {x.dim()} dimensions, and dim is {self.dim}.")
         shape = list(x.shape)
         length = shape[self.dim]
         shape[self.dim] = group.size * length
