@@ -94,7 +94,7 @@ def test_wrong_arguments_are_said_once(tmp_path, arguments, message):
 
 
 RESUMES = """
-import argparse, sys
+import argparse, pathlib, sys
 sys.path.insert(0, {examples!r})
 import torch, pycomm
 from run_folder import RunFolder, find_checkpoint
@@ -108,8 +108,11 @@ pycomm.checkpoint.save("finished", {{"model": model, "history": [{{"epoch": 3}}]
 for resume in ["absent", "empty", "a_file", "weights", "finished", "latest"]:
     try:
         path = find_checkpoint(argparse.Namespace(resume=resume, runs="runs"))
-        RunFolder(path, path, Parser()).resume({{"model": model}}, "epoch", 3)
+        made = pathlib.Path("runs_made")
+        made.mkdir()
+        RunFolder(made, path, Parser()).resume({{"model": model}}, "epoch", 3)
     except ValueError as error:
+        assert not made.exists()
         print(f"{{resume}}: {{error}}".replace(chr(10), " "))
 """
 

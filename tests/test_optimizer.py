@@ -559,7 +559,7 @@ def test_a_dropped_optimizer_leaves_its_parameters_to_the_next() -> None:
     def grads(group: _core.Group) -> Tensor:
         weight = nn.Parameter(torch.ones(2))
         first = DistributedOptimizer(torch.optim.SGD([weight]), group=group)
-        with pytest.raises(InvalidArgumentError, match="belongs to another DistributedOptimizer"):
+        with pytest.raises(InvalidArgumentError, match="belongs to another wrapped optimizer"):
             DistributedOptimizer(torch.optim.SGD([weight]), group=group)
         del first
         assert not weight._post_accumulate_grad_hooks
