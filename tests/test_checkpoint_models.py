@@ -605,3 +605,31 @@ def test_torch_reads_it(tmp_path: Path) -> None:
     set_optimizer_state_dict(fresh, its_optimizer, into["optimizer"], options=options)
     assert not list(differences(dict(fresh.state_dict()), dict(model.state_dict())))
     assert not list(differences(its_optimizer.state_dict(), optimizer.state_dict()))
+
+
+# --- the group of the call ------------------------------------------------------------------------
+
+
+def test_a_group_without_all_parts_is_refused(tmp_path: Path) -> None:
+    """It kept one stage, and said nothing."""
+    path = tmp_path / "c"
+    pair = r"\[\d, \d\]"
+
+    def within(state: dict[str, Any], group: _core.Group, pattern: str) -> None:
+        for call in (checkpoint.save, checkpoint.load):
+            with pytest.raises(InvalidArgumentError, match=pattern + r"(.|\n)*that has all of the"):
+                call(path, state, group=group)
+        group.barrier()
+
+    def body(group: _core.Group) -> None:
+        mesh = Mesh({"dp": 2, "pp": 2}, group=group)
+        layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        pipeline = Pipeline(layers, mse, micro_batches=1, group=mesh["pp"])
+        within({"m": pipeline}, mesh["dp"], f"'m' is a Pipeline over ranks {pair}, and the group")
+        divided = nn.Sequential(ColumnParallelLinear(2, 2, group=mesh["pp"]))
+        within({"m": divided}, mesh["dp"], f"'m' has layers split over ranks {pair}, and the gr")
+        sgd = ShardedOptimizer(torch.optim.SGD, [("w", layers[0].weight)], group=mesh["pp"])
+        within({"o": sgd}, mesh["dp"], f"'o' is a ShardedOptimizer over ranks {pair}, and the gr")
+
+    run_ranks(4, body)
+    assert not list(tmp_path.iterdir())

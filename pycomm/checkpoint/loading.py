@@ -12,7 +12,7 @@ from pycomm.checkpoint import folder
 from pycomm.checkpoint.contents import Wanted, joined, listed
 from pycomm.checkpoint.saved import Saved
 from pycomm.checkpoint.thing import Thing
-from pycomm.checkpoint.things import agree, things_of
+from pycomm.checkpoint.things import agree, check_within, things_of
 from pycomm.checkpoint.together import naming, together
 from pycomm.errors import InvalidArgumentError
 from pycomm.objects import all_gather_object, gather_object
@@ -43,6 +43,7 @@ def load(
         partial: whether the checkpoint may hold more than ``state`` names, such as an optimizer
             that an evaluation does not need.
         group: the ranks that share the state, the world if None; every one of them makes this call.
+            All that have a part of a pipeline, of split layers or of a divided optimizer are in it.
 
     Returns:
         The values in the checkpoint, by name.
@@ -65,6 +66,7 @@ def load(
     group = group_of(group, call)
     place = together(call, group, lambda: folder.absolute(path))
     things = together(call, group, lambda: things_of(state))
+    together(call, group, lambda: check_within(things, group))
     agree(call, place, things, group)
     call = f"checkpoint.load({str(place)!r})"
     with naming(call, "What is being restored may be so in part; load it again."):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from pycomm._core import Group
 from pycomm.checkpoint.boxes import Box, boxes_of_memory
 from pycomm.checkpoint.contents import (
     Contents,
@@ -74,6 +75,9 @@ class OptimizerThing:
         self.has_prefixes = False
         """Whether names begin with that of their module, as there are several: ranks agree."""
         self._optimizer = optimizer
+        self.spreads: list[tuple[str, Group]] = []
+        if isinstance(optimizer, ShardedOptimizer):
+            self.spreads.append(("is a ShardedOptimizer over", optimizer.group))
         self._ties = ties
         self._class = type(optimizer)
         if isinstance(optimizer, (DistributedOptimizer, ShardedOptimizer)):

@@ -18,7 +18,7 @@ from pycomm.checkpoint.contents import Contents
 from pycomm.checkpoint.optimizer import OptimizerThing
 from pycomm.checkpoint.save_plan import Planner
 from pycomm.checkpoint.thing import Thing
-from pycomm.checkpoint.things import agree, things_of
+from pycomm.checkpoint.things import agree, check_within, things_of
 from pycomm.checkpoint.together import naming, together
 from pycomm.errors import InvalidArgumentError
 from pycomm.objects import all_gather_object, broadcast_object, gather_object, scatter_object
@@ -48,6 +48,7 @@ def save(
             values that ``torch.load(weights_only=True)`` takes: tensors, numbers, strings, lists,
             dicts. Objects and values are the same on every rank.
         group: the ranks that share the state, the world if None; every one of them makes this call.
+            All that have a part of a pipeline, of split layers or of a divided optimizer are in it.
 
     Raises:
         InvalidArgumentError: on every rank, if one cannot write, does not see what the others
@@ -67,6 +68,7 @@ def save(
     group = group_of(group, call)
     place = together(call, group, lambda: folder.absolute(path))
     things = together(call, group, lambda: things_of(state))
+    together(call, group, lambda: check_within(things, group))
     agree(call, place, things, group)
     call = f"checkpoint.save({str(place)!r})"
     place = Path(os.path.realpath(place))

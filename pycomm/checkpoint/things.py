@@ -57,6 +57,23 @@ def things_of(state: Mapping[str, Any]) -> list[Thing]:
     return [made[name] for name in state]
 
 
+def check_within(things: list[Thing], group: Group) -> None:
+    """See to it that all who have a part of something take part.
+
+    Raises:
+        InvalidArgumentError: some do not.
+    """
+    here = set(group.ranks)
+    for thing in things:
+        for how, its_group in thing.spreads:
+            if not here.issuperset(its_group.ranks):
+                raise InvalidArgumentError(
+                    f"'{thing.name}' {how} ranks {its_group.ranks}, and the group of this call is "
+                    f"ranks {group.ranks}.\n  Let all ranks that share the model make the call, "
+                    "with a group that has all of them or without group=, which is the world."
+                )
+
+
 def agree(call: str, path: Path, things: list[Thing], group: Group) -> None:
     """See to it that all ranks mean the same, and how parameters are called. Collective.
 
