@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import pickle
 import re
@@ -19,6 +21,7 @@ from torch import nn
 
 from pycomm import CommTimeoutError, InvalidArgumentError, MismatchError, _core, checkpoint
 from pycomm.checkpoint import folder, saving
+from pycomm.checkpoint.claim import Claim
 
 RANKS = 3
 
@@ -160,10 +163,10 @@ def test_a_full_disk_on_one_rank_leaves_the_previous_checkpoint(
     write(path, 1)
     prepare = folder.prepare
 
-    def with_full_disk(path: Path) -> str:
-        token = prepare(path)
+    def with_full_disk(path: Path) -> Claim:
+        claim = prepare(path)
         (folder.unfinished(path) / "__1_0.distcp").symlink_to("/dev/full")
-        return token
+        return claim
 
     with monkeypatch.context() as patched:
         patched.setattr(folder, "prepare", with_full_disk)
@@ -479,6 +482,68 @@ def test_a_rank_that_is_too_slow_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         assert str(error).startswith(f"checkpoint.save({str(path)!r}): "), error
         assert "rank 1" in str(error) and "What was there before is as it was" in str(error)
     assert not path.exists()
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
+    """What happens while the first of the saves to come is writing."""
+    actions: list[Callable[[], None]] = []
+
+    class Writer(saving.FileSystemWriter):
+        def write_data(self, *arguments: Any) -> Any:
+            written = super().write_data(*arguments)
+            while actions:
+                actions.pop()()
+            return written
+
+    monkeypatch.setattr(saving, "FileSystemWriter", Writer)
+    return actions
+
+
+def test_two_groups_do_not_write_to_one_path(
+    tmp_path: Path, meanwhile: list[Callable[[], None]]
+) -> None:
+    """As with group=mesh["pp"] and data parallelism: each wrote into the other's files."""
+    path = tmp_path / "c"
+
+    def other() -> None:
+        process = rf"process {os.getpid()} on \S+\.\n  Let one group"
+        refused(saves(path, state_of(2)), rf"c\.unfinished is being written by .*{process}")
+        write(tmp_path / "d", 2)  # it does not hinder others
+
+    meanwhile.append(other)
+    write(path, 1)
+    assert step_in(path) == 1 and not meanwhile
+    write(path, 3)
+    assert step_in(path) == 3
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["c", "d"]
+    assert not list(path.glob(".seen*"))
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["second-ends-first", "second-ends-last"])
+def test_two_groups_on_a_file_system_without_locks(
+    ends: bool,
+    tmp_path: Path,
+    meanwhile: list[Callable[[], None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    path = tmp_path / "c"
+    claims: list[Claim] = []
+    write(path, 1)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    meanwhile.append((lambda: write(path, 3)) if ends else lambda: claims.append(prepared(path)))
+    refused(saves(path, state_of(2)), "another save has written to .*/c at the same time", ranks=1)
+    assert step_in(path) == (3 if ends else 1)
+    assert all(claim.holds(folder.unfinished(path)) for claim in claims)
+
+
+def prepared(path: Path) -> Claim:
+    claim = folder.prepare(path)
+    claim.release()
+    return claim
 
 
 def test_a_rank_that_dies_while_it_writes(tmp_path: Path) -> None:

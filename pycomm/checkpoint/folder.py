@@ -14,20 +14,20 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from pycomm.checkpoint import claim
+from pycomm.checkpoint.claim import Claim
 from pycomm.checkpoint.contents import listed
+from pycomm.checkpoint.host import host
 from pycomm.errors import InvalidArgumentError
 
 T = TypeVar("T")
 
 METADATA = ".metadata"
-_TOKEN = ".seen-by-all-"
 _REMEDIES = {
     "write": "See to room and permissions there, or save to another path; what was saved before "
     "is as it was.",
@@ -65,28 +65,34 @@ def replaced(path: Path) -> Path:
     return path.with_name(path.name + ".replaced")
 
 
-def prepare(path: Path) -> str:
-    """Make an empty folder to write to, and a file there by which other ranks recognise it.
+def prepare(path: Path) -> Claim:
+    """Make an empty folder to write to, with a claim on it.
 
     Raises:
-        InvalidArgumentError: ``path`` is something else than a checkpoint, or cannot be written.
+        InvalidArgumentError: ``path`` is something else than a checkpoint, cannot be written, or is
+            being written by others.
     """
-    token = _TOKEN + uuid.uuid4().hex
     with _explained("write", path.parent):
         if path.parent.exists() and not path.parent.is_dir():
             raise InvalidArgumentError(f"{path.parent} is no folder.\n  Save to another path.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        for place in (path, unfinished(path), replaced(path)):
-            _refuse_other(place)
-        if replaced(path).exists():  # a crash between two renames, or after both
-            if is_checkpoint(path):
-                shutil.rmtree(replaced(path))
-            else:
-                replaced(path).rename(path)
-        discard(path)
-        unfinished(path).mkdir()
-        (unfinished(path) / token).touch()
-    return token
+        with claim.alone_in(path.parent):
+            for place in (path, unfinished(path), replaced(path)):
+                _refuse_other(place)
+            if other := claim.holder(unfinished(path)):
+                raise InvalidArgumentError(
+                    f"{unfinished(path)} is being written by another save, from {other}.\n"
+                    "  Let one group save to a path, or give each a path of its own."
+                )
+            if replaced(path).exists():  # a crash between two renames, or after both
+                if is_checkpoint(path):
+                    shutil.rmtree(replaced(path))
+                else:
+                    replaced(path).rename(path)
+            if unfinished(path).exists():
+                shutil.rmtree(unfinished(path))
+            unfinished(path).mkdir()
+            return Claim(unfinished(path))
 
 
 def sees(path: Path, token: str) -> bool:
@@ -100,23 +106,38 @@ def sees(path: Path, token: str) -> bool:
         time.sleep(0.05)
 
 
-def put_in_place(path: Path, token: str) -> None:
+def check_own(path: Path, own: Claim) -> None:
+    """See to it that what is written at ``path`` is still one's own.
+
+    Raises:
+        InvalidArgumentError: another group's save took its place, where locks could not prevent it.
+    """
+    if not own.holds(unfinished(path)):
+        raise InvalidArgumentError(
+            f"another save has written to {path} at the same time, and what is there is its.\n"
+            "  Let one group save to a path, or give each a path of its own."
+        )
+
+
+def put_in_place(path: Path, own: Claim) -> None:
     """Let what was written be the checkpoint at ``path``."""
-    with _explained("write", path, "A whole checkpoint is there, the new or the previous one."):
-        (unfinished(path) / token).unlink()
-        _sync(unfinished(path))
-        if is_checkpoint(path):
-            path.rename(replaced(path))
-        unfinished(path).rename(path)
-        _sync(path.parent)
-    with _explained("remove", replaced(path)):
-        if replaced(path).exists():
-            shutil.rmtree(replaced(path))
+    with claim.alone_in(path.parent):
+        with _explained("write", path, "A whole checkpoint is there, the new or the previous one."):
+            check_own(path, own)
+            _sync(unfinished(path))
+            if is_checkpoint(path):
+                path.rename(replaced(path))
+            unfinished(path).rename(path)
+            _sync(path.parent)
+        with _explained("remove", replaced(path)):
+            (path / own.token).unlink()
+            if replaced(path).exists():
+                shutil.rmtree(replaced(path))
 
 
-def discard(path: Path) -> None:
-    """Remove what was written and not put in place, if there is any."""
-    if unfinished(path).exists():
+def discard(path: Path, own: Claim) -> None:
+    """Remove what was written and not put in place, if it is one's own."""
+    if own.holds(unfinished(path)):
         shutil.rmtree(unfinished(path))
 
 
@@ -163,11 +184,6 @@ def writing(path: Path, action: Callable[[], T]) -> T:
         return action()
 
 
-def host() -> str:
-    """This rank's, for errors."""
-    return os.environ.get("PYCOMM_HOST") or socket.gethostname()
-
-
 class _explained:  # noqa: N801  # reads like contextlib's
     """Turns what goes wrong with a disk into an error that names path and remedy."""
 
@@ -206,7 +222,7 @@ def _refuse_other(place: Path) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name.endswith(".distcp") or name.startswith((METADATA, _TOKEN, ".nfs"))
+    return name.endswith(".distcp") or name.startswith((METADATA, claim.PREFIX, ".nfs"))
 
 
 def _sync(folder: Path) -> None:

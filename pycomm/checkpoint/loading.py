@@ -10,6 +10,7 @@ from typing import Any
 from pycomm._core import Group
 from pycomm.checkpoint import folder
 from pycomm.checkpoint.contents import Wanted, joined, listed
+from pycomm.checkpoint.host import host
 from pycomm.checkpoint.saved import Saved
 from pycomm.checkpoint.thing import Thing
 from pycomm.checkpoint.things import agree, check_within, things_of
@@ -89,7 +90,7 @@ def _open(call: str, path: Path, group: Group) -> Saved:
         saved = Saved.open(path)
     except InvalidArgumentError as error:
         mistake = error
-    mine = (saved and saved.digest, str(mistake), folder.host())
+    mine = (saved and saved.digest, str(mistake), host())
     everyones = all_gather_object(mine, group=group)
     first, text, first_host = everyones[0]
     for rank, (its_digest, its_text, its_host) in enumerate(everyones):

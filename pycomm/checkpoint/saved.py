@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from pycomm.checkpoint import folder, record
 from pycomm.checkpoint.contents import SEPARATOR, TensorEntry, Wanted
+from pycomm.checkpoint.host import host
 from pycomm.checkpoint.load_plan import Planner
 from pycomm.errors import InvalidArgumentError
 
@@ -100,7 +101,7 @@ class Saved:
             needed = max(place.offset + place.length for place in places)
             if size < needed:
                 raise InvalidArgumentError(
-                    f"{file} on {folder.host()} has {size} bytes, and {needed} are needed: it was "
+                    f"{file} on {host()} has {size} bytes, and {needed} are needed: it was "
                     "cut off, or not copied as a whole.\n  Take another checkpoint."
                 )
 

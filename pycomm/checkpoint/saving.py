@@ -14,7 +14,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from pycomm._core import Group
 from pycomm.checkpoint import folder
+from pycomm.checkpoint.claim import Claim
 from pycomm.checkpoint.contents import Contents
+from pycomm.checkpoint.host import host
 from pycomm.checkpoint.optimizer import OptimizerThing
 from pycomm.checkpoint.save_plan import Planner
 from pycomm.checkpoint.thing import Thing
@@ -40,7 +42,8 @@ def save(
     and on the disk; until then, and after a crash at any moment, ``load`` finds the previous one.
 
     Args:
-        path: of the folder, the same on every rank, on a file system that all ranks see.
+        path: of the folder, the same on every rank, on a file system that all ranks see. Only one
+            group saves there at a time.
         state: by name, the same names on every rank: an ``nn.Module`` (its layers split over ranks
             or not) or a ``Pipeline``, of which each rank has its part; an optimizer, bare, in a
             ``DistributedOptimizer`` or a ``ShardedOptimizer``, whose parameters get their names
@@ -52,8 +55,8 @@ def save(
 
     Raises:
         InvalidArgumentError: on every rank, if one cannot write, does not see what the others
-            write, or has something that cannot be saved or differs; the group stays usable and the
-            previous checkpoint as it is.
+            write, or has something that cannot be saved or differs, or if another group is saving
+            to ``path``; the group stays usable and the previous checkpoint as it is.
         MismatchError: ranks passed different paths or names; the group stays usable.
         PeerLostError, CommTimeoutError: a rank ended, or took longer than the deadline. The next
             ``save`` removes what is left of this one.
@@ -74,16 +77,20 @@ def save(
     place = Path(os.path.realpath(place))
     with naming(call, "What was there before is as it was, unless the new one is whole and there."):
         planner = together(call, group, lambda: _planner(things))
-        token = together(call, group, lambda: folder.prepare(place), root=0)
+        claim = together(call, group, lambda: folder.prepare(place), root=0)  # None on the others
         try:
-            _check_all_see(call, place, broadcast_object(token, group=group), group)
-            _write(call, place, planner, group)
-            together(call, group, lambda: folder.put_in_place(place, token), root=0)
+            token = broadcast_object(claim and claim.token, group=group)
+            _check_all_see(call, place, token, group)
+            _write(call, place, planner, group, claim)
+            together(call, group, lambda: folder.put_in_place(place, claim), root=0)
         except InvalidArgumentError:
-            if group.rank == 0:  # every rank has ended its part
+            if claim:  # every rank has ended its part
                 with contextlib.suppress(OSError):  # the error is on its way; the next save tries
-                    folder.discard(place)
+                    folder.discard(place, claim)
             raise
+        finally:
+            if claim:
+                claim.release()
 
 
 def _planner(things: list[Thing]) -> Planner:
@@ -99,7 +106,7 @@ def _planner(things: list[Thing]) -> Planner:
 
 def _check_all_see(call: str, place: Path, token: str, group: Group) -> None:
     seen = together(call, group, lambda: folder.reading(place, lambda: folder.sees(place, token)))
-    everyones = all_gather_object((seen, folder.host()), group=group)
+    everyones = all_gather_object((seen, host()), group=group)
     for rank, (its_seen, its_host) in enumerate(everyones):
         if not its_seen:
             raise InvalidArgumentError(
@@ -109,8 +116,12 @@ def _check_all_see(call: str, place: Path, token: str, group: Group) -> None:
             )
 
 
-def _write(call: str, place: Path, planner: Planner, group: Group) -> None:
-    """The sequence that torch lays down for its planners and writers, over pycomm's group."""
+def _write(call: str, place: Path, planner: Planner, group: Group, claim: Claim | None) -> None:
+    """The sequence that torch lays down for its planners and writers, over pycomm's group.
+
+    Args:
+        claim: on rank 0.
+    """
     target = folder.unfinished(place)
     writer = FileSystemWriter(target)
     writer.set_up_storage_writer(group.rank == 0)
@@ -138,7 +149,8 @@ def _write(call: str, place: Path, planner: Planner, group: Group) -> None:
     results = gather_object(written, group=group)
 
     def finish() -> None:
-        assert results is not None
+        assert results is not None and claim is not None
+        folder.check_own(place, claim)
         writer.finish(planned[1], results)
 
     together(call, group, functools.partial(folder.writing, target, finish), root=0)

@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pycomm._core import Group
-from pycomm.checkpoint import folder, record
+from pycomm.checkpoint import record
 from pycomm.checkpoint.contents import SEPARATOR, listed
+from pycomm.checkpoint.host import host
 from pycomm.checkpoint.module import ModuleThing, table_of
 from pycomm.checkpoint.optimizer import OptimizerThing
 from pycomm.checkpoint.plain import ObjectThing, ValueThing
@@ -83,7 +84,7 @@ def agree(call: str, path: Path, things: list[Thing], group: Group) -> None:
     mine = {thing.name: thing.kind for thing in things}
     optimizers = [thing for thing in things if isinstance(thing, OptimizerThing)]
     modules = {optimizer.name: optimizer.modules() for optimizer in optimizers}
-    everyones = all_gather_object((str(path), mine, modules, folder.host()), group=group)
+    everyones = all_gather_object((str(path), mine, modules, host()), group=group)
     first_path, first, _, first_host = everyones[0]
     for rank, (its_path, its_things, _, its_host) in enumerate(everyones):
         if its_path != first_path:
