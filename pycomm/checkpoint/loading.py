@@ -59,7 +59,8 @@ def load(
 
     An optimizer's param groups need not be those that were saved: each group takes the options that
     its parameters had. Two parameters that were saved with different options cannot be in one.
-    A group without parameters on this rank keeps its own.
+    A group without parameters on this rank takes the options of the saved group of its number; it
+    keeps its own if the number of groups is another one.
 
     Cost: each rank reads the stored parts that its own overlap. Memory: one such part.
     """

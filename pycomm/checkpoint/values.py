@@ -33,7 +33,7 @@ def encoded(name: str, value: Any) -> bytes:
     """
     file = io.BytesIO()
     try:
-        torch.save(pytree.tree_map_only(Tensor, _own_memory, value), file)
+        torch.save(without_memory(value), file)
         decoded(file.getvalue())
     except Exception as error:  # whatever its own pickling raises
         refused = re.search(r"WeightsUnpickler error: (.*?)( Please use |\n|$)", str(error))
@@ -65,6 +65,11 @@ def digest(value: Any) -> str:
         else:
             hashed.update(pickle.dumps(leaf))
     return hashed.hexdigest()
+
+
+def without_memory(value: Any) -> Any:
+    """Its tensors on the CPU, and none a view of more memory than it fills."""
+    return pytree.tree_map_only(Tensor, _own_memory, value)
 
 
 def _own_memory(tensor: Tensor) -> Tensor:
