@@ -22,6 +22,7 @@ from torch import nn
 from pycomm import CommTimeoutError, InvalidArgumentError, MismatchError, _core, checkpoint
 from pycomm.checkpoint import folder, saving
 from pycomm.checkpoint.claim import Claim
+from pycomm.checkpoint.values import encoded
 
 RANKS = 3
 
@@ -97,7 +98,7 @@ def test_arguments_that_make_no_sense(tmp_path: Path) -> None:
     refused(saves(3, good), "path is 3")
     refused(saves("/", good), "of a folder of its own")
     lambdas = {"model": good["model"], "f": {"key": lambda: None}}
-    refused(saves(path, lambdas), r"'f' is a dict that cannot be saved(.|\n)*weights_only")
+    refused(saves(path, lambdas), r"'f' is a dict that cannot be saved(.|\n)*safe_globals")
     refused(saves(path, {"lazy": nn.LazyLinear(3)}), "'lazy.weight' has no shape yet")
     refused(saves(path, {"meta": nn.Linear(1, 1, device="meta")}), r"'meta\.weight' .* on meta")
     lbfgs = torch.optim.LBFGS(good["model"].parameters())
@@ -355,8 +356,89 @@ def test_values_are_loaded_without_running_their_code(damaged: Path) -> None:
     place.relative_path, place.offset, place.length = "evil.distcp", 0, len(payload.getvalue())
     (damaged / "evil.distcp").write_bytes(payload.getvalue())
     (damaged / ".metadata").write_bytes(pickle.dumps(saved.metadata))
-    refused(loads(damaged, lambda: state_of(0)), r"cannot read .*evil\.distcp")
+    refused(
+        loads(damaged, lambda: state_of(0)),
+        r"cannot read .*evil\.distcp on .*: there is a posix\.mkdir in it, which weights_only=True "
+        r"refuses\.\n  If you trust it, allow that type",
+    )
     assert not (damaged / "evil").exists()
+
+
+def test_torchs_advice_to_run_what_is_in_values_is_not_passed_on(damaged: Path) -> None:
+    numpy = pytest.importorskip("numpy")
+    seen = []
+
+    def caught(action: Callable[[], Any]) -> None:
+        with pytest.raises(InvalidArgumentError) as info:
+            action()
+        seen.append(str(info.value))
+
+    values = {"loss": numpy.float64(2), "losses": [numpy.ones(2)], "where": Path("a")}
+    for name, value in values.items():
+        caught(lambda name=name, value=value: encoded(name, value))
+    saved = checkpoint.saved.Saved.open(damaged)
+    (index,) = (index for index in saved.metadata.storage_data if index.fqn == "step")
+    file = damaged / saved.metadata.storage_data[index].relative_path
+    content, at = file.read_bytes(), saved.metadata.storage_data[index].offset
+    for offset in range(at, at + 200):
+        file.write_bytes(content[:offset] + bytes([content[offset] ^ 0x41]) + content[offset + 1 :])
+        try:
+            checkpoint.read(damaged)
+        except InvalidArgumentError as error:
+            seen.append(str(error))
+    assert len(seen) > 10
+    for text in seen:
+        assert not re.search(r"[Rr]e-run|`|two options|\x1b|trusted source", text), text
+    assert "'loss' is a float64 that cannot be saved: there is a numpy." in seen[0]
+    assert "which weights_only=True refuses.\n  Convert it" in seen[0] and "float(x)" in seen[0]
+    assert "there is a pathlib.PosixPath in it" in seen[2]
+
+
+@pytest.mark.parametrize("kind", [EOFError, MemoryError, RuntimeError, ValueError])
+def test_exceptions_without_a_text(
+    kind: type[Exception], damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as torch's for a file that ends too early: looking for their text raised another."""
+
+    class Value:
+        def __reduce__(self) -> tuple[Any, ...]:
+            raise kind
+
+    name = kind.__name__
+    refused(saves(damaged, {"v": Value()}), rf"'v' is a Value that cannot be saved: {name}\.\n")
+
+    def read_data(self: Any, *_: Any) -> Any:
+        raise kind
+
+    monkeypatch.setattr(checkpoint.saved.FileSystemReader, "read_data", read_data)
+    refused(loads(damaged, lambda: state_of(0)), rf"cannot read .*\.distcp on \S+: {name}\.\n")
+
+
+@pytest.mark.parametrize("error", [KeyError("kinds"), MemoryError(), InvalidArgumentError("no")])
+def test_what_one_rank_alone_meets_on_opening_the_others_hear(
+    error: Exception, damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It left the others waiting."""
+    opened = checkpoint.saved.Saved.open
+
+    def open_here(path: Path) -> Any:
+        if threading.current_thread().name == "rank 1":
+            raise error
+        return opened(path)
+
+    monkeypatch.setattr(checkpoint.saved.Saved, "open", staticmethod(open_here))
+    text = "no" if isinstance(error, InvalidArgumentError) else re.escape(repr(error))
+    refused(
+        loads(damaged, lambda: state_of(0)), rf"{text}\n  That is rank 1 .*rank 0 .* finds a check"
+    )
+
+
+def test_a_record_that_is_not_ours(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for record in ({}, {"format": "one"}, 3):
+        monkeypatch.setattr(
+            checkpoint.saved.Saved, "read", lambda *_, record=record: {"pycomm": record}
+        )
+        refused(loads(damaged, lambda: state_of(0)), "cannot read .* on .*: (Key|Type|Value)Error")
 
 
 def test_a_checkpoint_of_another_program(tmp_path: Path) -> None:

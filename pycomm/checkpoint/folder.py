@@ -23,6 +23,7 @@ from pycomm.checkpoint import claim
 from pycomm.checkpoint.claim import Claim
 from pycomm.checkpoint.contents import listed
 from pycomm.checkpoint.host import host
+from pycomm.checkpoint.reason import reason_of, refused_type
 from pycomm.errors import InvalidArgumentError
 
 T = TypeVar("T")
@@ -32,6 +33,8 @@ _REMEDIES = {
     "write": "See to room and permissions there, or save to another path; what was saved before "
     "is as it was.",
     "read": "Take another checkpoint, if it is damaged or not all there.",
+    "refused": "If you trust it, allow that type with torch.serialization.add_safe_globals() here, "
+    "as where it was saved.",
     "remove": "Remove it by hand: the new checkpoint is in place.",
 }
 SECONDS_TO_SEE = 5.0
@@ -199,11 +202,12 @@ class _explained:  # noqa: N801  # reads like contextlib's
         if not isinstance(error, Exception) or isinstance(error, InvalidArgumentError):
             return
         path: object = self._path
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        reason = reason_of(error)
         if isinstance(error, OSError):
-            path, reason = error.filename or path, error.strerror or str(error)
+            path, reason = error.filename or path, error.strerror or reason
+        remedy = _REMEDIES["refused"] if refused_type(error) else self._remedy
         raise InvalidArgumentError(
-            f"cannot {self._verb} {path} on {host()}: {reason.rstrip('. ')}.\n  {self._remedy}"
+            f"cannot {self._verb} {path} on {host()}: {reason.rstrip('. ')}.\n  {remedy}"
         ) from error
 
 

@@ -89,9 +89,10 @@ def _open(call: str, path: Path, group: Group) -> Saved:
     saved, mistake = None, None
     try:
         saved = Saved.open(path)
-    except InvalidArgumentError as error:
+    except Exception as error:  # whatever it is, the other ranks are to hear of it
         mistake = error
-    mine = (saved and saved.digest, str(mistake), host())
+    text = str(mistake) if isinstance(mistake, InvalidArgumentError) else repr(mistake)
+    mine = (saved and saved.digest, text, host())
     everyones = all_gather_object(mine, group=group)
     first, text, first_host = everyones[0]
     for rank, (its_digest, its_text, its_host) in enumerate(everyones):

@@ -39,6 +39,10 @@ class Saved:
             InvalidArgumentError: there is none, it is damaged, or another program wrote it.
         """
         place = folder.find(path)
+        return folder.reading(place, lambda: Saved._at(place))
+
+    @staticmethod
+    def _at(place: Path) -> Saved:
         payload = folder.reading(place, (place / folder.METADATA).read_bytes)
         metadata = folder.reading(place / folder.METADATA, lambda: pickle.loads(payload))
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
@@ -49,7 +53,7 @@ class Saved:
                 f"{place} was not written by pycomm.\n  Read it with torch.distributed.checkpoint."
             )
         found = saved.read(Wanted(values=[record.NAME]))[record.NAME]
-        version = folder.reading(place, lambda: int(found["format"]))
+        version = int(found["format"])
         if version > record.FORMAT:
             raise InvalidArgumentError(
                 f"{place} has format {version}, and this pycomm knows {record.FORMAT}.\n"
