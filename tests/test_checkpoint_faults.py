@@ -173,12 +173,95 @@ def test_a_full_disk_on_one_rank_leaves_the_previous_checkpoint(
         patched.setattr(folder, "prepare", with_full_disk)
         refused(
             saves(path, state_of(2)),
-            rf"failed on rank 1: .*cannot write {path}.unfinished.*No space left(.|\n)*See to room",
+            rf"failed on rank 1: .*cannot write {path}.unfinished.*No space left(.|\n)*Make room",
         )
     assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
     assert step_in(path) == 1
     write(path, 2, RANKS)
     assert step_in(path) == 2
+
+
+def raised_by_torch(error: OSError) -> RuntimeError:
+    """As for a tensor that does not fit on the disk."""
+    try:
+        raise error
+    except OSError:
+        try:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704")
+        except RuntimeError as of_torch:
+            return of_torch
+
+
+@pytest.mark.parametrize(
+    ("error", "pattern"),
+    [
+        (OSError(errno.ENOSPC, "full"), r": full\.\n  Make room there, or save to .* W"),
+        (OSError(errno.EDQUOT, "much"), r": much\.\n  Make room there, or save to .* W"),
+        (OSError(errno.EACCES, "not you"), r": not you\.\n  See to permissions there, or sav.* W"),
+        (OSError(errno.EROFS, "fixed"), r": fixed\.\n  See to permissions there, or save to.* W"),
+        (raised_by_torch(OSError(errno.ENOSPC, "full")), r": full\.\n  Make room there, or .* W"),
+        (OSError(errno.ENOENT, "gone"), r": gone\.\n  W"),
+        (ValueError("a bug"), r": ValueError: a bug\.\n  W"),
+    ],
+    ids=["full", "quota", "permission", "read-only", "torch", "missing", "bug"],
+)
+def test_the_remedy_is_for_what_went_wrong(
+    error: Exception, pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c"
+    write(path, 1)
+
+    class Writer(saving.FileSystemWriter):
+        def write_data(self, *_: Any) -> Any:
+            raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(saving, "FileSystemWriter", Writer)
+        refused(saves(path, state_of(2)), pattern + r"hat was saved before is as it was\.$")
+    assert step_in(path) == 1
+
+
+def test_a_previous_checkpoint_that_cannot_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c"
+    write(path, 1)
+
+    def rmtree(place: Path) -> None:
+        raise OSError(errno.EACCES, "not you", str(place / "x"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", rmtree)
+        refused(
+            saves(path, state_of(2)),
+            r"cannot remove .*/c\.replaced/x on \S+: not you\.\n  See to permissions there\. "
+            r"The new checkpoint is in place\. Remove that by hand\.$",
+        )
+    assert step_in(path) == 2
+    write(path, 3)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+
+
+def test_a_new_checkpoint_that_cannot_be_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "c"
+    write(path, 1)
+    rename = Path.rename
+
+    def not_this(self: Path, target: Path) -> Path:
+        if self.name == "c.unfinished":
+            raise OSError(errno.EIO, "broken", str(self))
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", not_this)
+        refused(
+            saves(path, state_of(2)),
+            r"cannot write .*/c\.unfinished on \S+: broken\.\n  What was saved before is as it was",
+        )
+    assert [entry.name for entry in tmp_path.iterdir()] == ["c"]
+    assert step_in(path) == 1
 
 
 class Crash(BaseException):

@@ -12,6 +12,8 @@ was one before.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 import time
@@ -23,20 +25,14 @@ from pycomm.checkpoint import claim
 from pycomm.checkpoint.claim import Claim
 from pycomm.checkpoint.contents import listed
 from pycomm.checkpoint.host import host
-from pycomm.checkpoint.reason import reason_of, refused_type
+from pycomm.checkpoint.reason import disk_error, reason_of, refused_type
 from pycomm.errors import InvalidArgumentError
 
 T = TypeVar("T")
 
 METADATA = ".metadata"
-_REMEDIES = {
-    "write": "See to room and permissions there, or save to another path; what was saved before "
-    "is as it was.",
-    "read": "Take another checkpoint, if it is damaged or not all there.",
-    "refused": "If you trust it, allow that type with torch.serialization.add_safe_globals() here, "
-    "as where it was saved.",
-    "remove": "Remove it by hand: the new checkpoint is in place.",
-}
+_BEFORE = "What was saved before is as it was."
+_PLACED = "The new checkpoint is in place."
 SECONDS_TO_SEE = 5.0
 """That a network file system may take to show one host what another has written."""
 
@@ -75,7 +71,7 @@ def prepare(path: Path) -> Claim:
         InvalidArgumentError: ``path`` is something else than a checkpoint, cannot be written, or is
             being written by others.
     """
-    with _explained("write", path.parent):
+    with _explained("write", path.parent, _BEFORE):
         if path.parent.exists() and not path.parent.is_dir():
             raise InvalidArgumentError(f"{path.parent} is no folder.\n  Save to another path.")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,14 +121,20 @@ def check_own(path: Path, own: Claim) -> None:
 def put_in_place(path: Path, own: Claim) -> None:
     """Let what was written be the checkpoint at ``path``."""
     with claim.alone_in(path.parent):
-        with _explained("write", path, "A whole checkpoint is there, the new or the previous one."):
+        with _explained("write", path, _BEFORE):
             check_own(path, own)
             _sync(unfinished(path))
             if is_checkpoint(path):
                 path.rename(replaced(path))
-            unfinished(path).rename(path)
+            try:
+                unfinished(path).rename(path)
+            except OSError:
+                with contextlib.suppress(OSError):  # load finds it there, too
+                    replaced(path).rename(path)
+                raise
+        with _explained("write", path.parent, _PLACED):
             _sync(path.parent)
-        with _explained("remove", replaced(path)):
+        with _explained("remove", replaced(path), _PLACED + " Remove that by hand."):
             (path / own.token).unlink()
             if replaced(path).exists():
                 shutil.rmtree(replaced(path))
@@ -183,17 +185,21 @@ def reading(path: Path, action: Callable[[], T]) -> T:
 
 def writing(path: Path, action: Callable[[], T]) -> T:
     """Likewise, for what writes ``path``."""
-    with _explained("write", path):
+    with _explained("write", path, _BEFORE):
         return action()
 
 
 class _explained:  # noqa: N801  # reads like contextlib's
-    """Turns what goes wrong with a disk into an error that names path and remedy."""
+    """Turns what goes wrong with a disk into an error that names path and remedy.
 
-    def __init__(self, verb: str, path: Path, remedy: str = "") -> None:
+    Args:
+        consequence: what is there now.
+    """
+
+    def __init__(self, verb: str, path: Path, consequence: str = "") -> None:
         self._verb = verb
         self._path = path
-        self._remedy = remedy or _REMEDIES[verb]
+        self._consequence = consequence
 
     def __enter__(self) -> None:
         pass
@@ -203,12 +209,33 @@ class _explained:  # noqa: N801  # reads like contextlib's
             return
         path: object = self._path
         reason = reason_of(error)
-        if isinstance(error, OSError):
-            path, reason = error.filename or path, error.strerror or reason
-        remedy = _REMEDIES["refused"] if refused_type(error) else self._remedy
+        of_disk = disk_error(error)
+        if of_disk is not None:
+            path, reason = of_disk.filename or path, of_disk.strerror or reason
+        advice = " ".join(text for text in (_remedy(self._verb, error), self._consequence) if text)
         raise InvalidArgumentError(
-            f"cannot {self._verb} {path} on {host()}: {reason.rstrip('. ')}.\n  {remedy}"
+            f"cannot {self._verb} {path} on {host()}: {reason.rstrip('. ')}."
+            + (f"\n  {advice}" if advice else "")
         ) from error
+
+
+def _remedy(verb: str, error: BaseException) -> str:
+    """What to do about it, if that can be told."""
+    of_disk = disk_error(error)
+    number = of_disk and of_disk.errno
+    elsewhere = ", or save to another path" if verb == "write" else ""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"Make room there{elsewhere}."
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"See to permissions there{elsewhere}."
+    if verb != "read":
+        return ""
+    if refused_type(error):
+        return (
+            "If you trust it, allow that type with torch.serialization.add_safe_globals() here, as "
+            "where it was saved."
+        )
+    return "Take another checkpoint, if it is damaged or not all there."
 
 
 def _refuse_other(place: Path) -> None:

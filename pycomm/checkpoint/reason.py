@@ -28,3 +28,10 @@ def refused_type(error: BaseException) -> str | None:
     """The type that ``torch.load(weights_only=True)`` did not take, if that is what went wrong."""
     found = re.search(r"GLOBAL (\w[\w.]*\w)", str(error))
     return found.group(1) if found and "weights_only" in str(error) else None
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The system's error behind one; torch raises its own where the disk is full."""
+    while error is not None and not (isinstance(error, OSError) and error.errno):
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return error

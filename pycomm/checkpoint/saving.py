@@ -56,7 +56,8 @@ def save(
     Raises:
         InvalidArgumentError: on every rank, if one cannot write, does not see what the others
             write, or has something that cannot be saved or differs, or if another group is saving
-            to ``path``; the group stays usable and the previous checkpoint as it is.
+            to ``path``; the group stays usable and the previous checkpoint as it is, unless the
+            text says that a new one is in place.
         MismatchError: ranks passed different paths or names; the group stays usable.
         PeerLostError, CommTimeoutError: a rank ended, or took longer than the deadline. The next
             ``save`` removes what is left of this one.
@@ -105,7 +106,7 @@ def _planner(things: list[Thing]) -> Planner:
 
 
 def _check_all_see(call: str, place: Path, token: str, group: Group) -> None:
-    seen = together(call, group, lambda: folder.reading(place, lambda: folder.sees(place, token)))
+    seen = together(call, group, lambda: folder.writing(place, lambda: folder.sees(place, token)))
     everyones = all_gather_object((seen, host()), group=group)
     for rank, (its_seen, its_host) in enumerate(everyones):
         if not its_seen:
