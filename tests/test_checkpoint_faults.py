@@ -67,7 +67,7 @@ def refused(
     run_ranks(ranks, attempt)
 
 
-def saves(path: Any, *states: dict[str, Any]) -> Callable[[_core.Group], None]:
+def saves(path: Any, *states: Any) -> Callable[[_core.Group], None]:
     """The same on all ranks, or one for each."""
     return lambda group: checkpoint.save(path, states[group.rank % len(states)], group=group)
 
@@ -91,7 +91,13 @@ def loads(path: Any, state: Callable[[], dict[str, Any]], **options: Any) -> Cal
 def test_arguments_that_make_no_sense(tmp_path: Path) -> None:
     good = state_of(1)
     path = tmp_path / "c"
-    refused(saves(path, {}), r"state is \{\}")
+    refused(saves(path, {}), "state is empty")
+    refused(saves(path, [good["model"]]), r"state is of type list\.\n")
+    refused(saves(path, path), "state is PosixPath")
+    for swapped, kind in ((good, "dict"), (good["model"], "Sequential")):
+        refused(saves(swapped, good), rf"path is of type {kind}\.\n  Pass the path of a folder")
+    refused(saves(path, {good["model"]: 1}), r"state has the name of type Sequential\.\n")
+    refused(saves("a\0b", good), r"path is 'a\\x00b'\.\n  Paths have no NUL")
     refused(saves(path, {"a.b": 1}), r"has the name 'a\.b'(.|\n)*without dots")
     refused(saves(path, {"pycomm": 1}), "other than 'pycomm'")
     refused(saves("s3://bucket/c", good), "path is 's3://bucket/c'")
@@ -197,7 +203,7 @@ def raised_by_torch(error: OSError) -> RuntimeError:
     [
         (OSError(errno.ENOSPC, "full"), r": full\.\n  Make room there, or save to .* W"),
         (OSError(errno.EDQUOT, "much"), r": much\.\n  Make room there, or save to .* W"),
-        (OSError(errno.EACCES, "not you"), r": not you\.\n  See to permissions there, or sav.* W"),
+        (OSError(errno.EACCES, "not you"), r": not you\.\n  See to permissions there, or s.* W"),
         (OSError(errno.EROFS, "fixed"), r": fixed\.\n  See to permissions there, or save to.* W"),
         (raised_by_torch(OSError(errno.ENOSPC, "full")), r": full\.\n  Make room there, or .* W"),
         (OSError(errno.ENOENT, "gone"), r": gone\.\n  W"),
@@ -582,6 +588,15 @@ def test_what_does_not_fit_is_named_and_nothing_changes(tmp_path: Path) -> None:
     refused(loads(path, lambda: {"model": state_of(0)["model"]}), r"has 'optimizer', which state")
     refused(loads(path, lambda: {**state_of(0), "epoch": 0}), r"'epoch' \(value\) is not in it")
     refused(loads(tmp_path / "none", lambda: state_of(0)), "there is no ")
+    refused(
+        loads(path, lambda: {**state_of(0), "optimizer": {"state": {}}}),
+        r"'optimizer' \(value\) is of kind optimizer in it(.|\n)*Pass the optimizer itself",
+    )
+
+    def unknown() -> dict[str, Any]:
+        return {**state_of(0), "optimizer": torch.optim.Adam(nn.Linear(1, 1).parameters())}
+
+    refused(loads(path, unknown), r"whose name is not known\.\n  Pass the module that has it")
     alone = loads(path, lambda: {"model": state_of(0)["model"]}, partial=True)
     assert run_ranks(RANKS, alone) == [{"step": 1}] * RANKS
 

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 from pycomm.checkpoint import claim
 from pycomm.checkpoint.claim import Claim
-from pycomm.checkpoint.contents import listed
+from pycomm.checkpoint.contents import listed, shown
 from pycomm.checkpoint.host import host
 from pycomm.checkpoint.reason import disk_error, reason_of, refused_type
 from pycomm.errors import InvalidArgumentError
@@ -44,13 +44,17 @@ def absolute(path: str | os.PathLike[str]) -> Path:
         InvalidArgumentError: that is no path.
     """
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise InvalidArgumentError(f"path is {path!r}. Pass the path of a folder.")
+        raise InvalidArgumentError(
+            f"path is {shown(path)}.\n  Pass the path of a folder, and state after it."
+        )
     text = os.fspath(path)
     if not isinstance(text, str) or "://" in text:
-        raise InvalidArgumentError(f"path is {path!r}. Pass the path of a folder, as a str.")
+        raise InvalidArgumentError(f"path is {path!r}.\n  Pass the path of a folder, as a str.")
+    if "\0" in text:
+        raise InvalidArgumentError(f"path is {path!r}.\n  Paths have no NUL in them.")
     place = Path(os.path.abspath(text))
     if not place.name:
-        raise InvalidArgumentError(f"path is {path!r}. Pass the path of a folder of its own.")
+        raise InvalidArgumentError(f"path is {path!r}.\n  Pass the path of a folder of its own.")
     return place
 
 

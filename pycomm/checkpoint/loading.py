@@ -123,10 +123,13 @@ def _check_kinds(saved: Saved, things: list[Thing], partial: bool) -> None:
     for thing in things:
         kind = saved.kinds.get(thing.name)
         if kind != thing.kind:
+            what = "what was saved"
+            if thing.kind == "value" and kind is not None:
+                what = f"the {kind} itself, into which its state is put"
             problem = "is not in it" if kind is None else f"is of kind {kind} in it"
             raise InvalidArgumentError(
                 f"'{thing.name}' ({thing.kind}) {problem}. The checkpoint has {there}.\n"
-                "  Pass what was saved, under the same names."
+                f"  Pass {what}, under the same names."
             )
     asked = {thing.name for thing in things}
     left = [f"'{n}'" for n, kind in saved.kinds.items() if kind != "value" and n not in asked]

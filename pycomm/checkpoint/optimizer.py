@@ -98,7 +98,7 @@ class OptimizerThing:
                 if known is None:
                     raise InvalidArgumentError(
                         f"'{name}' has a parameter of shape {tuple(param.shape)} (param_groups"
-                        f"[{number}][{position}]) whose name is not known.\n  Save the module that "
+                        f"[{number}][{position}]) whose name is not known.\n  Pass the module that "
                         "has it in the same call, or make the optimizer over named_parameters()."
                     )
                 self._parameters[id(param)] = known

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from pycomm._core import Group
 from pycomm.checkpoint import record
-from pycomm.checkpoint.contents import SEPARATOR, listed
+from pycomm.checkpoint.contents import SEPARATOR, listed, shown
 from pycomm.checkpoint.host import host
 from pycomm.checkpoint.module import ModuleThing, table_of
 from pycomm.checkpoint.optimizer import OptimizerThing
@@ -29,15 +29,16 @@ def things_of(state: Mapping[str, Any]) -> list[Thing]:
         InvalidArgumentError: a name that cannot be one, or something without a state.
     """
     if not isinstance(state, Mapping) or not state:
+        found = "empty" if isinstance(state, Mapping) else shown(state)
         raise InvalidArgumentError(
-            f"state is {state!r}.\n  Pass names with what to save: "
+            f"state is {found}.\n  Pass path first, and then names with what to save: "
             '{"model": model, "optimizer": optimizer, "epoch": epoch}.'
         )
     for name in state:
         if not isinstance(name, str) or not name or SEPARATOR in name or name == record.NAME:
             raise InvalidArgumentError(
-                f"state has the name {name!r}.\n  Use names of one word, without dots, other than "
-                f"{record.NAME!r}."
+                f"state has the name {shown(name)}.\n  Use names of one word, without dots, other "
+                f"than {record.NAME!r}."
             )
     modules = [
         ModuleThing(name, thing)
