@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import nn
 
 from pycomm import CommTimeoutError, InvalidArgumentError, MismatchError, _core, checkpoint
 from pycomm.checkpoint import folder, saving
+from pycomm.checkpoint.checksums import Checksums
 from pycomm.checkpoint.claim import Claim
 from pycomm.checkpoint.values import encoded
 
@@ -414,6 +416,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_changes(damaged: Path) 
     refused(load, r"cannot read .*\.distcp on .*Take another checkpoint|(.|\n)*Take another")
     metadata = damaged / ".metadata"
     pickled = metadata.read_bytes()
+    (damaged / ".checksums").unlink()
     metadata.write_bytes(pickled[:100])
     refused(load, r"cannot read .*\.metadata on ")
     metadata.write_bytes(pickle.dumps({"not": "ours"}))
@@ -444,6 +447,7 @@ def test_values_are_loaded_without_running_their_code(damaged: Path) -> None:
     torch.save({"step": Evil()}, payload)
     place.relative_path, place.offset, place.length = "evil.distcp", 0, len(payload.getvalue())
     (damaged / "evil.distcp").write_bytes(payload.getvalue())
+    (damaged / ".checksums").unlink()
     (damaged / ".metadata").write_bytes(pickle.dumps(saved.metadata))
     refused(
         loads(damaged, lambda: state_of(0)),
@@ -468,6 +472,7 @@ def test_torchs_advice_to_run_what_is_in_values_is_not_passed_on(damaged: Path) 
     saved = checkpoint.saved.Saved.open(damaged)
     (index,) = (index for index in saved.metadata.storage_data if index.fqn == "step")
     file = damaged / saved.metadata.storage_data[index].relative_path
+    (damaged / ".checksums").unlink()
     content, at = file.read_bytes(), saved.metadata.storage_data[index].offset
     for offset in range(at, at + 200):
         file.write_bytes(content[:offset] + bytes([content[offset] ^ 0x41]) + content[offset + 1 :])
@@ -481,6 +486,58 @@ def test_torchs_advice_to_run_what_is_in_values_is_not_passed_on(damaged: Path) 
     assert "'loss' is a float64 that cannot be saved: there is a numpy." in seen[0]
     assert "which weights_only=True refuses.\n  Convert it" in seen[0] and "float(x)" in seen[0]
     assert "there is a pathlib.PosixPath in it" in seen[2]
+
+
+def test_a_byte_that_was_flipped_is_found_before_anything_changes(damaged: Path) -> None:
+    """One in a tensor loaded, and nothing was said."""
+    files = sorted(damaged.iterdir())
+    assert [file.name for file in files] == [
+        ".checksums",
+        ".metadata",
+        *(f"__{rank}_0.distcp" for rank in range(RANKS)),
+    ]
+    for file in files:
+        content = file.read_bytes()
+        for at in range(0, len(content), 53):
+            flipped = bytes([content[at] ^ 0x10])
+            file.write_bytes(content[:at] + flipped + content[at + 1 :])
+            with pytest.raises(InvalidArgumentError, match=r"damaged|cannot read .*checksums"):
+                checkpoint.read(damaged)
+        file.write_bytes(content + b"more")
+        if file.name != ".checksums":
+            text = rf"{file} on \S+ is damaged: something in its bytes 0 to 1048576 is not"
+            refused(loads(damaged, lambda: state_of(0)), text)
+        file.write_bytes(content)
+    assert step_in(damaged) == 1
+
+
+def test_a_checkpoint_without_checksums_is_read_as_it_is(damaged: Path) -> None:
+    (damaged / ".checksums").unlink()
+    assert step_in(damaged) == 1
+    (damaged / ".checksums").touch()
+    refused(loads(damaged, lambda: state_of(0)), r"cannot read .*/\.checksums on ")
+
+
+def test_only_blocks_that_are_read_are_verified(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    content = bytearray(range(35))
+    file.write_bytes(content)
+    crcs = [zlib.crc32(content[begin : begin + 10]) for begin in range(0, 35, 10)]
+    file.write_bytes(content[:22] + b"x" + content[23:])  # in the third of four blocks
+
+    def verify(*ranges: tuple[int, int]) -> None:
+        Checksums(tmp_path, {"file": crcs}, 10).verify("file", ranges)
+
+    verify((0, 20), (30, 35))
+    verify((3, 4), (34, 35))
+    verify()
+    for ranges in [(0, 21)], [(29, 31)], [(5, 6), (25, 25 + 1)]:
+        with pytest.raises(InvalidArgumentError, match=r"damaged: something in its bytes 20 to 30"):
+            verify(*ranges)
+    with pytest.raises(InvalidArgumentError, match="damaged"):
+        Checksums(tmp_path, {"file": crcs}, 10).verify("file")
+    with pytest.raises(InvalidArgumentError, match="damaged"):
+        Checksums(tmp_path, {}, 10).verify("file", [(0, 1)])
 
 
 @pytest.mark.parametrize("kind", [EOFError, MemoryError, RuntimeError, ValueError])
@@ -717,7 +774,7 @@ def test_two_groups_on_a_file_system_without_locks(
     meanwhile.append((lambda: write(path, 3)) if ends else lambda: claims.append(prepared(path)))
     refused(saves(path, state_of(2)), "another save has written to .*/c at the same time", ranks=1)
     assert step_in(path) == (3 if ends else 1)
-    assert all(claim.holds(folder.unfinished(path)) for claim in claims)
+    assert all((folder.unfinished(path) / claim.token).exists() for claim in claims)
 
 
 def prepared(path: Path) -> Claim:

@@ -503,7 +503,7 @@ def test_names_come_from_modules_or_else_from_the_optimizer(tmp_path: Path) -> N
 
     def run(group: _core.Group) -> None:
         nameless = stepped(model, torch.optim.Adam(model.parameters()))
-        with pytest.raises(InvalidArgumentError, match=r"whose name is not known.\n  Save the mod"):
+        with pytest.raises(InvalidArgumentError, match=r"whose name is not known.\n  Pass the mod"):
             checkpoint.save(path, {"optimizer": nameless}, group=group)
         wrapped = DistributedOptimizer(nameless, model.named_parameters(), group=group)
         checkpoint.save(path, {"optimizer": wrapped}, group=group)

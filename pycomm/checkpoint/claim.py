@@ -28,10 +28,6 @@ class Claim:
         self._file.write(f"process {os.getpid()} on {host()}")
         self._file.flush()
 
-    def holds(self, folder: Path) -> bool:
-        """Whether it is still the one on the folder."""
-        return (folder / self.token).exists()
-
     def release(self) -> None:
         """Let others have the folder."""
         _try_lock(self._file.fileno(), fcntl.LOCK_UN)  # for copies that a fork made as well

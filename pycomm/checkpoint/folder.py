@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from pycomm.checkpoint import claim
+from pycomm.checkpoint import checksums, claim
 from pycomm.checkpoint.claim import Claim
 from pycomm.checkpoint.contents import listed, shown
 from pycomm.checkpoint.host import host
@@ -109,13 +109,13 @@ def sees(path: Path, token: str) -> bool:
         time.sleep(0.05)
 
 
-def check_own(path: Path, own: Claim) -> None:
-    """See to it that what is written at ``path`` is still one's own.
+def check_own(path: Path, token: str) -> None:
+    """See to it that what is written at ``path`` is still one's own. Any rank may ask.
 
     Raises:
         InvalidArgumentError: another group's save took its place, where locks could not prevent it.
     """
-    if not own.holds(unfinished(path)):
+    if not (unfinished(path) / token).exists():
         raise InvalidArgumentError(
             f"another save has written to {path} at the same time, and what is there is its.\n"
             "  Let one group save to a path, or give each a path of its own."
@@ -126,7 +126,7 @@ def put_in_place(path: Path, own: Claim) -> None:
     """Let what was written be the checkpoint at ``path``."""
     with claim.alone_in(path.parent):
         with _explained("write", path, _BEFORE):
-            check_own(path, own)
+            check_own(path, own.token)
             _sync(unfinished(path))
             if is_checkpoint(path):
                 path.rename(replaced(path))
@@ -146,7 +146,7 @@ def put_in_place(path: Path, own: Claim) -> None:
 
 def discard(path: Path, own: Claim) -> None:
     """Remove what was written and not put in place, if it is one's own."""
-    if own.holds(unfinished(path)):
+    if (unfinished(path) / own.token).exists():
         shutil.rmtree(unfinished(path))
 
 
@@ -257,7 +257,9 @@ def _refuse_other(place: Path) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name.endswith(".distcp") or name.startswith((METADATA, claim.PREFIX, ".nfs"))
+    return name.endswith(".distcp") or name.startswith(
+        (METADATA, checksums.NAME, claim.PREFIX, ".nfs")
+    )
 
 
 def _sync(folder: Path) -> None:

@@ -51,9 +51,9 @@ def load(
 
     Raises:
         InvalidArgumentError: on every rank, naming what is missing, unexpected, of another shape or
-            dtype, cut off or not seen by a rank; the group stays usable, and nothing has been
-            changed unless the text says that a file cannot be read, or that what is one tensor here
-            differs in the checkpoint.
+            dtype, damaged, cut off or not seen by a rank; the group stays usable, and nothing has
+            been changed unless the text says that a file cannot be read, or that what is one tensor
+            here differs in the checkpoint.
         MismatchError: ranks passed different paths or names; the group stays usable.
         PeerLostError, CommTimeoutError: a rank ended, or took longer than the deadline.
 
@@ -62,7 +62,8 @@ def load(
     A group without parameters on this rank takes the options of the saved group of its number; it
     keeps its own if the number of groups is another one.
 
-    Cost: each rank reads the stored parts that its own overlap. Memory: one such part.
+    Cost: each rank reads the stored parts that its own overlap, once for their checksums and once,
+    from the system's cache if they fit there, to where they belong. Memory: one such part.
     """
     call = "checkpoint.load"
     group = group_of(group, call)

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.storage import WriteResult
 
 from pycomm._core import Group
-from pycomm.checkpoint import folder
-from pycomm.checkpoint.claim import Claim
+from pycomm.checkpoint import checksums, folder
+from pycomm.checkpoint.checksums import Checksums
 from pycomm.checkpoint.contents import Contents
 from pycomm.checkpoint.host import host
 from pycomm.checkpoint.optimizer import OptimizerThing
@@ -65,7 +65,8 @@ def save(
     Replicas are not compared. Of buffers, such as the averages of a BatchNorm, which data-parallel
     replicas have each of their own, the lowest rank's are written.
 
-    Cost: each rank writes about its share of all bytes, and waits until they are on the disk.
+    Cost: each rank writes about its share of all bytes, waits until they are on the disk, and reads
+    them from the system's cache for their checksums.
     Memory: no second copy of what lies on the CPU in one piece; else of one tensor at a time.
     """
     call = "checkpoint.save"
@@ -82,7 +83,7 @@ def save(
         try:
             token = broadcast_object(claim and claim.token, group=group)
             _check_all_see(call, place, token, group)
-            _write(call, place, planner, group, claim)
+            _write(call, place, planner, group, token)
             together(call, group, lambda: folder.put_in_place(place, claim), root=0)
         except InvalidArgumentError:
             if claim:  # every rank has ended its part
@@ -117,12 +118,8 @@ def _check_all_see(call: str, place: Path, token: str, group: Group) -> None:
             )
 
 
-def _write(call: str, place: Path, planner: Planner, group: Group, claim: Claim | None) -> None:
-    """The sequence that torch lays down for its planners and writers, over pycomm's group.
-
-    Args:
-        claim: on rank 0.
-    """
+def _write(call: str, place: Path, planner: Planner, group: Group, token: str) -> None:
+    """The sequence that torch lays down for its planners and writers, over pycomm's group."""
     target = folder.unfinished(place)
     writer = FileSystemWriter(target)
     writer.set_up_storage_writer(group.rank == 0)
@@ -143,15 +140,22 @@ def _write(call: str, place: Path, planner: Planner, group: Group, claim: Claim 
     planned = together(call, group, global_plan, root=0)
     mine = planner.finish_plan(scatter_object(planned[0] if group.rank == 0 else None, group=group))
 
-    def write_data() -> list[WriteResult]:
-        return writer.write_data(mine, planner).wait() if mine.items else []
+    def write_data() -> tuple[list[WriteResult], dict[str, list[int]]]:
+        try:
+            results = writer.write_data(mine, planner).wait() if mine.items else []
+        finally:  # not to blame the disk
+            folder.check_own(place, token)
+        names = {result.storage_data.relative_path for result in results}
+        return results, {name: checksums.of_file(target / name) for name in sorted(names)}
 
     written = together(call, group, functools.partial(folder.writing, target, write_data))
-    results = gather_object(written, group=group)
+    everyones = gather_object(written, group=group)
 
     def finish() -> None:
-        assert results is not None and claim is not None
-        folder.check_own(place, claim)
-        writer.finish(planned[1], results)
+        assert everyones is not None
+        writer.finish(planned[1], [results for results, _ in everyones])
+        of_files = {name: crcs for _, of_rank in everyones for name, crcs in of_rank.items()}
+        of_files[folder.METADATA] = checksums.of_file(target / folder.METADATA)
+        Checksums(target, of_files).write()
 
     together(call, group, functools.partial(folder.writing, target, finish), root=0)
