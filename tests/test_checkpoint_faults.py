@@ -151,6 +151,7 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
     refused(saves(file / "c", state), "file is no folder")
     refused(saves(file / "d" / "c", state), r"cannot write .*file.* on .*: Not a directory")
     refused(saves("/proc/1/c", state), "cannot write /proc/1.* on ")
+    refused(saves(os.fsdecode(b"/proc/\xff"), state), r"cannot write /proc/\\udcff\.unfinished on ")
     assert file.read_text() == (mixed / "notes.txt").read_text() == "mine"
     empty = tmp_path / "empty"
     empty.mkdir()
