@@ -21,7 +21,7 @@ from run_ranks import RankError, run_ranks
 from torch import nn
 
 from pycomm import CommTimeoutError, InvalidArgumentError, MismatchError, _core, checkpoint
-from pycomm.checkpoint import folder, saving
+from pycomm.checkpoint import claim, folder, saving
 from pycomm.checkpoint.checksums import Checksums
 from pycomm.checkpoint.claim import Claim
 from pycomm.checkpoint.values import encoded
@@ -174,9 +174,9 @@ def test_a_full_disk_on_one_rank_leaves_the_previous_checkpoint(
     prepare = folder.prepare
 
     def with_full_disk(path: Path) -> Claim:
-        claim = prepare(path)
+        own = prepare(path)
         (folder.unfinished(path) / "__1_0.distcp").symlink_to("/dev/full")
-        return claim
+        return own
 
     with monkeypatch.context() as patched:
         patched.setattr(folder, "prepare", with_full_disk)
@@ -738,6 +738,23 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], None]]:
     return actions
 
 
+def test_a_claim_that_cannot_be_written_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full() -> str:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(claim, "host", full)
+        with pytest.raises(OSError, match="full") as kept:  # its traceback keeps the file
+            Claim(tmp_path)
+    assert claim.holder(tmp_path) is None and kept
+    own = Claim(tmp_path)
+    assert claim.holder(tmp_path) == f"process {os.getpid()} on {claim.host()}"
+    own.release()
+    assert claim.holder(tmp_path) is None
+
+
 def test_two_groups_do_not_write_to_one_path(
     tmp_path: Path, meanwhile: list[Callable[[], None]]
 ) -> None:
@@ -775,13 +792,13 @@ def test_two_groups_on_a_file_system_without_locks(
     meanwhile.append((lambda: write(path, 3)) if ends else lambda: claims.append(prepared(path)))
     refused(saves(path, state_of(2)), "another save has written to .*/c at the same time", ranks=1)
     assert step_in(path) == (3 if ends else 1)
-    assert all((folder.unfinished(path) / claim.token).exists() for claim in claims)
+    assert all((folder.unfinished(path) / own.token).exists() for own in claims)
 
 
 def prepared(path: Path) -> Claim:
-    claim = folder.prepare(path)
-    claim.release()
-    return claim
+    own = folder.prepare(path)
+    own.release()
+    return own
 
 
 def test_a_rank_that_dies_while_it_writes(tmp_path: Path) -> None:

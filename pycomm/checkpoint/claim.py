@@ -25,13 +25,18 @@ class Claim:
         self.token = PREFIX + uuid.uuid4().hex
         self._file = (folder / self.token).open("w")
         _try_lock(self._file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._file.write(f"process {os.getpid()} on {host()}")
-        self._file.flush()
+        try:
+            self._file.write(f"process {os.getpid()} on {host()}")
+            self._file.flush()
+        except BaseException:  # such as a full disk
+            self.release()
+            raise
 
     def release(self) -> None:
         """Let others have the folder."""
         _try_lock(self._file.fileno(), fcntl.LOCK_UN)  # for copies that a fork made as well
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written before cannot be now
+            self._file.close()
 
 
 def holder(folder: Path) -> str | None:
