@@ -143,7 +143,8 @@ def raise_together(call: str, mistake: Exception | None, group: Group) -> None:
     Every rank calls this, with None if all is well there: one all-gather of a number then.
     """
     text = "" if mistake is None else f"{type(mistake).__name__}: {mistake}"
-    for rank, theirs in enumerate(all_gather_bytes(call, text.encode(), group)):
+    mine = text.encode(errors="backslashreplace")  # a file's name may hold any bytes
+    for rank, theirs in enumerate(all_gather_bytes(call, mine, group)):
         if theirs:
             raise InvalidArgumentError(
                 f"{call} on rank {group.rank}: failed on rank {rank}: {theirs.decode()}"

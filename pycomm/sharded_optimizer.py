@@ -111,6 +111,11 @@ class ShardedOptimizer(Optimizer):
         self._wait_seconds = 0.0
 
     @property
+    def group(self) -> Group:
+        """The ranks that have the other shares."""
+        return self._group
+
+    @property
     def wait_seconds(self) -> float:
         """Seconds spent reducing gradients and gathering parameters, since it was made."""
         return self._wait_seconds

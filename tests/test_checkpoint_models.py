@@ -503,7 +503,7 @@ def test_names_come_from_modules_or_else_from_the_optimizer(tmp_path: Path) -> N
 
     def run(group: _core.Group) -> None:
         nameless = stepped(model, torch.optim.Adam(model.parameters()))
-        with pytest.raises(InvalidArgumentError, match=r"whose name is not known.\n  Save the mod"):
+        with pytest.raises(InvalidArgumentError, match=r"whose name is not known.\n  Pass the mod"):
             checkpoint.save(path, {"optimizer": nameless}, group=group)
         wrapped = DistributedOptimizer(nameless, model.named_parameters(), group=group)
         checkpoint.save(path, {"optimizer": wrapped}, group=group)
@@ -605,3 +605,111 @@ def test_torch_reads_it(tmp_path: Path) -> None:
     set_optimizer_state_dict(fresh, its_optimizer, into["optimizer"], options=options)
     assert not list(differences(dict(fresh.state_dict()), dict(model.state_dict())))
     assert not list(differences(its_optimizer.state_dict(), optimizer.state_dict()))
+
+
+class HalfEmptyRun:
+    """The second stage has no biases, and the third param group no parameters anywhere."""
+
+    def __init__(self, group: _core.Group, lr: float) -> None:
+        layers = [nn.Linear(2, 2), nn.Linear(2, 2, bias=False)]
+        for layer in layers:
+            nn.init.constant_(layer.weight, 0.25)
+        nn.init.ones_(layers[0].bias)
+        self.model: nn.Module | Pipeline = nn.Sequential(*layers).double()
+        if group.size > 1:
+            self.model = Pipeline(self.model, mse, micro_batches=1, group=group)
+        params = list(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in params if p.dim() > 1]},
+                {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},
+                {"params": [], "lr": lr / 2},
+            ],
+            lr=lr,
+        )
+        # It computes an lr from the last one.
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 9)
+        self.state = {"m": self.model, "o": self.optimizer, "s": self.scheduler}
+
+    def train(self, steps: int) -> None:
+        x = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            if isinstance(self.model, Pipeline):
+                self.model.step(x, x)
+            else:
+                mse(self.model(x), x).backward()
+            self.optimizer.step()
+            self.scheduler.step()
+
+
+@pytest.mark.parametrize(("source", "target"), [(1, 1), (1, 2), (2, 2), (2, 1)])
+def test_a_group_without_parameters_on_a_rank_goes_on_like_the_others(
+    source: int, target: int, tmp_path: Path
+) -> None:
+    """Its lr was that of a new run: ranks then had schedulers that differ, which save refuses."""
+
+    def body(group: _core.Group, path: Path, steps: int, origin: Path | None) -> list[float]:
+        run = HalfEmptyRun(group, 0.125 if origin is None else 7.0)
+        if origin is not None:
+            checkpoint.load(origin, run.state, group=group)
+        run.train(steps)
+        checkpoint.save(path, run.state, group=group)
+        return [param_group["lr"] for param_group in run.optimizer.param_groups]
+
+    whole = run_ranks(1, lambda group: body(group, tmp_path / "whole", 6, None))
+    run_ranks(source, lambda group: body(group, tmp_path / "half", 3, None))
+    lrs = run_ranks(target, lambda group: body(group, tmp_path / "end", 3, tmp_path / "half"))
+    assert lrs == whole * target
+    saved = checkpoint.read(tmp_path / "end")
+    assert not list(differences(saved, checkpoint.read(tmp_path / "whole")))
+    assert [len(group["params"]) for group in saved["o"]["param_groups"]] == [2, 1, 0]
+    plain = run_ranks(1, lambda group: HalfEmptyRun(group, 7.0))[0]
+    plain.optimizer.load_state_dict(saved["o"])
+    assert [group["lr"] for group in plain.optimizer.param_groups] == lrs[0]
+
+
+def test_a_group_without_parameters_keeps_its_options_if_there_were_other_groups(
+    tmp_path: Path,
+) -> None:
+    model = linear()
+
+    def optimizer(empty: int, lr: float) -> torch.optim.Optimizer:
+        groups = [{"params": [*model.parameters()]}, *({"params": []} for _ in range(empty))]
+        return torch.optim.AdamW(groups, lr=lr)
+
+    path = tmp_path / "c"
+    alone(lambda group: checkpoint.save(path, {"m": model, "o": optimizer(1, 0.5)}, group=group))
+    for empty, expected in ((1, [0.5, 0.5]), (2, [0.5, 7.0, 7.0]), (0, [0.5])):
+        other = optimizer(empty, 7.0)
+        state = {"m": model, "o": other}
+        alone(lambda group, state=state: checkpoint.load(path, state, group=group))
+        assert [group["lr"] for group in other.param_groups] == expected
+
+
+# --- the group of the call ------------------------------------------------------------------------
+
+
+def test_a_group_without_all_parts_is_refused(tmp_path: Path) -> None:
+    """It kept one stage, and said nothing."""
+    path = tmp_path / "c"
+    pair = r"\[\d, \d\]"
+
+    def within(state: dict[str, Any], group: _core.Group, pattern: str) -> None:
+        for call in (checkpoint.save, checkpoint.load):
+            with pytest.raises(InvalidArgumentError, match=pattern + r"(.|\n)*that has all of the"):
+                call(path, state, group=group)
+        group.barrier()
+
+    def body(group: _core.Group) -> None:
+        mesh = Mesh({"dp": 2, "pp": 2}, group=group)
+        layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        pipeline = Pipeline(layers, mse, micro_batches=1, group=mesh["pp"])
+        within({"m": pipeline}, mesh["dp"], f"'m' is a Pipeline over ranks {pair}, and the group")
+        divided = nn.Sequential(ColumnParallelLinear(2, 2, group=mesh["pp"]))
+        within({"m": divided}, mesh["dp"], f"'m' has layers split over ranks {pair}, and the gr")
+        sgd = ShardedOptimizer(torch.optim.SGD, [("w", layers[0].weight)], group=mesh["pp"])
+        within({"o": sgd}, mesh["dp"], f"'o' is a ShardedOptimizer over ranks {pair}, and the gr")
+
+    run_ranks(4, body)
+    assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import torch
 from torch import Tensor
@@ -84,6 +85,13 @@ def joined(thing: str, name: str) -> str:
 def path_of(name: str) -> tuple[str, ...]:
     """Where a name stands in the nested dicts: under its thing."""
     return tuple(name.split(SEPARATOR, 1))
+
+
+def shown(argument: object) -> str:
+    """What a user passed, for errors: short things as they are, of others the type."""
+    if isinstance(argument, (str, bytes, int, float, os.PathLike)) or argument is None:
+        return repr(argument)
+    return f"of type {type(argument).__name__}"
 
 
 def listed(texts: list[str], most: int = 5) -> str:

@@ -12,28 +12,27 @@ was one before.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
-import socket
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from pycomm.checkpoint.contents import listed
+from pycomm.checkpoint import checksums, claim
+from pycomm.checkpoint.claim import Claim
+from pycomm.checkpoint.contents import listed, shown
+from pycomm.checkpoint.host import host
+from pycomm.checkpoint.reason import disk_error, reason_of, refused_type
 from pycomm.errors import InvalidArgumentError
 
 T = TypeVar("T")
 
 METADATA = ".metadata"
-_TOKEN = ".seen-by-all-"
-_REMEDIES = {
-    "write": "See to room and permissions there, or save to another path; what was saved before "
-    "is as it was.",
-    "read": "Take another checkpoint, if it is damaged or not all there.",
-    "remove": "Remove it by hand: the new checkpoint is in place.",
-}
+_BEFORE = "What was saved before is as it was."
+_PLACED = "The new checkpoint is in place."
 SECONDS_TO_SEE = 5.0
 """That a network file system may take to show one host what another has written."""
 
@@ -45,13 +44,17 @@ def absolute(path: str | os.PathLike[str]) -> Path:
         InvalidArgumentError: that is no path.
     """
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
-        raise InvalidArgumentError(f"path is {path!r}. Pass the path of a folder.")
+        raise InvalidArgumentError(
+            f"path is {shown(path)}.\n  Pass the path of a folder, and state after it."
+        )
     text = os.fspath(path)
     if not isinstance(text, str) or "://" in text:
-        raise InvalidArgumentError(f"path is {path!r}. Pass the path of a folder, as a str.")
+        raise InvalidArgumentError(f"path is {path!r}.\n  Pass the path of a folder, as a str.")
+    if "\0" in text:
+        raise InvalidArgumentError(f"path is {path!r}.\n  Paths have no NUL in them.")
     place = Path(os.path.abspath(text))
     if not place.name:
-        raise InvalidArgumentError(f"path is {path!r}. Pass the path of a folder of its own.")
+        raise InvalidArgumentError(f"path is {path!r}.\n  Pass the path of a folder of its own.")
     return place
 
 
@@ -65,28 +68,34 @@ def replaced(path: Path) -> Path:
     return path.with_name(path.name + ".replaced")
 
 
-def prepare(path: Path) -> str:
-    """Make an empty folder to write to, and a file there by which other ranks recognise it.
+def prepare(path: Path) -> Claim:
+    """Make an empty folder to write to, with a claim on it.
 
     Raises:
-        InvalidArgumentError: ``path`` is something else than a checkpoint, or cannot be written.
+        InvalidArgumentError: ``path`` is something else than a checkpoint, cannot be written, or is
+            being written by others.
     """
-    token = _TOKEN + uuid.uuid4().hex
-    with _explained("write", path.parent):
+    with _explained("write", path.parent, _BEFORE):
         if path.parent.exists() and not path.parent.is_dir():
             raise InvalidArgumentError(f"{path.parent} is no folder.\n  Save to another path.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        for place in (path, unfinished(path), replaced(path)):
-            _refuse_other(place)
-        if replaced(path).exists():  # a crash between two renames, or after both
-            if is_checkpoint(path):
-                shutil.rmtree(replaced(path))
-            else:
-                replaced(path).rename(path)
-        discard(path)
-        unfinished(path).mkdir()
-        (unfinished(path) / token).touch()
-    return token
+        with claim.alone_in(path.parent):
+            for place in (path, unfinished(path), replaced(path)):
+                _refuse_other(place)
+            if other := claim.holder(unfinished(path)):
+                raise InvalidArgumentError(
+                    f"{unfinished(path)} is being written by another save, from {other}.\n"
+                    "  Let one group save to a path, or give each a path of its own."
+                )
+            if replaced(path).exists():  # a crash between two renames, or after both
+                if is_checkpoint(path):
+                    shutil.rmtree(replaced(path))
+                else:
+                    replaced(path).rename(path)
+            if unfinished(path).exists():
+                shutil.rmtree(unfinished(path))
+            unfinished(path).mkdir()
+            return Claim(unfinished(path))
 
 
 def sees(path: Path, token: str) -> bool:
@@ -100,23 +109,44 @@ def sees(path: Path, token: str) -> bool:
         time.sleep(0.05)
 
 
-def put_in_place(path: Path, token: str) -> None:
+def check_own(path: Path, token: str) -> None:
+    """See to it that what is written at ``path`` is still one's own. Any rank may ask.
+
+    Raises:
+        InvalidArgumentError: another group's save took its place, where locks could not prevent it.
+    """
+    if not (unfinished(path) / token).exists():
+        raise InvalidArgumentError(
+            f"another save has written to {path} at the same time, and what is there is its.\n"
+            "  Let one group save to a path, or give each a path of its own."
+        )
+
+
+def put_in_place(path: Path, own: Claim) -> None:
     """Let what was written be the checkpoint at ``path``."""
-    with _explained("write", path, "A whole checkpoint is there, the new or the previous one."):
-        (unfinished(path) / token).unlink()
-        _sync(unfinished(path))
-        if is_checkpoint(path):
-            path.rename(replaced(path))
-        unfinished(path).rename(path)
-        _sync(path.parent)
-    with _explained("remove", replaced(path)):
-        if replaced(path).exists():
-            shutil.rmtree(replaced(path))
+    with claim.alone_in(path.parent):
+        with _explained("write", path, _BEFORE):
+            check_own(path, own.token)
+            _sync(unfinished(path))
+            if is_checkpoint(path):
+                path.rename(replaced(path))
+            try:
+                unfinished(path).rename(path)
+            except OSError:
+                with contextlib.suppress(OSError):  # load finds it there, too
+                    replaced(path).rename(path)
+                raise
+        with _explained("write", path.parent, _PLACED):
+            _sync(path.parent)
+        with _explained("remove", replaced(path), _PLACED + " Remove that by hand."):
+            (path / own.token).unlink()
+            if replaced(path).exists():
+                shutil.rmtree(replaced(path))
 
 
-def discard(path: Path) -> None:
-    """Remove what was written and not put in place, if there is any."""
-    if unfinished(path).exists():
+def discard(path: Path, own: Claim) -> None:
+    """Remove what was written and not put in place, if it is one's own."""
+    if (unfinished(path) / own.token).exists():
         shutil.rmtree(unfinished(path))
 
 
@@ -159,22 +189,21 @@ def reading(path: Path, action: Callable[[], T]) -> T:
 
 def writing(path: Path, action: Callable[[], T]) -> T:
     """Likewise, for what writes ``path``."""
-    with _explained("write", path):
+    with _explained("write", path, _BEFORE):
         return action()
 
 
-def host() -> str:
-    """This rank's, for errors."""
-    return os.environ.get("PYCOMM_HOST") or socket.gethostname()
-
-
 class _explained:  # noqa: N801  # reads like contextlib's
-    """Turns what goes wrong with a disk into an error that names path and remedy."""
+    """Turns what goes wrong with a disk into an error that names path and remedy.
 
-    def __init__(self, verb: str, path: Path, remedy: str = "") -> None:
+    Args:
+        consequence: what is there now.
+    """
+
+    def __init__(self, verb: str, path: Path, consequence: str = "") -> None:
         self._verb = verb
         self._path = path
-        self._remedy = remedy or _REMEDIES[verb]
+        self._consequence = consequence
 
     def __enter__(self) -> None:
         pass
@@ -183,12 +212,34 @@ class _explained:  # noqa: N801  # reads like contextlib's
         if not isinstance(error, Exception) or isinstance(error, InvalidArgumentError):
             return
         path: object = self._path
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        if isinstance(error, OSError):
-            path, reason = error.filename or path, error.strerror or str(error)
+        reason = reason_of(error)
+        of_disk = disk_error(error)
+        if of_disk is not None:
+            path, reason = of_disk.filename or path, of_disk.strerror or reason
+        advice = " ".join(text for text in (_remedy(self._verb, error), self._consequence) if text)
         raise InvalidArgumentError(
-            f"cannot {self._verb} {path} on {host()}: {reason.rstrip('. ')}.\n  {self._remedy}"
+            f"cannot {self._verb} {path} on {host()}: {reason.rstrip('. ')}."
+            + (f"\n  {advice}" if advice else "")
         ) from error
+
+
+def _remedy(verb: str, error: BaseException) -> str:
+    """What to do about it, if that can be told."""
+    of_disk = disk_error(error)
+    number = of_disk and of_disk.errno
+    elsewhere = ", or save to another path" if verb == "write" else ""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"Make room there{elsewhere}."
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"See to permissions there{elsewhere}."
+    if verb != "read":
+        return ""
+    if refused_type(error):
+        return (
+            "If you trust it, allow that type with torch.serialization.add_safe_globals() here, as "
+            "where it was saved."
+        )
+    return "Take another checkpoint, if it is damaged or not all there."
 
 
 def _refuse_other(place: Path) -> None:
@@ -206,7 +257,9 @@ def _refuse_other(place: Path) -> None:
 
 
 def _is_ours(name: str) -> bool:
-    return name.endswith(".distcp") or name.startswith((METADATA, _TOKEN, ".nfs"))
+    return name.endswith(".distcp") or name.startswith(
+        (METADATA, checksums.NAME, claim.PREFIX, ".nfs")
+    )
 
 
 def _sync(folder: Path) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 from pycomm._core import Group
 from pycomm.checkpoint import folder
 from pycomm.checkpoint.contents import Wanted, joined, listed
+from pycomm.checkpoint.host import host
 from pycomm.checkpoint.saved import Saved
 from pycomm.checkpoint.thing import Thing
-from pycomm.checkpoint.things import agree, things_of
+from pycomm.checkpoint.things import agree, check_within, things_of
 from pycomm.checkpoint.together import naming, together
 from pycomm.errors import InvalidArgumentError
 from pycomm.objects import all_gather_object, gather_object
@@ -43,28 +44,32 @@ def load(
         partial: whether the checkpoint may hold more than ``state`` names, such as an optimizer
             that an evaluation does not need.
         group: the ranks that share the state, the world if None; every one of them makes this call.
+            All that have a part of a pipeline, of split layers or of a divided optimizer are in it.
 
     Returns:
         The values in the checkpoint, by name.
 
     Raises:
         InvalidArgumentError: on every rank, naming what is missing, unexpected, of another shape or
-            dtype, cut off or not seen by a rank; the group stays usable, and nothing has been
-            changed unless the text says that a file cannot be read, or that what is one tensor here
-            differs in the checkpoint.
+            dtype, damaged, cut off or not seen by a rank; the group stays usable, and nothing has
+            been changed unless the text says that a file cannot be read, or that what is one tensor
+            here differs in the checkpoint.
         MismatchError: ranks passed different paths or names; the group stays usable.
         PeerLostError, CommTimeoutError: a rank ended, or took longer than the deadline.
 
     An optimizer's param groups need not be those that were saved: each group takes the options that
     its parameters had. Two parameters that were saved with different options cannot be in one.
-    A group without parameters on this rank keeps its own.
+    A group without parameters on this rank takes the options of the saved group of its number; it
+    keeps its own if the number of groups is another one.
 
-    Cost: each rank reads the stored parts that its own overlap. Memory: one such part.
+    Cost: each rank reads the stored parts that its own overlap, once for their checksums and once,
+    from the system's cache if they fit there, to where they belong. Memory: one such part.
     """
     call = "checkpoint.load"
     group = group_of(group, call)
     place = together(call, group, lambda: folder.absolute(path))
     things = together(call, group, lambda: things_of(state))
+    together(call, group, lambda: check_within(things, group))
     agree(call, place, things, group)
     call = f"checkpoint.load({str(place)!r})"
     with naming(call, "What is being restored may be so in part; load it again."):
@@ -85,9 +90,10 @@ def _open(call: str, path: Path, group: Group) -> Saved:
     saved, mistake = None, None
     try:
         saved = Saved.open(path)
-    except InvalidArgumentError as error:
+    except Exception as error:  # whatever it is, the other ranks are to hear of it
         mistake = error
-    mine = (saved and saved.digest, str(mistake), folder.host())
+    text = str(mistake) if isinstance(mistake, InvalidArgumentError) else repr(mistake)
+    mine = (saved and saved.digest, text, host())
     everyones = all_gather_object(mine, group=group)
     first, text, first_host = everyones[0]
     for rank, (its_digest, its_text, its_host) in enumerate(everyones):
@@ -118,10 +124,13 @@ def _check_kinds(saved: Saved, things: list[Thing], partial: bool) -> None:
     for thing in things:
         kind = saved.kinds.get(thing.name)
         if kind != thing.kind:
+            what = "what was saved"
+            if thing.kind == "value" and kind is not None:
+                what = f"the {kind} itself, into which its state is put"
             problem = "is not in it" if kind is None else f"is of kind {kind} in it"
             raise InvalidArgumentError(
                 f"'{thing.name}' ({thing.kind}) {problem}. The checkpoint has {there}.\n"
-                "  Pass what was saved, under the same names."
+                f"  Pass {what}, under the same names."
             )
     asked = {thing.name for thing in things}
     left = [f"'{n}'" for n, kind in saved.kinds.items() if kind != "value" and n not in asked]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from pycomm._core import Group
 from pycomm.checkpoint.boxes import Box
 from pycomm.checkpoint.contents import Contents, Part, TensorEntry, Wanted, joined, listed
 from pycomm.checkpoint.saved import Saved
@@ -37,13 +38,16 @@ class ModuleThing:
     def __init__(self, name: str, module: nn.Module | Pipeline) -> None:
         self.name = name
         self.ties: list[list[str]] = []
+        self.spreads: list[tuple[str, Group]] = []
         stages: Mapping[str, int] = {}
         if isinstance(module, Pipeline):
+            self.spreads.append(("is a Pipeline over", module.group))
             self.ties, stages = module.tied_names(), module.stages_of_parameters()
             module = module.module
         self._module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
         self._state: dict[str, Any] = self._module.state_dict()
         self._shares = {name: share for name, _, share in named_shares(self._module)}
+        self.spreads += [("has layers split over", s.group) for s in self._shares.values()]
         self._parameters: dict[int, Parameter] = {}
         self._parameter_names: set[str] = set()
         for its_name, param in self._module.named_parameters(remove_duplicate=False):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from pycomm._core import Group
 from pycomm.checkpoint.boxes import Box, boxes_of_memory
 from pycomm.checkpoint.contents import (
     Contents,
@@ -27,9 +28,9 @@ from pycomm.checkpoint.contents import (
     listed,
 )
 from pycomm.checkpoint.module import Parameter, same_bits
-from pycomm.checkpoint.record import OptimizerRecord, ParameterRecord
+from pycomm.checkpoint.record import GroupRecord, OptimizerRecord, ParameterRecord
 from pycomm.checkpoint.saved import Saved
-from pycomm.checkpoint.values import digest, entry_of
+from pycomm.checkpoint.values import digest, entry_of, without_memory
 from pycomm.errors import InvalidArgumentError
 from pycomm.memory import dense_strides
 from pycomm.optimizer import DistributedOptimizer
@@ -74,6 +75,9 @@ class OptimizerThing:
         self.has_prefixes = False
         """Whether names begin with that of their module, as there are several: ranks agree."""
         self._optimizer = optimizer
+        self.spreads: list[tuple[str, Group]] = []
+        if isinstance(optimizer, ShardedOptimizer):
+            self.spreads.append(("is a ShardedOptimizer over", optimizer.group))
         self._ties = ties
         self._class = type(optimizer)
         if isinstance(optimizer, (DistributedOptimizer, ShardedOptimizer)):
@@ -94,10 +98,11 @@ class OptimizerThing:
                 if known is None:
                     raise InvalidArgumentError(
                         f"'{name}' has a parameter of shape {tuple(param.shape)} (param_groups"
-                        f"[{number}][{position}]) whose name is not known.\n  Save the module that "
+                        f"[{number}][{position}]) whose name is not known.\n  Pass the module that "
                         "has it in the same call, or make the optimizer over named_parameters()."
                     )
                 self._parameters[id(param)] = known
+        self._options_if_empty: Sequence[dict[str, Any]] = []
         self._targets: list[dict[str, Any]] = []
         self._twins: list[tuple[str, Tensor, str, Tensor]] = []
 
@@ -115,6 +120,10 @@ class OptimizerThing:
                 )
                 for number, params in enumerate(self._groups)
                 for position, param in enumerate(params)
+            ],
+            [
+                GroupRecord(not group["params"], without_memory(options_of(group)))
+                for group in self._optimizer.param_groups
             ],
             [
                 [self._prefixed(module, name) for name in tie]
@@ -183,6 +192,9 @@ class OptimizerThing:
                 f"'{self.name}' does not fit the checkpoint: {listed(problems)}.\n"
                 "  Make the optimizer over the same parameters."
             )
+        saved_groups = saved.record["optimizers"][self.name].get("groups", ())
+        corresponds = len(saved_groups) == len(self._groups)
+        self._options_if_empty = saved_groups if corresponds else [{} for _ in self._groups]
         found = Wanted()
         keys = self._keys_by_parameter(saved, known)
         for params in self._groups:
@@ -273,7 +285,10 @@ class OptimizerThing:
             install_state(self._optimizer, of_params, options)
 
     def _options(self, values: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Of each param group: what all of its parameters were saved with."""
+        """Of each param group: what all of its parameters were saved with.
+
+        Of one without any here: what the group of its number was saved with.
+        """
         found: list[dict[str, Any]] = []
         prefix = joined(self.name, OPTIONS + ".")
         by_name: dict[str, dict[str, Any]] = {}
@@ -283,7 +298,7 @@ class OptimizerThing:
                 by_name.setdefault(its_name, {})[key] = value
         for number, params in enumerate(self._groups):
             names = [name for param in params for name in self._names(param)]
-            options = by_name.get(names[0], {}) if names else {}
+            options = by_name.get(names[0], {}) if names else self._options_if_empty[number]
             for name in names:
                 for key in options.keys() | by_name.get(name, {}).keys():
                     mine, its = options.get(key), by_name.get(name, {}).get(key)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pycomm._core import Group
 from pycomm.checkpoint.contents import Contents, Wanted
 from pycomm.checkpoint.saved import Saved
 from pycomm.checkpoint.values import entry_of
@@ -14,6 +15,7 @@ class ObjectThing:
     """Anything with ``state_dict()`` and ``load_state_dict()``: schedulers, scalers, samplers."""
 
     kind = "object"
+    spreads: Sequence[tuple[str, Group]] = ()
 
     def __init__(self, name: str, thing: Any) -> None:
         self.name = name
@@ -43,6 +45,7 @@ class ValueThing:
     """A value, which ``load`` returns."""
 
     kind = "value"
+    spreads: Sequence[tuple[str, Group]] = ()
 
     def __init__(self, name: str, value: Any) -> None:
         self.name = name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         ``state_dict()``; and the values. Tensors are on the CPU.
 
     Parameters of an optimizer are numbered stage after stage, as its ranks had them. Those are in
-    one param group whose ranks had them in the same one, with the same options.
+    one param group whose ranks had them in the same one, with the same options. A group that had
+    none on any rank is there, too.
 
     Raises:
         InvalidArgumentError: there is no checkpoint, or it is damaged.
@@ -55,12 +57,19 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         elif thing != record.NAME:
             result[thing] = value
     for name, its_record in saved.record["optimizers"].items():
-        result[name] = _packed(result[name], its_record["parameters"])
+        options = its_record.get("groups", ())
+        result[name] = _packed(result[name], its_record["parameters"], options)
     return {name: result[name] for name in saved.kinds}
 
 
-def _packed(flat: dict[str, Any], parameters: list[dict[str, Any]]) -> dict[str, Any]:
-    """A torch optimizer's ``state_dict``, from names like ``state.0.weight.exp_avg``."""
+def _packed(
+    flat: dict[str, Any], parameters: list[dict[str, Any]], of_groups: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """A torch optimizer's ``state_dict``, from names like ``state.0.weight.exp_avg``.
+
+    Args:
+        of_groups: options of each param group, for those without parameters.
+    """
     states: dict[str, dict[str, Any]] = {}
     options: dict[str, dict[str, Any]] = {}
     known = {name for parameter in parameters for name in parameter["names"]}
@@ -74,13 +83,16 @@ def _packed(flat: dict[str, Any], parameters: list[dict[str, Any]]) -> dict[str,
         first = parameter["names"][0]
         alike = (parameter["param_group"], digest(sorted(options.get(first, {}).items())))
         groups.setdefault(alike, []).append(first)
+    filled = {param_group for param_group, _ in groups}
+    groups.update({(n, ""): [] for n in range(len(of_groups)) if n not in filled})
     packed: dict[str, Any] = {"state": {}, "param_groups": []}
     number = 0
-    for names in groups.values():
+    for (param_group, _), names in sorted(groups.items(), key=lambda item: item[0][0]):
+        its_options = options.get(names[0], {}) if names else of_groups[param_group]
         numbers = range(number, number + len(names))
         number += len(names)
         packed["state"].update(
             {n: states[name] for n, name in zip(numbers, names, strict=True) if name in states}
         )
-        packed["param_groups"].append({**options.get(names[0], {}), "params": list(numbers)})
+        packed["param_groups"].append({**its_options, "params": list(numbers)})
     return packed

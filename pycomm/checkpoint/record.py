@@ -22,17 +22,28 @@ class ParameterRecord:
     order: tuple[int, int]  # stage of the pipeline, position in its group there
 
 
+@dataclasses.dataclass(frozen=True)
+class GroupRecord:
+    """One param group of an optimizer, on this rank."""
+
+    is_empty: bool
+    options: dict[str, Any]
+
+
 @dataclasses.dataclass
 class OptimizerRecord:
     """One optimizer, as far as a rank has it."""
 
     class_name: str
     parameters: list[ParameterRecord]
+    groups: list[GroupRecord]
     ties: list[list[str]]  # names of one parameter, on this rank or not
 
 
 Record = dict[str, Any]
-"""``{"format", "kinds": {thing: kind}, "optimizers": {thing: {"class", "parameters": [...]}}}``"""
+"""``{"format", "kinds": {thing: kind}, "optimizers": {thing: {"class", "parameters": [...],
+"groups": [options, ...]}}}``; options are here for groups without parameters, others have theirs by
+the names of these."""
 
 
 def merged(kinds: Mapping[str, str], of_ranks: Sequence[Mapping[str, OptimizerRecord]]) -> Record:
@@ -87,4 +98,16 @@ def _optimizer(name: str, parts: Sequence[OptimizerRecord]) -> dict[str, Any]:
             names = sorted(set(alike[its_name]), key=by_order.index)
             done.update(names)
             parameters.append({"names": names, "param_group": known[its_name].param_group})
-    return {"class": class_name, "parameters": parameters}
+    return {"class": class_name, "parameters": parameters, "groups": _groups(parts)}
+
+
+def _groups(parts: Sequence[OptimizerRecord]) -> list[dict[str, Any]]:
+    """Options of each param group: those where it has parameters, else the lowest rank's."""
+    found: list[GroupRecord] = []
+    for part in parts:
+        for number, group in enumerate(part.groups):
+            if number == len(found):
+                found.append(group)
+            elif found[number].is_empty and not group.is_empty:
+                found[number] = group
+    return [group.options for group in found]

@@ -180,7 +180,8 @@ def _check_values(notes: Sequence[_Notes]) -> None:
         raise InvalidArgumentError(
             f"ranks have different values, and one of each is saved: "
             f"{listed(list(different.values()))}.\n"
-            "  Save what each rank has of its own as one value: pycomm.all_gather_object(value)."
+            "  Make them equal, schedulers by the same param groups and options on every rank; or "
+            "save what each rank has of its own as one value: pycomm.all_gather_object(value)."
         )
 
 

@@ -15,8 +15,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
-from pycomm.checkpoint import folder, record
+from pycomm.checkpoint import checksums, folder, record
+from pycomm.checkpoint.checksums import Checksums
 from pycomm.checkpoint.contents import SEPARATOR, TensorEntry, Wanted
+from pycomm.checkpoint.host import host
 from pycomm.checkpoint.load_plan import Planner
 from pycomm.errors import InvalidArgumentError
 
@@ -27,7 +29,8 @@ class Saved:
 
     folder: Path
     metadata: Metadata
-    digest: str  # of the metadata: equal where ranks see the same checkpoint
+    checksums: Checksums | None  # None: written without
+    digest: str  # of metadata and checksums: equal where ranks see the same checkpoint
     record: record.Record
 
     @staticmethod
@@ -38,17 +41,31 @@ class Saved:
             InvalidArgumentError: there is none, it is damaged, or another program wrote it.
         """
         place = folder.find(path)
+        return folder.reading(place, lambda: Saved._at(place))
+
+    @staticmethod
+    def _at(place: Path) -> Saved:
+        summed, found_sums = b"", None
+        if (place / checksums.NAME).exists():
+            summed = folder.reading(place, (place / checksums.NAME).read_bytes)
+            found_sums = folder.reading(
+                place / checksums.NAME, lambda: Checksums.parsed(place, summed)
+            )
+            found_sums.verify(folder.METADATA)
         payload = folder.reading(place, (place / folder.METADATA).read_bytes)
         metadata = folder.reading(place / folder.METADATA, lambda: pickle.loads(payload))
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
             raise InvalidArgumentError(f"{place / folder.METADATA} is not that of a checkpoint.")
-        saved = Saved(place, metadata, hashlib.sha256(payload).hexdigest(), {})
+        digest = hashlib.sha256(payload + summed).hexdigest()
+        saved = Saved(place, metadata, found_sums, digest, {})
         if record.NAME not in metadata.state_dict_metadata:
             raise InvalidArgumentError(
                 f"{place} was not written by pycomm.\n  Read it with torch.distributed.checkpoint."
             )
-        found = saved.read(Wanted(values=[record.NAME]))[record.NAME]
-        version = folder.reading(place, lambda: int(found["format"]))
+        own = Wanted(values=[record.NAME])
+        saved.check_files(own)
+        found = saved.read(own)[record.NAME]
+        version = int(found["format"])
         if version > record.FORMAT:
             raise InvalidArgumentError(
                 f"{place} has format {version}, and this pycomm knows {record.FORMAT}.\n"
@@ -88,10 +105,10 @@ class Saved:
         return None
 
     def check_files(self, wanted: Wanted) -> None:
-        """Look whether all that would be read is there, without reading it.
+        """Look whether all that would be read is there, and is what was written.
 
         Raises:
-            InvalidArgumentError: a file is missing, or shorter than it was.
+            InvalidArgumentError: a file is missing, or not as it was.
         """
         for name, items in self._by_file(wanted).items():
             file = self.folder / name
@@ -100,8 +117,14 @@ class Saved:
             needed = max(place.offset + place.length for place in places)
             if size < needed:
                 raise InvalidArgumentError(
-                    f"{file} on {folder.host()} has {size} bytes, and {needed} are needed: it was "
+                    f"{file} on {host()} has {size} bytes, and {needed} are needed: it was "
                     "cut off, or not copied as a whole.\n  Take another checkpoint."
+                )
+            if self.checksums is not None:
+                ranges = [(place.offset, place.offset + place.length) for place in places]
+                folder.reading(
+                    file,
+                    lambda sums=self.checksums, name=name, ranges=ranges: sums.verify(name, ranges),  # type: ignore[misc]
                 )
 
     def read(self, wanted: Wanted) -> dict[str, Any]:

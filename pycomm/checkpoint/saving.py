@@ -13,12 +13,14 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.storage import WriteResult
 
 from pycomm._core import Group
-from pycomm.checkpoint import folder
+from pycomm.checkpoint import checksums, folder
+from pycomm.checkpoint.checksums import Checksums
 from pycomm.checkpoint.contents import Contents
+from pycomm.checkpoint.host import host
 from pycomm.checkpoint.optimizer import OptimizerThing
 from pycomm.checkpoint.save_plan import Planner
 from pycomm.checkpoint.thing import Thing
-from pycomm.checkpoint.things import agree, things_of
+from pycomm.checkpoint.things import agree, check_within, things_of
 from pycomm.checkpoint.together import naming, together
 from pycomm.errors import InvalidArgumentError
 from pycomm.objects import all_gather_object, broadcast_object, gather_object, scatter_object
@@ -40,7 +42,8 @@ def save(
     and on the disk; until then, and after a crash at any moment, ``load`` finds the previous one.
 
     Args:
-        path: of the folder, the same on every rank, on a file system that all ranks see.
+        path: of the folder, the same on every rank, on a file system that all ranks see. Only one
+            group saves there at a time.
         state: by name, the same names on every rank: an ``nn.Module`` (its layers split over ranks
             or not) or a ``Pipeline``, of which each rank has its part; an optimizer, bare, in a
             ``DistributedOptimizer`` or a ``ShardedOptimizer``, whose parameters get their names
@@ -48,11 +51,13 @@ def save(
             values that ``torch.load(weights_only=True)`` takes: tensors, numbers, strings, lists,
             dicts. Objects and values are the same on every rank.
         group: the ranks that share the state, the world if None; every one of them makes this call.
+            All that have a part of a pipeline, of split layers or of a divided optimizer are in it.
 
     Raises:
         InvalidArgumentError: on every rank, if one cannot write, does not see what the others
-            write, or has something that cannot be saved or differs; the group stays usable and the
-            previous checkpoint as it is.
+            write, or has something that cannot be saved or differs, or if another group is saving
+            to ``path``; the group stays usable and the previous checkpoint as it is, unless the
+            text says that a new one is in place.
         MismatchError: ranks passed different paths or names; the group stays usable.
         PeerLostError, CommTimeoutError: a rank ended, or took longer than the deadline. The next
             ``save`` removes what is left of this one.
@@ -60,28 +65,34 @@ def save(
     Replicas are not compared. Of buffers, such as the averages of a BatchNorm, which data-parallel
     replicas have each of their own, the lowest rank's are written.
 
-    Cost: each rank writes about its share of all bytes, and waits until they are on the disk.
+    Cost: each rank writes about its share of all bytes, waits until they are on the disk, and reads
+    them from the system's cache for their checksums.
     Memory: no second copy of what lies on the CPU in one piece; else of one tensor at a time.
     """
     call = "checkpoint.save"
     group = group_of(group, call)
     place = together(call, group, lambda: folder.absolute(path))
     things = together(call, group, lambda: things_of(state))
+    together(call, group, lambda: check_within(things, group))
     agree(call, place, things, group)
     call = f"checkpoint.save({str(place)!r})"
     place = Path(os.path.realpath(place))
     with naming(call, "What was there before is as it was, unless the new one is whole and there."):
         planner = together(call, group, lambda: _planner(things))
-        token = together(call, group, lambda: folder.prepare(place), root=0)
+        claim = together(call, group, lambda: folder.prepare(place), root=0)  # None on the others
         try:
-            _check_all_see(call, place, broadcast_object(token, group=group), group)
-            _write(call, place, planner, group)
-            together(call, group, lambda: folder.put_in_place(place, token), root=0)
+            token = broadcast_object(claim and claim.token, group=group)
+            _check_all_see(call, place, token, group)
+            _write(call, place, planner, group, token)
+            together(call, group, lambda: folder.put_in_place(place, claim), root=0)
         except InvalidArgumentError:
-            if group.rank == 0:  # every rank has ended its part
+            if claim:  # every rank has ended its part
                 with contextlib.suppress(OSError):  # the error is on its way; the next save tries
-                    folder.discard(place)
+                    folder.discard(place, claim)
             raise
+        finally:
+            if claim:
+                claim.release()
 
 
 def _planner(things: list[Thing]) -> Planner:
@@ -96,8 +107,8 @@ def _planner(things: list[Thing]) -> Planner:
 
 
 def _check_all_see(call: str, place: Path, token: str, group: Group) -> None:
-    seen = together(call, group, lambda: folder.reading(place, lambda: folder.sees(place, token)))
-    everyones = all_gather_object((seen, folder.host()), group=group)
+    seen = together(call, group, lambda: folder.writing(place, lambda: folder.sees(place, token)))
+    everyones = all_gather_object((seen, host()), group=group)
     for rank, (its_seen, its_host) in enumerate(everyones):
         if not its_seen:
             raise InvalidArgumentError(
@@ -107,7 +118,7 @@ def _check_all_see(call: str, place: Path, token: str, group: Group) -> None:
             )
 
 
-def _write(call: str, place: Path, planner: Planner, group: Group) -> None:
+def _write(call: str, place: Path, planner: Planner, group: Group, token: str) -> None:
     """The sequence that torch lays down for its planners and writers, over pycomm's group."""
     target = folder.unfinished(place)
     writer = FileSystemWriter(target)
@@ -129,14 +140,22 @@ def _write(call: str, place: Path, planner: Planner, group: Group) -> None:
     planned = together(call, group, global_plan, root=0)
     mine = planner.finish_plan(scatter_object(planned[0] if group.rank == 0 else None, group=group))
 
-    def write_data() -> list[WriteResult]:
-        return writer.write_data(mine, planner).wait() if mine.items else []
+    def write_data() -> tuple[list[WriteResult], dict[str, list[int]]]:
+        try:
+            results = writer.write_data(mine, planner).wait() if mine.items else []
+        finally:  # not to blame the disk
+            folder.check_own(place, token)
+        names = {result.storage_data.relative_path for result in results}
+        return results, {name: checksums.of_file(target / name) for name in sorted(names)}
 
     written = together(call, group, functools.partial(folder.writing, target, write_data))
-    results = gather_object(written, group=group)
+    everyones = gather_object(written, group=group)
 
     def finish() -> None:
-        assert results is not None
-        writer.finish(planned[1], results)
+        assert everyones is not None
+        writer.finish(planned[1], [results for results, _ in everyones])
+        of_files = {name: crcs for _, of_rank in everyones for name, crcs in of_rank.items()}
+        of_files[folder.METADATA] = checksums.of_file(target / folder.METADATA)
+        Checksums(target, of_files).write()
 
     together(call, group, functools.partial(folder.writing, target, finish), root=0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from pycomm._core import Group
 from pycomm.checkpoint.contents import Contents, Wanted
 from pycomm.checkpoint.saved import Saved
 
@@ -15,6 +16,10 @@ class Thing(Protocol):
     name: str
     kind: str
     """"module", "optimizer", "object" or "value": what a checkpoint keeps under the name."""
+
+    @property
+    def spreads(self) -> Sequence[tuple[str, Group]]:
+        """How it is divided, and the ranks that have a part of it each."""
 
     def contents(self) -> Contents:
         """What this rank has to save.

@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pycomm._core import Group
-from pycomm.checkpoint import folder, record
-from pycomm.checkpoint.contents import SEPARATOR, listed
+from pycomm.checkpoint import record
+from pycomm.checkpoint.contents import SEPARATOR, listed, shown
+from pycomm.checkpoint.host import host
 from pycomm.checkpoint.module import ModuleThing, table_of
 from pycomm.checkpoint.optimizer import OptimizerThing
 from pycomm.checkpoint.plain import ObjectThing, ValueThing
@@ -28,15 +29,16 @@ def things_of(state: Mapping[str, Any]) -> list[Thing]:
         InvalidArgumentError: a name that cannot be one, or something without a state.
     """
     if not isinstance(state, Mapping) or not state:
+        found = "empty" if isinstance(state, Mapping) else shown(state)
         raise InvalidArgumentError(
-            f"state is {state!r}.\n  Pass names with what to save: "
+            f"state is {found}.\n  Pass path first, and then names with what to save: "
             '{"model": model, "optimizer": optimizer, "epoch": epoch}.'
         )
     for name in state:
         if not isinstance(name, str) or not name or SEPARATOR in name or name == record.NAME:
             raise InvalidArgumentError(
-                f"state has the name {name!r}.\n  Use names of one word, without dots, other than "
-                f"{record.NAME!r}."
+                f"state has the name {shown(name)}.\n  Use names of one word, without dots, other "
+                f"than {record.NAME!r}."
             )
     modules = [
         ModuleThing(name, thing)
@@ -57,6 +59,23 @@ def things_of(state: Mapping[str, Any]) -> list[Thing]:
     return [made[name] for name in state]
 
 
+def check_within(things: list[Thing], group: Group) -> None:
+    """See to it that all who have a part of something take part.
+
+    Raises:
+        InvalidArgumentError: some do not.
+    """
+    here = set(group.ranks)
+    for thing in things:
+        for how, its_group in thing.spreads:
+            if not here.issuperset(its_group.ranks):
+                raise InvalidArgumentError(
+                    f"'{thing.name}' {how} ranks {its_group.ranks}, and the group of this call is "
+                    f"ranks {group.ranks}.\n  Let all ranks that share the model make the call, "
+                    "with a group that has all of them or without group=, which is the world."
+                )
+
+
 def agree(call: str, path: Path, things: list[Thing], group: Group) -> None:
     """See to it that all ranks mean the same, and how parameters are called. Collective.
 
@@ -66,7 +85,7 @@ def agree(call: str, path: Path, things: list[Thing], group: Group) -> None:
     mine = {thing.name: thing.kind for thing in things}
     optimizers = [thing for thing in things if isinstance(thing, OptimizerThing)]
     modules = {optimizer.name: optimizer.modules() for optimizer in optimizers}
-    everyones = all_gather_object((str(path), mine, modules, folder.host()), group=group)
+    everyones = all_gather_object((str(path), mine, modules, host()), group=group)
     first_path, first, _, first_host = everyones[0]
     for rank, (its_path, its_things, _, its_host) in enumerate(everyones):
         if its_path != first_path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
-import re
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pycomm.checkpoint.contents import ValueEntry
+from pycomm.checkpoint.reason import reason_of
 from pycomm.errors import InvalidArgumentError
 
 
@@ -33,15 +33,14 @@ def encoded(name: str, value: Any) -> bytes:
     """
     file = io.BytesIO()
     try:
-        torch.save(pytree.tree_map_only(Tensor, _own_memory, value), file)
+        torch.save(without_memory(value), file)
         decoded(file.getvalue())
     except Exception as error:  # whatever its own pickling raises
-        refused = re.search(r"WeightsUnpickler error: (.*?)( Please use |\n|$)", str(error))
-        reason = refused.group(1) if refused else str(error).strip().splitlines()[0]
         raise InvalidArgumentError(
-            f"'{name}' is a {type(value).__name__} that cannot be saved: {reason}\n"
-            "  Values are loaded with weights_only=True: use tensors, Python's numbers, strings, "
-            "lists and dicts, or allow a type with torch.serialization.add_safe_globals()."
+            f"'{name}' is a {type(value).__name__} that cannot be saved: {reason_of(error)}.\n"
+            "  Convert it to tensors, Python's numbers, strings, lists and dicts: a number of "
+            "numpy with float(x) or int(x), an array with torch.from_numpy(x). Or allow its type "
+            "with torch.serialization.add_safe_globals() in every process that saves or loads it."
         ) from error
     return file.getvalue()
 
@@ -65,6 +64,11 @@ def digest(value: Any) -> str:
         else:
             hashed.update(pickle.dumps(leaf))
     return hashed.hexdigest()
+
+
+def without_memory(value: Any) -> Any:
+    """Its tensors on the CPU, and none a view of more memory than it fills."""
+    return pytree.tree_map_only(Tensor, _own_memory, value)
 
 
 def _own_memory(tensor: Tensor) -> Tensor:

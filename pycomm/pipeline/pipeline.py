@@ -239,6 +239,11 @@ class Pipeline:
         return self._executor.statistics
 
     @property
+    def group(self) -> Group:
+        """The ranks, in the order of the stages."""
+        return self._group
+
+    @property
     def schedule(self) -> Schedule:
         """What each rank does when."""
         return self._schedule
