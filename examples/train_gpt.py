@@ -26,6 +26,16 @@ TEST_PASSAGES = 64
 AVG = pycomm.ReduceOp.AVG
 
 
+def build_optimizer(
+    pipeline: Pipeline, replicas: pycomm.Group, *, in_shares: bool
+) -> pycomm.DistributedOptimizer | pycomm.ShardedOptimizer:
+    named = pipeline.named_parameters()
+    if in_shares:
+        return pycomm.ShardedOptimizer(torch.optim.AdamW, named, group=replicas, lr=LEARNING_RATE)
+    bare = torch.optim.AdamW(pipeline.parameters(), lr=LEARNING_RATE)
+    return pycomm.DistributedOptimizer(bare, named, group=replicas)
+
+
 def generate(pipeline: Pipeline, shape: gpt.Shape, mesh: pycomm.Mesh, rows: int) -> list[str]:
     """As many continuations of the prompt; on every rank. The model forgets what is too long."""
     passages = torch.tensor([list(PROMPT)] * rows)
@@ -65,17 +75,7 @@ def main() -> None:
         micro_batches=args.micro_batches,
         group=mesh["pp"],
     )
-    optimizer: torch.optim.Optimizer
-    if args.zero:
-        optimizer = pycomm.ShardedOptimizer(
-            torch.optim.AdamW, pipeline.named_parameters(), group=mesh["dp"], lr=LEARNING_RATE
-        )
-    else:
-        optimizer = pycomm.DistributedOptimizer(
-            torch.optim.AdamW(pipeline.parameters(), lr=LEARNING_RATE),
-            pipeline.named_parameters(),
-            group=mesh["dp"],
-        )
+    optimizer = build_optimizer(pipeline, mesh["dp"], in_shares=args.zero)
     run = open_run(args, parser)
     state = {"model": pipeline, "optimizer": optimizer}
     run.resume(state, "step", args.steps)
@@ -104,7 +104,8 @@ def main() -> None:
             speed = dashboard.end()
             training = pycomm.all_reduce(torch.stack(losses).mean(), AVG, group=mesh["dp"])
             pipeline.eval()
-            tested = pipeline.evaluate(*text.batch(0, TEST_PASSAGES, test=True))
+            test_rows = max(TEST_PASSAGES, args.micro_batches)
+            tested = pipeline.evaluate(*text.batch(0, test_rows, test=True))
             dashboard.print(generate(pipeline, shape, mesh, args.micro_batches)[0])
             pipeline.train()
             row = {"step": done, "training_loss": float(training), "test_loss": float(tested)}
