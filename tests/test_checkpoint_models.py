@@ -708,7 +708,8 @@ def test_a_group_without_all_parts_is_refused(tmp_path: Path) -> None:
         within({"m": pipeline}, mesh["dp"], f"'m' is a Pipeline over ranks {pair}, and the group")
         divided = nn.Sequential(ColumnParallelLinear(2, 2, group=mesh["pp"]))
         within({"m": divided}, mesh["dp"], f"'m' has layers split over ranks {pair}, and the gr")
-        sgd = ShardedOptimizer(torch.optim.SGD, [("w", layers[0].weight)], group=mesh["pp"])
+        own = nn.Parameter(torch.zeros(4))
+        sgd = ShardedOptimizer(torch.optim.SGD, [("w", own)], group=mesh["pp"])
         within({"o": sgd}, mesh["dp"], f"'o' is a ShardedOptimizer over ranks {pair}, and the gr")
 
     run_ranks(4, body)

@@ -246,7 +246,7 @@ def test_alone_python_prints_its_own_traceback():
 ENDLESS = """
     import os, pycomm, torch
     pycomm.init()
-    print("pid", os.getpid(), flush=True)
+    os.write(1, f"pid {os.getpid()}\\n".encode())  # whole, though Python be unbuffered
     while True:
         pycomm.all_reduce_(torch.ones(1 << 20))
 """
