@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pycomm._core import Group
-from pycomm.checkpoint import folder
 from pycomm.checkpoint.contents import Wanted, joined, listed
 from pycomm.checkpoint.host import host
 from pycomm.checkpoint.saved import Saved
 from pycomm.checkpoint.thing import Thing
-from pycomm.checkpoint.things import agree, check_within, things_of
+from pycomm.checkpoint.things import agreed
 from pycomm.checkpoint.together import naming, together
 from pycomm.errors import InvalidArgumentError
 from pycomm.objects import all_gather_object, gather_object
@@ -67,10 +66,7 @@ def load(
     """
     call = "checkpoint.load"
     group = group_of(group, call)
-    place = together(call, group, lambda: folder.absolute(path))
-    things = together(call, group, lambda: things_of(state))
-    together(call, group, lambda: check_within(things, group))
-    agree(call, place, things, group)
+    place, things = agreed(call, path, state, group)
     call = f"checkpoint.load({str(place)!r})"
     with naming(call, "What is being restored may be so in part; load it again."):
         saved = _open(call, Path(os.path.realpath(place)), group)

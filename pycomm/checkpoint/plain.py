@@ -11,60 +11,56 @@ from pycomm.checkpoint.saved import Saved
 from pycomm.checkpoint.values import entry_of
 
 
-class ObjectThing:
+class _OneValue:
+    """What one value in the checkpoint stands for. Fits wherever it is."""
+
+    spreads: Sequence[tuple[str, Group]] = ()
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def wanted(self, saved: Saved) -> Wanted:
+        """See ``Thing``."""
+        return Wanted(values=[self.name])
+
+    def claims(self, saved: Saved) -> set[str]:
+        """See ``Thing``."""
+        return set()
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """See ``Thing``."""
+
+
+class ObjectThing(_OneValue):
     """Anything with ``state_dict()`` and ``load_state_dict()``: schedulers, scalers, samplers."""
 
     kind = "object"
-    spreads: Sequence[tuple[str, Group]] = ()
 
     def __init__(self, name: str, thing: Any) -> None:
-        self.name = name
+        super().__init__(name)
         self._thing = thing
 
     def contents(self) -> Contents:
         """See ``Thing``."""
         return Contents(values=[entry_of(self.name, self._thing.state_dict())])
 
-    def wanted(self, saved: Saved) -> Wanted:
-        """See ``Thing``."""
-        return Wanted(values=[self.name])
-
-    def claims(self, saved: Saved) -> set[str]:
-        """See ``Thing``."""
-        return set()
-
-    def check(self, values: Mapping[str, Any]) -> None:
-        """See ``Thing``."""
-
     def install(self, values: Mapping[str, Any]) -> None:
         """See ``Thing``."""
         self._thing.load_state_dict(values[self.name])
 
 
-class ValueThing:
+class ValueThing(_OneValue):
     """A value, which ``load`` returns."""
 
     kind = "value"
-    spreads: Sequence[tuple[str, Group]] = ()
 
     def __init__(self, name: str, value: Any) -> None:
-        self.name = name
+        super().__init__(name)
         self._value = value
 
     def contents(self) -> Contents:
         """See ``Thing``."""
         return Contents(values=[entry_of(self.name, self._value)])
-
-    def wanted(self, saved: Saved) -> Wanted:
-        """See ``Thing``."""
-        return Wanted(values=[self.name])
-
-    def claims(self, saved: Saved) -> set[str]:
-        """See ``Thing``."""
-        return set()
-
-    def check(self, values: Mapping[str, Any]) -> None:
-        """See ``Thing``."""
 
     def install(self, values: Mapping[str, Any]) -> None:
         """See ``Thing``: the caller gets it."""

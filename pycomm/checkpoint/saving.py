@@ -20,7 +20,7 @@ from pycomm.checkpoint.host import host
 from pycomm.checkpoint.optimizer import OptimizerThing
 from pycomm.checkpoint.save_plan import Planner
 from pycomm.checkpoint.thing import Thing
-from pycomm.checkpoint.things import agree, check_within, things_of
+from pycomm.checkpoint.things import agreed
 from pycomm.checkpoint.together import naming, together
 from pycomm.errors import InvalidArgumentError
 from pycomm.objects import all_gather_object, broadcast_object, gather_object, scatter_object
@@ -71,10 +71,7 @@ def save(
     """
     call = "checkpoint.save"
     group = group_of(group, call)
-    place = together(call, group, lambda: folder.absolute(path))
-    things = together(call, group, lambda: things_of(state))
-    together(call, group, lambda: check_within(things, group))
-    agree(call, place, things, group)
+    place, things = agreed(call, path, state, group)
     call = f"checkpoint.save({str(place)!r})"
     place = Path(os.path.realpath(place))
     with naming(call, "What was there before is as it was, unless the new one is whole and there."):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,34 @@ from torch import nn
 from torch.optim import Optimizer
 
 from pycomm._core import Group
-from pycomm.checkpoint import record
+from pycomm.checkpoint import folder, record
 from pycomm.checkpoint.contents import SEPARATOR, listed, shown
 from pycomm.checkpoint.host import host
 from pycomm.checkpoint.module import ModuleThing, table_of
 from pycomm.checkpoint.optimizer import OptimizerThing
 from pycomm.checkpoint.plain import ObjectThing, ValueThing
 from pycomm.checkpoint.thing import Thing
+from pycomm.checkpoint.together import together
 from pycomm.errors import InvalidArgumentError, MismatchError
 from pycomm.objects import all_gather_object
 from pycomm.pipeline import Pipeline
+
+
+def agreed(
+    call: str, path: str | os.PathLike[str], state: Mapping[str, Any], group: Group
+) -> tuple[Path, list[Thing]]:
+    """Where the checkpoint is and what each name stands for, alike on all ranks. Collective.
+
+    Raises:
+        InvalidArgumentError: one cannot use what it was given, or some who have a part of something
+            do not take part; on every rank.
+        MismatchError: ranks passed different paths or names; the group stays usable.
+    """
+    place = together(call, group, lambda: folder.absolute(path))
+    things = together(call, group, lambda: things_of(state))
+    together(call, group, lambda: check_within(things, group))
+    agree(call, place, things, group)
+    return place, things
 
 
 def things_of(state: Mapping[str, Any]) -> list[Thing]:
