@@ -33,11 +33,11 @@ from double_gpu import (
 )
 from test_pipeline import (
     SCHEDULES,
-    SGD_OPTIONS,
     accumulate,
     assert_equal_parts,
     batches,
     block_model,
+    optimizer_of_replicas,
     sgd,
 )
 from test_pipeline_models import Gathered, Spread
@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from pycomm import (
-    DistributedOptimizer,
     GradScaler,
     MismatchError,
     PeerLostError,
@@ -319,18 +318,7 @@ def test_data_parallel_pipelines(reduced, schedule):
             micro_batches=3,
             group=row,
         )
-        if reduced == "in shares":
-            optimizer = ShardedOptimizer(
-                torch.optim.SGD, pipeline.parameters(), group=column, **SGD_OPTIONS
-            )
-        else:
-            optimizer = DistributedOptimizer(
-                sgd(pipeline.parameters()),
-                pipeline.named_parameters(),
-                group=column,
-                bucket_cap_bytes=400,
-                overlap=reduced == "with overlap",
-            )
+        optimizer = optimizer_of_replicas(pipeline, column, reduced)
         for halves in data:
             optimizer.zero_grad()
             pipeline.step(*placed(halves[here["dp"]], world.rank))

@@ -11,7 +11,7 @@ import torch
 from run_ranks import run_ranks
 from torch import Tensor, nn
 
-from pycomm import _core
+from pycomm import DistributedOptimizer, ShardedOptimizer, _core
 from pycomm.pipeline import Pipeline
 from pycomm.pipeline.micro_batches import cut, sizes
 
@@ -73,6 +73,25 @@ def accumulate(
     for loss in losses[1:]:
         total = total + loss
     return total
+
+
+def optimizer_of_replicas(
+    pipeline: Pipeline, group: _core.Group, reduced: str
+) -> DistributedOptimizer | ShardedOptimizer:
+    """Of a pipeline of which each rank of ``group`` has a replica.
+
+    Args:
+        reduced: "in shares", "with overlap" or otherwise.
+    """
+    if reduced == "in shares":
+        return ShardedOptimizer(torch.optim.SGD, pipeline.parameters(), group=group, **SGD_OPTIONS)
+    return DistributedOptimizer(
+        sgd(pipeline.parameters()),
+        pipeline.named_parameters(),
+        group=group,
+        bucket_cap_bytes=400,
+        overlap=reduced == "with overlap",
+    )
 
 
 def trained_alone(

@@ -11,17 +11,17 @@ import torch
 from run_ranks import run_ranks
 from test_pipeline import (
     SCHEDULES,
-    SGD_OPTIONS,
     accumulate,
     assert_equal_parts,
     batches,
     block_model,
+    optimizer_of_replicas,
     sgd,
     trained_alone,
 )
 from torch import Tensor, nn
 
-from pycomm import DistributedOptimizer, GradScaler, ShardedOptimizer, _core
+from pycomm import GradScaler, _core
 from pycomm.mesh import MeshLayout
 from pycomm.pipeline import Pipeline, Stash, Take
 
@@ -403,19 +403,7 @@ def test_data_parallel_pipelines_end_with_the_canonical_fold(schedule: str, redu
         pipeline = Pipeline(
             copy.deepcopy(model), mse, schedule=schedule, micro_batches=3, group=row
         )
-        optimizer: torch.optim.Optimizer
-        if reduced == "in shares":
-            optimizer = ShardedOptimizer(
-                torch.optim.SGD, pipeline.parameters(), group=column, **SGD_OPTIONS
-            )
-        else:
-            optimizer = DistributedOptimizer(
-                sgd(pipeline.parameters()),
-                pipeline.named_parameters(),
-                group=column,
-                bucket_cap_bytes=400,
-                overlap=reduced == "with overlap",
-            )
+        optimizer = optimizer_of_replicas(pipeline, column, reduced)
         for x, y in data:
             optimizer.zero_grad()
             pipeline.step(x[here["dp"] :: 2], y[here["dp"] :: 2])
