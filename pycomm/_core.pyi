@@ -89,9 +89,21 @@ class Buffer:
     def __len__(self) -> int: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
+class Completions:
+    """The works that are over, for one thread that waits for many of them."""
+
+    def __init__(self) -> None: ...
+    def next(self) -> list[int]:
+        """Block until a work is over; the tickets of all since the last call. Empty: closed."""
+
+    def close(self) -> None:
+        """Let next() return, now and from now on."""
+
 class Work:
     def wait(self) -> None: ...
     def done(self) -> bool: ...
+    def announce_to(self, completions: Completions, ticket: int) -> None:
+        """Note ``ticket`` there when the operation is over, at once if it is. Called once."""
     def settled(self) -> bool:
         """Whether its memory is free: the operation is over, on a GPU too."""
 
@@ -380,6 +392,18 @@ class World:
 
     @property
     def group(self) -> Group: ...
+    def make_group(
+        self,
+        ranks: Sequence[int],
+        all_gather_bytes: Callable[[bytes], list[bytes]],
+        *,
+        timeout_s: float = 0.0,
+    ) -> Group:
+        """A group of these ranks, this one among them, in this order; they alone take part.
+
+        ``all_gather_bytes`` is theirs and collects in that order. ``timeout_s`` is that of calls
+        which name none; 0: the world's.
+        """
     def abort(self, reason: str) -> bool:
         """Make every rank's pending and later calls raise ``reason``.
 

@@ -1,6 +1,7 @@
 #include "group/work.h"
 
 #include <pybind11/functional.h>
+#include <pybind11/stl.h>
 
 #include "bindings/bindings.h"
 
@@ -16,6 +17,12 @@ void check_python_signals() {
 InterruptCheck interrupt_check() { return check_python_signals; }
 
 void bind_work(py::module_& module) {
+  py::class_<Completions, std::shared_ptr<Completions>>(
+      module, "Completions", "The works that are over, for one thread that waits for many of them.")
+      .def(py::init<>())
+      .def("next", &Completions::next, py::call_guard<py::gil_scoped_release>(),
+           "Block until a work is over; the tickets of all since the last call. Empty: closed.")
+      .def("close", &Completions::close, "Let next() return, now and from now on.");
   py::class_<Work, std::shared_ptr<Work>>(module, "Work", "An operation in flight.")
       .def(
           "wait",
@@ -25,6 +32,8 @@ void bind_work(py::module_& module) {
           },
           "Block until the operation is over; raises what a blocking call would have raised.")
       .def("done", &Work::done, "Whether the operation is over, with an error or without.")
+      .def("announce_to", &Work::announce_to, py::arg("completions"), py::arg("ticket"),
+           "Note `ticket` there when the operation is over, at once if it is. Called once.")
       .def("settled", &Work::settled,
            "Whether its memory is free: the operation is over, on a GPU too.")
       .def(

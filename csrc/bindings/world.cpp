@@ -45,14 +45,9 @@ nccl::MpiProblem mpi_problem_of(const py::object& ask) {
   };
 }
 
-std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
-                               const py::function& all_gather_bytes, double timeout_s,
-                               std::shared_ptr<Channel> channel, std::size_t arena_bytes,
-                               const CostModel& cost, Algorithm algorithm,
-                               const nccl::Places& gpu_places, nccl::Transport gpu_transport,
-                               const py::object& mpi_problem) {
-  const auto ask = mpi_problem_of(mpi_problem);
-  const auto gather = [&](const std::string& mine) {
+/// Python's all-gather, for callers that have given Python's lock back.
+Process::AllGatherBytes without_gil(const py::function& all_gather_bytes) {
+  return [&all_gather_bytes](const std::string& mine) {
     const py::gil_scoped_acquire gil;
     std::vector<std::string> all;
     for (const auto& theirs : all_gather_bytes(py::bytes(mine))) {
@@ -60,6 +55,16 @@ std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
     }
     return all;
   };
+}
+
+std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
+                               const py::function& all_gather_bytes, double timeout_s,
+                               std::shared_ptr<Channel> channel, std::size_t arena_bytes,
+                               const CostModel& cost, Algorithm algorithm,
+                               const nccl::Places& gpu_places, nccl::Transport gpu_transport,
+                               const py::object& mpi_problem) {
+  const auto ask = mpi_problem_of(mpi_problem);
+  const auto gather = without_gil(all_gather_bytes);
   const py::gil_scoped_release no_gil;
   return World::connect(
       rank, size, host_key, gather, std::move(channel),
@@ -77,6 +82,16 @@ void bind_world(py::module_& module) {
            py::arg("algorithm") = Algorithm::kAuto, py::arg("gpu_places") = nccl::Places(),
            py::arg("gpu_transport") = nccl::Transport::kAuto, py::arg("mpi_problem") = py::none())
       .def_property_readonly("group", &World::group)
+      .def(
+          "make_group",
+          [](World& world, const std::vector<int>& ranks, const py::function& all_gather_bytes,
+             double timeout_s) {
+            const auto gather = without_gil(all_gather_bytes);
+            const py::gil_scoped_release no_gil;
+            return world.make_group(ranks, gather, timeout_s);
+          },
+          py::arg("ranks"), py::arg("all_gather_bytes"), py::kw_only(), py::arg("timeout_s") = 0.0,
+          "A group of these ranks, this one among them, in this order; they alone take part.")
       .def("abort", &World::abort, py::arg("reason"), py::call_guard<py::gil_scoped_release>(),
            "Make every rank's pending and later calls raise `reason`; True if none was before.")
       .def(

@@ -86,7 +86,7 @@ std::string problem_of_counts(const Operation& operation, int rank, int size) {
 
 std::shared_ptr<Group> Group::create(
     std::shared_ptr<Process> process, std::vector<int> ranks,
-    const std::function<std::vector<GroupRecord>(const GroupRecord&)>& gather) {
+    const std::function<std::vector<GroupRecord>(const GroupRecord&)>& gather, double timeout_s) {
   Placement placement = placement_of(*process, ranks);
   const auto member = static_cast<std::size_t>(
       std::find(ranks.begin(), ranks.end(), process->rank) - ranks.begin());
@@ -122,13 +122,14 @@ std::shared_ptr<Group> Group::create(
   }
   Window window(placement.local_rank_of[member], std::move(peers),
                 division.early - Division::kStaging, process->job_notice());
-  return std::shared_ptr<Group>(new Group(std::move(process), std::move(ranks),
-                                          static_cast<int>(member), std::move(placement), memory,
-                                          std::move(window), static_cast<int>(tag)));
+  if (timeout_s <= 0) timeout_s = process->options.timeout_s;
+  return std::shared_ptr<Group>(
+      new Group(std::move(process), std::move(ranks), static_cast<int>(member),
+                std::move(placement), memory, std::move(window), static_cast<int>(tag), timeout_s));
 }
 
 Group::Group(std::shared_ptr<Process> process, std::vector<int> ranks, int rank,
-             Placement placement, std::shared_ptr<ArenaBlock> memory, Window window, int tag)
+             Placement placement, std::shared_ptr<ArenaBlock> memory, Window window, int tag, double timeout_s)
     : process_(std::move(process)),
       ranks_(std::move(ranks)),
       placement_(std::move(placement)),
@@ -142,7 +143,8 @@ Group::Group(std::shared_ptr<Process> process, std::vector<int> ranks, int rank,
                *process_->arena,
                process_->options.staging,
                process_->options.tuning,
-               rank} {}
+               rank},
+      timeout_s_(timeout_s) {}
 
 Group::~Group() {
   if (in_forked_child()) {
@@ -190,7 +192,7 @@ void Group::prepare(Operation& operation) const {
                             name_of(operation.dtype) + ".");
     }
   }
-  if (operation.timeout_s <= 0) operation.timeout_s = process_->options.timeout_s;
+  if (operation.timeout_s <= 0) operation.timeout_s = timeout_s_;
   if (operation.device >= 0) process_->gpu_plane().issue(operation);
 }
 

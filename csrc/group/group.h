@@ -45,9 +45,11 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   ///
   /// @param ranks   world rank of each group rank, the same on every member.
   /// @param gather  collects one record from each member, in group order.
+  /// @param timeout_s  of calls that name none, and of groups made from this one; 0: the process's.
   static std::shared_ptr<Group> create(
       std::shared_ptr<Process> process, std::vector<int> ranks,
-      const std::function<std::vector<GroupRecord>(const GroupRecord&)>& gather);
+      const std::function<std::vector<GroupRecord>(const GroupRecord&)>& gather,
+      double timeout_s = 0);
 
   ~Group() override;
 
@@ -147,7 +149,7 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   };
 
   Group(std::shared_ptr<Process> process, std::vector<int> ranks, int rank, Placement placement,
-        std::shared_ptr<ArenaBlock> memory, Window window, int tag);
+        std::shared_ptr<ArenaBlock> memory, Window window, int tag, double timeout_s);
 
   /// Waits for what is on the GPU; false if that will not end.
   bool has_drained(nccl::GpuGroup& gpus) const;
@@ -199,6 +201,7 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   const std::shared_ptr<ArenaBlock> memory_;
   Window window_;
   Context context_;
+  const double timeout_s_;
 
   /// Whose turn it is. 0 is an idle group, which a caller's thread takes over, and gives back, by
   /// one atomic operation; all other changes are made under `mutex_`, with what they describe.

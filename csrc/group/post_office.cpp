@@ -132,7 +132,7 @@ std::shared_ptr<PostOffice::Item> PostOffice::accept(const Transfer& transfer,
   auto item = std::make_shared<Item>();
   static_cast<Transfer&>(*item) = transfer;
   item->began = Clock::now();
-  item->timeout_s = timeout_s > 0 ? timeout_s : group_.process_->options.timeout_s;
+  item->timeout_s = timeout_s > 0 ? timeout_s : group_.timeout_s_;
   if (transfer.device >= 0) {
     const bool sends = transfer.direction == Transfer::Direction::kSend;
     item->device_call = group_.process_->gpu_plane().record(sends ? "send" : "recv",

@@ -58,7 +58,7 @@ std::shared_ptr<Group> Group::create_from(const std::vector<int>& members, const
   }
   std::vector<int> world_ranks;
   for (const int member : members) world_ranks.push_back(context_.world_rank(member));
-  return create(process_, std::move(world_ranks), gather);
+  return create(process_, std::move(world_ranks), gather, timeout_s_);
 }
 
 std::shared_ptr<Group> Group::new_group(const std::vector<int>& ranks,

@@ -32,11 +32,22 @@ void Work::wait(const InterruptCheck& check_interrupt) {
   if (error_) std::rethrow_exception(error_);
 }
 
+void Work::announce_to(std::shared_ptr<Completions> completions, Completions::Ticket ticket) {
+  completions_ = std::move(completions);
+  ticket_ = ticket;
+  if (watch_.exchange(Watch::kWatched, std::memory_order_acq_rel) == Watch::kOver) {
+    completions_->add(ticket_);
+  }
+}
+
 void Work::complete(std::exception_ptr error, double seconds) {
   error_ = std::move(error);
   seconds_ = seconds;
   done_.store(true, std::memory_order_release);
   doorbell_.ring();
+  if (watch_.exchange(Watch::kOver, std::memory_order_acq_rel) == Watch::kWatched) {
+    completions_->add(ticket_);
+  }
 }
 
 }  // namespace pycomm

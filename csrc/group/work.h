@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "core/device_call.h"
+#include "group/completions.h"
 #include "transport/doorbell.h"
 
 namespace pycomm {
@@ -31,6 +32,9 @@ class Work {
   /// operation running.
   void wait(const InterruptCheck& check_interrupt);
 
+  /// Note `ticket` in `completions` when the operation is over, at once if it is. Called once.
+  void announce_to(std::shared_ptr<Completions> completions, Completions::Ticket ticket);
+
   /// Somebody begins to wait.
   void await() { awaited_.store(true, std::memory_order_relaxed); }
   bool awaited() const { return awaited_.load(std::memory_order_relaxed); }
@@ -51,6 +55,12 @@ class Work {
   double seconds_ = 0;
   std::atomic<bool> done_{false};
   std::atomic<bool> awaited_{false};
+
+  // Whichever of announce_to() and complete() comes second notes the ticket.
+  enum class Watch { kNobody, kWatched, kOver };
+  std::atomic<Watch> watch_{Watch::kNobody};
+  std::shared_ptr<Completions> completions_;
+  Completions::Ticket ticket_ = 0;
 };
 
 }  // namespace pycomm

@@ -16,14 +16,9 @@ std::vector<int> all_ranks(int size) {
   return ranks;
 }
 
-}  // namespace
-
-std::unique_ptr<World> World::connect(int rank, int size, const std::string& host_key,
-                                      const Process::AllGatherBytes& all_gather_bytes,
-                                      std::shared_ptr<Channel> channel, Process::Options options) {
-  auto process =
-      Process::connect(rank, size, host_key, all_gather_bytes, std::move(channel), options);
-  auto group = Group::create(process, all_ranks(size), [&](const GroupRecord& mine) {
+/// How the `size` members of a group exchange their records.
+auto through(const Process::AllGatherBytes& all_gather_bytes, int size) {
+  return [&all_gather_bytes, size](const GroupRecord& mine) {
     std::vector<GroupRecord> records;
     const std::string bytes(reinterpret_cast<const char*>(&mine), sizeof(mine));
     for (const std::string& theirs : all_gather_bytes(bytes)) {
@@ -32,8 +27,22 @@ std::unique_ptr<World> World::connect(int rank, int size, const std::string& hos
       }
       std::memcpy(&records.emplace_back(), theirs.data(), sizeof(GroupRecord));
     }
+    if (records.size() != static_cast<std::size_t>(size)) {
+      throw CommError("init: " + std::to_string(records.size()) + " group records came of " +
+                      std::to_string(size) + " ranks.");
+    }
     return records;
-  });
+  };
+}
+
+}  // namespace
+
+std::unique_ptr<World> World::connect(int rank, int size, const std::string& host_key,
+                                      const Process::AllGatherBytes& all_gather_bytes,
+                                      std::shared_ptr<Channel> channel, Process::Options options) {
+  auto process =
+      Process::connect(rank, size, host_key, all_gather_bytes, std::move(channel), options);
+  auto group = Group::create(process, all_ranks(size), through(all_gather_bytes, size));
   return std::unique_ptr<World>(new World(std::move(process), std::move(group)));
 }
 
@@ -55,6 +64,28 @@ std::vector<std::unique_ptr<World>> World::loopback(
 
 World::~World() {
   if (!in_forked_child()) leave();
+}
+
+std::shared_ptr<Group> World::make_group(const std::vector<int>& ranks,
+                                         const Process::AllGatherBytes& all_gather_bytes,
+                                         double timeout_s) {
+  std::vector<bool> member(static_cast<std::size_t>(process_->size));
+  for (const int rank : ranks) {
+    const bool known = rank >= 0 && rank < process_->size;
+    if (!known || member[static_cast<std::size_t>(rank)]) {
+      throw InvalidArgumentError("make_group on rank " + std::to_string(process_->rank) +
+                                 ": rank " + std::to_string(rank) +
+                                 (known ? " is there twice." : " is not one of the world's."));
+    }
+    member[static_cast<std::size_t>(rank)] = true;
+  }
+  if (!member[static_cast<std::size_t>(process_->rank)]) {
+    throw InvalidArgumentError("make_group on rank " + std::to_string(process_->rank) +
+                               ": this rank is not one of them.");
+  }
+  if (process_->stopped()) throw CommError("pycomm was shut down; call pycomm.init() again.");
+  return Group::create(process_, ranks, through(all_gather_bytes, static_cast<int>(ranks.size())),
+                       timeout_s);
 }
 
 bool World::abort(const std::string& reason) {

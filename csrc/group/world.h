@@ -26,6 +26,14 @@ class World {
 
   const std::shared_ptr<Group>& group() const { return group_; }
 
+  /// A group of some of the world's ranks, in this order, this one among them. They alone take part:
+  /// the records by which they find each other go through `all_gather_bytes`, in that order too.
+  /// @param timeout_s  of calls that name none; 0: the world's.
+  /// @throws InvalidArgumentError  a rank twice, one that there is not, or without this one.
+  std::shared_ptr<Group> make_group(const std::vector<int>& ranks,
+                                    const Process::AllGatherBytes& all_gather_bytes,
+                                    double timeout_s = 0);
+
   /// End the job: every pending and later call of every rank of this host raises PeerLostError
   /// with `reason`. False if another rank was first, whose reason stands.
   bool abort(const std::string& reason);
