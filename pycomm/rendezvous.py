@@ -21,7 +21,7 @@ from pycomm.launch import Launch, Launcher, Meeting
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 AllGatherBytes = Callable[[bytes], list[bytes]]
 
@@ -158,6 +158,8 @@ _abandoned: list[MPI.Request] = []
 def _through_store(
     launch: Launch, environ: Mapping[str, str], attempt: int, timeout_s: float
 ) -> Rendezvous:
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
     assert launch.world_size is not None
     # torchrun's agent keeps the store of its workers; without an agent rank 0 does.
     hosted_by_agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -168,8 +170,8 @@ def _through_store(
         timeout_s,
     )
     restart = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    gather = _StoreGather(
-        store, f"pycomm/{restart}/{attempt}", launch.rank, launch.world_size, timeout_s
+    gather = StoreGather(
+        PrefixStore(f"pycomm/{restart}/{attempt}", store), launch.rank, launch.world_size, timeout_s
     )
     return Rendezvous(launch.rank, launch.world_size, gather)
 
@@ -196,21 +198,33 @@ def _store(host: str, port: int, is_master: bool, timeout_s: float) -> TCPStore:
         ) from error
 
 
-class _StoreGather:
-    """All-gather through a key a rank and round; who has not written is known by its key."""
+class StoreGather:
+    """All-gather through a store of torch's, a key a rank and round: they tell who is missing.
+
+    Ranks may meet in one store again, after they have left: its keys stay, so each meeting has a
+    number. Who comes a second time has seen everybody come the first time, so the ranks agree on
+    it.
+
+    Args:
+        store: torch's; nothing else in it has these keys.
+        rank, size: of those who meet there.
+        timeout_s: seconds for each all-gather.
+        call: what they meet for, for errors.
+    """
 
     def __init__(
-        self, store: TCPStore, prefix: str, rank: int, size: int, timeout_s: float
+        self, store: Store, rank: int, size: int, timeout_s: float, call: str = "init"
     ) -> None:
         self._store = store
-        self._prefix = prefix
         self._rank = rank
         self._size = size
         self._timeout_s = timeout_s
+        self._call = call
+        self._meeting = (store.add("arrivals", 1) - 1) // size
         self._round = 0
 
     def __call__(self, data: bytes) -> list[bytes]:
-        keys = [f"{self._prefix}/{self._round}/{rank}" for rank in range(self._size)]
+        keys = [f"{self._meeting}/{self._round}/{rank}" for rank in range(self._size)]
         self._round += 1
         self._store.set(keys[self._rank], data)  # type: ignore[arg-type]  # bytes are welcome
         deadline = time.monotonic() + self._timeout_s
@@ -222,13 +236,33 @@ class _StoreGather:
                 )
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.05)
-        return list(self._store.multi_get(keys))
+        return [self._store.get(key) for key in keys]
 
     def _late(self, missing: list[int]) -> CommTimeoutError:
         shown = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
-        return CommTimeoutError(
-            f"init on rank {self._rank} of {self._size}: rank {shown} did not come to meet within "
-            f"{self._timeout_s:g} s.\n"
-            "  Read its log first: it is stuck before pycomm.init(), or was never started; if it "
-            "is only slow, raise init(timeout_s=...) or PYCOMM_TIMEOUT_S."
+        remedy = (
+            "init(timeout_s=...) or PYCOMM_TIMEOUT_S"
+            if self._call == "init"
+            else f"{self._call}(timeout=...)"
         )
+        return CommTimeoutError(
+            f"{self._call} on rank {self._rank} of {self._size}: rank {shown} did not come to meet "
+            f"within {self._timeout_s:g} s.\n"
+            f"  Read its log first: it is stuck before it gets here, or was never started; if it "
+            f"is only slow, raise {remedy}."
+        )
+
+
+def mpi_comm(ranks: list[int]) -> MPI.Intracomm:
+    """A communicator of these ranks of ``MPI.COMM_WORLD``, in this order. Collective over them.
+
+    Raises:
+        CommError: MPI is missing or does not start.
+    """
+    mpi = _import_mpi("ranks of several hosts meet")
+    world = mpi.COMM_WORLD
+    if ranks == list(range(world.Get_size())):
+        everyone: MPI.Intracomm = world
+        return everyone
+    some: MPI.Intracomm = world.Create_group(world.Get_group().Incl(ranks))
+    return some

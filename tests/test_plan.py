@@ -9,7 +9,7 @@ import pytest
 import torch
 from run_ranks import run_ranks
 
-from pycomm import InvalidArgumentError, ReduceOp, _core, cli, cost, runtime
+from pycomm import InvalidArgumentError, ReduceOp, _core, cli, connection, cost
 
 
 def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, dict[str, Any]]:
@@ -98,10 +98,10 @@ def test_a_broken_file_is_an_error(text: str, message: str, tmp_path: Path) -> N
 
 
 def test_an_unknown_algorithm_is_refused() -> None:
-    assert runtime._algorithm({"PYCOMM_ALGORITHM": "ring"}) is _core.Algorithm.RING
-    assert runtime._algorithm({}) is _core.Algorithm.AUTO
+    assert connection._algorithm({"PYCOMM_ALGORITHM": "ring"}) is _core.Algorithm.RING
+    assert connection._algorithm({}) is _core.Algorithm.AUTO
     with pytest.raises(InvalidArgumentError, match="auto, direct, ring, gather_fold"):
-        runtime._algorithm({"PYCOMM_ALGORITHM": "tree"})
+        connection._algorithm({"PYCOMM_ALGORITHM": "tree"})
 
 
 @pytest.mark.parametrize("hosts", [[0, 1], [0, 0, 1, 1, 2], [0, 1, 2, 3, 4]])

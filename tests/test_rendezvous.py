@@ -8,10 +8,10 @@ import torch.distributed as dist
 from launchers import alone, mpirun, torchrun
 
 import pycomm
+from pycomm.connection import _arena_bytes, _timeout_s, host_key
 from pycomm.errors import CommTimeoutError, InvalidArgumentError, NotInitializedError
 from pycomm.launch import detect
-from pycomm.rendezvous import _StoreGather, meet
-from pycomm.runtime import _arena_bytes, _timeout_s, host_key
+from pycomm.rendezvous import StoreGather, meet
 
 REPORT = """
     import pycomm, torch
@@ -325,7 +325,7 @@ def test_host_key():
 
 def store_gathers(size, timeout_s):
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    return [_StoreGather(store, "test", rank, size, timeout_s) for rank in range(size)]
+    return [StoreGather(store, rank, size, timeout_s) for rank in range(size)]
 
 
 def test_store_gathers_any_bytes_of_any_length():

