@@ -1,0 +1,1 @@
+"""What has to be known before pycomm, or torch, can be imported. It imports neither."""
