@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from pycomm import device
+from pycomm._core import Completions
 
 T = TypeVar("T")
 
@@ -15,6 +16,7 @@ class CoreWork(Protocol):
     def done(self) -> bool: ...
     def settled(self) -> bool: ...
     def order_before(self, current_stream: Callable[[int], int]) -> None: ...
+    def announce_to(self, completions: Completions, ticket: int) -> None: ...
     @property
     def seconds(self) -> float: ...
 
@@ -70,9 +72,18 @@ class Work(Generic[T]):
         result: T = self._result
         return result
 
+    @property
+    def core_work(self) -> CoreWork:
+        """The operation without what is to be done at its end."""
+        return self._core_work
+
     def done(self) -> bool:
         """Whether ``wait()`` would return or raise at once."""
         return self._core_work.done()
+
+    def announce_to(self, completions: Completions, ticket: int) -> None:
+        """Note ``ticket`` there when the operation is over, at once if it is. Called once."""
+        self._core_work.announce_to(completions, ticket)
 
     @property
     def seconds(self) -> float:
@@ -105,6 +116,9 @@ class Together:
     def order_before(self, current_stream: Callable[[int], int]) -> None:
         for work in self._works:
             work.order_before(current_stream)
+
+    def announce_to(self, completions: Completions, ticket: int) -> None:
+        self._works[-1].announce_to(completions, ticket)
 
     @property
     def seconds(self) -> float:

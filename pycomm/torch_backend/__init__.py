@@ -1,0 +1,13 @@
+"""pycomm as a backend of ``torch.distributed``: ``init_process_group("pycomm")``.
+
+``import torch`` makes the name known (see ``pycomm_launch.autoload``); this package is imported
+when the first group is made. Where that hook does not run (``TORCH_DEVICE_BACKEND_AUTOLOAD=0``),
+importing this package does the same.
+"""
+
+from pycomm.torch_backend.process_group import ProcessGroup, create_process_group
+from pycomm_launch.autoload import autoload
+
+__all__ = ["ProcessGroup", "create_process_group"]
+
+autoload()

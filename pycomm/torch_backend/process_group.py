@@ -1,0 +1,529 @@
+"""``torch.distributed.ProcessGroup`` over a group of the core.
+
+Torch reaches a process group from Python (``dist.all_reduce``) and from C++ (DDP's reducer,
+functional collectives), by the same names and with the same options. Each method here says which
+operation that is, runs it in the calling thread if the caller is going to wait anyway, and else
+returns the ``Work``. Names and signatures are torch's, those of older versions beside the newest.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import (
+    AllgatherOptions,
+    AllreduceCoalescedOptions,
+    AllreduceOptions,
+    AllToAllOptions,
+    BarrierOptions,
+    BroadcastOptions,
+    GatherOptions,
+    ReduceOptions,
+    ReduceScatterOptions,
+    ScatterOptions,
+)
+
+from pycomm import tensor_calls
+from pycomm._core import Group, ReduceOp
+from pycomm.arguments import refuse
+from pycomm.errors import CommTimeoutError, NotInitializedError
+from pycomm.torch_backend import membership, operations
+from pycomm.torch_backend.fallback import Fallback
+from pycomm.torch_backend.work import DoneWork, Work
+
+NAME = "pycomm"
+
+_Op = dist.ReduceOp.RedOpType
+_OPS = {
+    _Op.SUM: ReduceOp.SUM,
+    _Op.AVG: ReduceOp.AVG,
+    _Op.MIN: ReduceOp.MIN,
+    _Op.MAX: ReduceOp.MAX,
+    _Op.PRODUCT: ReduceOp.PROD,
+    _Op.BAND: ReduceOp.BAND,
+    _Op.BOR: ReduceOp.BOR,
+    _Op.BXOR: ReduceOp.BXOR,
+}
+
+_SUM: Any = dist.ReduceOp.SUM
+_CORE_SUM = ReduceOp.SUM  # looking a member up takes as long as adding
+_all_reduce: Callable[..., bool] = tensor_calls.all_reduce
+_profiler_enabled = torch.autograd._profiler_enabled
+_NO_TIME = timedelta(0)
+
+# A torch that says whether its caller is going to wait takes None from a call that has run.
+_SAYS_ASYNC = hasattr(AllreduceOptions(), "asyncOp")
+
+Tensors = Sequence[Tensor]
+Lists = Sequence[Sequence[Tensor]]
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _ranged(name: str) -> Callable[[Method], Method]:
+    """Show a method to torch's profiler as ``pycomm:name``, up to the operation's end."""
+
+    def decorate(method: Method) -> Method:
+        label = f"{NAME}:{name}"
+
+        @functools.wraps(method)
+        def call(self: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
+            if not _profiler_enabled():
+                return method(self, *args, **kwargs)
+            with torch.profiler.record_function(label) as span:
+                work = method(self, *args, **kwargs)
+                if isinstance(work, Work):
+                    span._call_end_callbacks_on_future(work.get_future())
+                return work
+
+        return cast("Method", call)
+
+    return decorate
+
+
+class ProcessGroup(dist.ProcessGroup):
+    """The ranks of ``init_process_group("pycomm")``, or of a ``new_group`` of them.
+
+    Operations run in the order in which they were issued; messages keep an order of their own, for
+    each peer, and wait for no collective. An error other than ``InvalidArgumentError`` finishes the
+    group: every later call raises it, on every rank.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        super().__init__(rank, size)
+        self._store = store
+        self._timeout_s = timeout.total_seconds()
+        member = membership.join(store, rank, size, self._timeout_s)
+        self._group: Group | None = member.group  # None once it was destroyed
+        self._leave = member.leave
+        self._barriers = 0
+        fallback = Fallback(store, rank, size, timeout, self._set_timeout)
+        for device in ("cpu", "cuda"):
+            self._register_backend(
+                torch.device(device), dist.ProcessGroup.BackendType.CUSTOM, fallback
+            )
+        self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
+
+    @property
+    def core(self) -> Group:
+        """The core's group, whose queue, memory and errors these are."""
+        if self._group is None:
+            raise NotInitializedError(
+                f"rank {self.rank()}: this process group was destroyed.\n"
+                "  Make a new one: init_process_group() or new_group()."
+            )
+        return self._group
+
+    def getBackendName(self) -> str:  # noqa: N802
+        return NAME
+
+    def name(self) -> str:
+        return NAME
+
+    def __repr__(self) -> str:
+        return f"<pycomm ProcessGroup, rank {self.rank()} of {self.size()}>"
+
+    # --- reductions ------------------------------------------------------------------------------
+
+    def allreduce(self, tensors: Tensors, opts: Any = None, *given: Any, **named: Any) -> Any:
+        # Most of the time of a small reduction would go into finding out what to do: the ordinary
+        # one, a sum of one tensor that needs no preparation, is recognised first.
+        if (
+            type(opts) is AllreduceOptions
+            and _SAYS_ASYNC
+            and not opts.asyncOp
+            and opts.reduceOp == _SUM
+            and opts.timeout < _NO_TIME
+            and not _profiler_enabled()
+            and len(tensors) == 1
+            and _all_reduce(self._group, tensors[0], tensors[0], _CORE_SUM)
+        ):
+            return None
+        return self._allreduce(tensors, opts, *given, **named)
+
+    @_ranged("all_reduce")
+    def _allreduce(self, tensors: Tensors, *given: Any, **named: Any) -> Any:
+        opts = _options(AllreduceOptions, given, named)
+        (tensors,) = _lists(tensors)
+        return self._run(
+            operations.all_reduce, tensors, *self._op("all_reduce", opts), opts=opts, result=tensors
+        )
+
+    @_ranged("all_reduce")
+    def allreduce_coalesced(self, tensors: Tensors, *given: Any, **named: Any) -> Any:
+        opts = _options(AllreduceCoalescedOptions, given, named)
+        return self._run(
+            operations.all_reduce_coalesced,
+            tensors,
+            *self._op("all_reduce_coalesced", opts),
+            opts=opts,
+            result=tensors,
+        )
+
+    @_ranged("reduce")
+    def reduce(self, tensors: Tensors, *given: Any, **named: Any) -> Any:
+        opts = _options(ReduceOptions, given, named)
+        (tensors,) = _lists(tensors)
+        return self._run(
+            operations.reduce,
+            tensors,
+            opts.rootRank,
+            *self._op("reduce", opts),
+            opts=opts,
+            result=tensors,
+        )
+
+    @_ranged("reduce_scatter")
+    def reduce_scatter(
+        self,
+        outputs: Tensors,
+        inputs: Lists,
+        *given: Any,
+        **named: Any,
+    ) -> Any:
+        opts = _options(ReduceScatterOptions, given, named)
+        return self._run(
+            operations.reduce_scatter,
+            outputs,
+            inputs,
+            *self._op("reduce_scatter", opts),
+            opts=opts,
+            result=outputs,
+        )
+
+    @_ranged("reduce_scatter")
+    def reduce_scatter_single(
+        self, output: Tensor, input: Tensor, *given: Any, **named: Any
+    ) -> Any:
+        opts = _options(ReduceScatterOptions, given, named)
+        return self._run(
+            operations.reduce_scatter_single,
+            output,
+            input,
+            *self._op("reduce_scatter_single", opts),
+            opts=opts,
+            result=[output],
+        )
+
+    @_ranged("reduce_scatter")
+    def reduce_scatter_single_coalesced(
+        self, outputs: Tensors, inputs: Tensors, *given: Any, **named: Any
+    ) -> Any:
+        opts = _options(ReduceScatterOptions, given, named)
+        op = self._op("reduce_scatter_single_coalesced", opts)
+        return self._run_all(
+            [
+                functools.partial(operations.reduce_scatter_single, output, input, *op)
+                for output, input in self._pairs("reduce_scatter_single_coalesced", outputs, inputs)
+            ],
+            opts=opts,
+            result=outputs,
+        )
+
+    # --- moves -----------------------------------------------------------------------------------
+
+    @_ranged("broadcast")
+    def broadcast(self, tensors: Tensors, *given: Any, **named: Any) -> Any:
+        opts = _options(BroadcastOptions, given, named)
+        (tensors,) = _lists(tensors)
+        return self._run(operations.broadcast, tensors, opts.rootRank, opts=opts, result=tensors)
+
+    @_ranged("all_gather")
+    def allgather(
+        self,
+        outputs: Lists,
+        inputs: Tensors,
+        *given: Any,
+        **named: Any,
+    ) -> Any:
+        opts = _options(AllgatherOptions, given, named)
+        return self._run(operations.all_gather, outputs, inputs, opts=opts, result=outputs)
+
+    @_ranged("all_gather")
+    def allgather_coalesced(
+        self,
+        outputs: Lists,
+        inputs: Tensors,
+        *given: Any,
+        **named: Any,
+    ) -> Any:
+        """``outputs[rank][i]`` is for that rank's ``inputs[i]``."""
+        opts = _options(AllgatherOptions, given, named)
+        call = "all_gather_coalesced"
+        for of_rank in outputs:
+            self._pairs(call, of_rank, inputs)
+        return self._run_all(
+            [
+                functools.partial(operations.all_gather, [[out[i] for out in outputs]], [input])
+                for i, input in enumerate(inputs)
+            ],
+            opts=opts,
+            result=outputs,
+        )
+
+    @_ranged("all_gather")
+    def all_gather_single(self, output: Tensor, input: Tensor, *given: Any, **named: Any) -> Any:
+        opts = _options(AllgatherOptions, given, named)
+        return self._run(operations.all_gather_single, output, input, opts=opts, result=[output])
+
+    @_ranged("all_gather")
+    def all_gather_single_coalesced(
+        self, outputs: Tensors, inputs: Tensors, *given: Any, **named: Any
+    ) -> Any:
+        opts = _options(AllgatherOptions, given, named)
+        return self._run_all(
+            [
+                functools.partial(operations.all_gather_single, output, input)
+                for output, input in self._pairs("all_gather_single_coalesced", outputs, inputs)
+            ],
+            opts=opts,
+            result=outputs,
+        )
+
+    @_ranged("gather")
+    def gather(
+        self,
+        outputs: Lists,
+        inputs: Tensors,
+        *given: Any,
+        **named: Any,
+    ) -> Any:
+        opts = _options(GatherOptions, given, named)
+        return self._run(
+            operations.gather, outputs, inputs, opts.rootRank, opts=opts, result=outputs
+        )
+
+    @_ranged("scatter")
+    def scatter(
+        self,
+        outputs: Tensors,
+        inputs: Lists,
+        *given: Any,
+        **named: Any,
+    ) -> Any:
+        opts = _options(ScatterOptions, given, named)
+        return self._run(
+            operations.scatter, outputs, inputs, opts.rootRank, opts=opts, result=outputs
+        )
+
+    @_ranged("all_to_all")
+    def all_to_all_single(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_splits: Sequence[int],
+        input_splits: Sequence[int],
+        *given: Any,
+        **named: Any,
+    ) -> Any:
+        opts = _options(AllToAllOptions, given, named)
+        return self._run(
+            operations.all_to_all_single,
+            output,
+            input,
+            output_splits,
+            input_splits,
+            opts=opts,
+            result=[output],
+        )
+
+    @_ranged("all_to_all")
+    def alltoall(self, outputs: Tensors, inputs: Tensors, *given: Any, **named: Any) -> Any:
+        opts = _options(AllToAllOptions, given, named)
+        return self._run(operations.all_to_all, outputs, inputs, opts=opts, result=outputs)
+
+    # Names of the same in older versions of torch, whose C++ code still asks for some of them.
+    _allgather_base = all_gather_single
+    _reduce_scatter_base = reduce_scatter_single
+    allgather_into_tensor_coalesced = all_gather_single_coalesced
+    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
+    alltoall_base = all_to_all_single
+
+    # --- barriers and messages -------------------------------------------------------------------
+
+    @_ranged("barrier")
+    def barrier(self, *given: Any, **named: Any) -> Any:
+        opts = _options(BarrierOptions, given, named)
+        return self._run(operations.barrier, opts=opts, result=[])
+
+    def monitored_barrier(
+        self, timeout: timedelta | None = None, wait_all_ranks: bool = False
+    ) -> None:
+        """A barrier that tells which ranks did not come; the group stays usable.
+
+        Through the store: rank 0 looks who has come, and tells the others.
+
+        Args:
+            timeout: the group's if None.
+            wait_all_ranks: rank 0 names all that are missing, not the first one alone.
+
+        Raises:
+            CommTimeoutError: on every rank that came.
+        """
+        rank, size = self.rank(), self.size()
+        timeout_s = self._timeout_s if timeout is None else timeout.total_seconds()
+        number, self._barriers = self._barriers, self._barriers + 1
+        keys = [f"monitored_barrier/{number}/{other}" for other in range(size)]
+        self._store.set(keys[rank], b"")
+        verdict = f"monitored_barrier/{number}/verdict"
+        # Rank 0's time may begin last, and it needs some to tell.
+        awaited, wait_s = (keys, timeout_s) if rank == 0 else ([verdict], 2 * timeout_s + 5)
+        came = self._came(awaited, wait_s)
+        if rank == 0:
+            missing = [other for other, key in enumerate(keys) if not self._store.check([key])]
+            self._store.set(verdict, json.dumps(missing))
+        elif came:
+            missing = json.loads(self._store.get(verdict))
+        else:
+            missing = [0]
+        if missing:
+            shown = missing if wait_all_ranks else missing[:1]
+            raise CommTimeoutError(
+                f"monitored_barrier on rank {rank}: timed out after {timeout_s:g} s; rank "
+                f"{', '.join(map(str, shown))} did not come.\n"
+                "  Read its log first; if it is only slow, raise the timeout."
+            )
+
+    def _came(self, keys: Sequence[str], timeout_s: float) -> bool:
+        deadline = time.monotonic() + timeout_s
+        while not self._store.check(list(keys)):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(1e-3)
+        return True
+
+    @_ranged("send")
+    def send(self, tensors: Tensors, dst: int, tag: int = 0) -> Work:
+        return Work(operations.send(tensors, dst, tag, self.core), list(tensors))
+
+    @_ranged("recv")
+    def recv(self, tensors: Tensors, src: int, tag: int = 0) -> Work:
+        return Work(operations.recv(tensors, src, tag, self.core), list(tensors))
+
+    @_ranged("recvAnySource")
+    def recv_anysource(self, tensors: Tensors, tag: int = 0) -> Work:
+        return Work(operations.recv(tensors, None, tag, self.core), list(tensors))
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        """Leave, together with the other members. ``destroy_process_group`` calls it."""
+        if self._group is not None:
+            self._group = None
+            self._leave()
+
+    def abort(self) -> None:
+        """End the group: every rank's pending and later calls raise ``PeerLostError``."""
+        if self._group is not None:
+            self._group.abort(
+                f"rank {self.rank()} aborted the process group (torch.distributed's abort)."
+            )
+        self.shutdown()
+
+    # --- how operations are run ------------------------------------------------------------------
+
+    def _run(self, operation: Callable[..., Any], *args: Any, opts: Any, result: Any) -> Any:
+        asynchronous = _asynchronous(opts)
+        work = operation(*args, self.core, _timeout_s(opts), asynchronous)
+        return _over(result) if work is None else Work(work, list(result))
+
+    def _run_all(self, starts: Sequence[Callable[..., Any]], *, opts: Any, result: Any) -> Any:
+        asynchronous, timeout_s = _asynchronous(opts), _timeout_s(opts)
+        works = (start(self.core, timeout_s, asynchronous) for start in starts)
+        work = operations.together(works, self.core, asynchronous)
+        return _over(result) if work is None else Work(work, list(result))
+
+    def _op(self, call: str, opts: Any) -> tuple[ReduceOp, float]:
+        """The core's op, and the factor of what torch calls PREMUL_SUM."""
+        op = opts.reduceOp
+        known = _OPS.get(op.op)
+        if known is not None:
+            return known, 1.0
+        if op.op != dist.ReduceOp.PREMUL_SUM:
+            names = ", ".join(o.name for o in _OPS)
+            refuse(call, self.core, f"op is {op.op}, which is unknown.\n  Pass one of {names}.")
+        factor = op.__getstate__()[1]
+        if not isinstance(factor, float):
+            refuse(call, self.core, "PREMUL_SUM has a tensor for a factor. Pass a float.")
+        return ReduceOp.SUM, factor
+
+    def _pairs(self, call: str, outputs: Tensors, inputs: Tensors) -> list[tuple[Tensor, Tensor]]:
+        if len(outputs) != len(inputs):
+            refuse(
+                call,
+                self.core,
+                f"there are {len(outputs)} outputs for {len(inputs)} inputs. Pass one for each.",
+            )
+        return list(zip(outputs, inputs, strict=True))
+
+    def _set_timeout(self, timeout: timedelta) -> None:
+        self._timeout_s = timeout.total_seconds()
+
+
+def create_process_group(options: Any, backend_options: object) -> ProcessGroup:
+    """What ``torch.distributed`` calls for the backend "pycomm".
+
+    Args:
+        options: ``_DistributedBackendOptions``: store, rank, size and timeout of the group.
+        backend_options: there are none; None.
+
+    Raises:
+        TypeError: ``pg_options`` of another backend. Otherwise as ``pycomm.init``.
+    """
+    if backend_options is not None and type(backend_options).__name__ != "Options":
+        raise TypeError(
+            f"pg_options is a {type(backend_options).__name__}, and pycomm has no such options. "
+            "Leave it out."
+        )
+    return ProcessGroup(options.store, options.group_rank, options.group_size, options.timeout)
+
+
+def _options(kind: type[Any], given: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """Torch's overloads: an object of options, or what is to be in it, or nothing."""
+    options = named.get("opts", given[0] if given else None)
+    if hasattr(options, "timeout"):  # of this class, or of one like it
+        return options
+    options = kind()
+    values = dict(named)
+    for value in given:
+        if isinstance(value, timedelta):
+            values["timeout"] = value
+        elif isinstance(value, int):
+            values["root"] = value
+        elif isinstance(value, (dist.ReduceOp, _Op)):
+            values["op"] = value
+    for name, value in values.items():
+        if value is not None and name in _FIELDS:
+            setattr(options, _FIELDS[name], value)
+    return options
+
+
+# By the names of torch's keyword arguments.
+_FIELDS = {"op": "reduceOp", "root": "rootRank", "timeout": "timeout"}
+
+
+def _lists(*arguments: Any) -> tuple[Any, ...]:
+    """Torch's overloads for one tensor of this rank: what is not in a list yet is put into one."""
+    if any(isinstance(argument, Tensor) for argument in arguments):
+        return tuple([argument] for argument in arguments)
+    return arguments
+
+
+def _asynchronous(opts: Any) -> bool:
+    return not _SAYS_ASYNC or bool(opts.asyncOp)
+
+
+def _timeout_s(opts: Any) -> float:
+    """0, the group's default, for torch's negative one."""
+    return max(0.0, float(opts.timeout.total_seconds()))
+
+
+def _over(result: Any) -> DoneWork | None:
+    return None if _SAYS_ASYNC else DoneWork(list(result))

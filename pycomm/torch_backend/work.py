@@ -1,0 +1,172 @@
+"""What torch gets back for an operation: its ``Work``, and its ``Future`` if it asks for one."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from pycomm import work as pycomm_work
+from pycomm.errors import CommTimeoutError
+from pycomm.torch_backend.completions import settler
+
+_POLL_S = 1e-3  # of a wait with a timeout of its own
+
+
+class Work(dist.Work):
+    """An operation in flight, as torch's C++ and Python code know it.
+
+    ``wait`` blocks in the core, in the thread that calls it. A ``Future`` is made for who asks
+    (DDP's reducer waits on nothing else): a thread of ``completions`` settles it, with the result
+    or with the error that a wait would have raised.
+    """
+
+    def __init__(self, work: pycomm_work.Work[Any], result: list[Any]) -> None:
+        super().__init__()
+        self._work = work
+        self._result = result
+        self._lock = threading.Lock()  # of what is done once, after the end
+        self._future: Future[Any] | None = None
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Block until the operation is over; on a GPU, until the current stream waits for it.
+
+        Raises:
+            CommTimeoutError: ``timeout`` is over, and the operation goes on; or its own time is.
+            MismatchError, PeerLostError: what ended it.
+        """
+        if timeout is not None and timeout > timedelta(0):
+            self._wait_at_most(timeout.total_seconds())
+        with self._lock:
+            self._work.wait()
+        return True
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def is_completed(self) -> bool:
+        return self._work.done()
+
+    def is_success(self) -> bool:
+        return self._work.done() and self._ended_by() is None
+
+    def exception(self) -> Exception | None:
+        """What ended the operation; None while it is under way, too."""
+        return self._ended_by() if self._work.done() else None
+
+    def result(self) -> list[Any]:
+        """The tensors that it writes, as they were given."""
+        return self._result
+
+    def source_rank(self) -> int:
+        """Of a receive that is over: the rank of the group whose message it was."""
+        with self._lock:
+            source: int = self._work.wait()
+        return source
+
+    _source_rank = source_rank
+
+    def get_future(self) -> Future[Any]:
+        """Settled with ``result()`` when the operation is over; on GPUs, in stream order."""
+        if self._future is None:
+            devices = sorted(
+                {t.device for t in _tensors(self._result) if t.is_cuda}, key=lambda d: d.index
+            )
+            settled: Future[Any] = Future(devices=[*devices])
+            # Future.set_exception ends the process in DDP's reducer; what `then` raises does not.
+            self._future = settled.then(_unwrap)
+            settler().watch(self._work, lambda: self._settle(settled, devices))
+        return self._future
+
+    def get_future_result(self) -> Future[Any]:
+        return self.get_future()
+
+    def _settle(self, settled: Future[Any], devices: list[torch.device]) -> None:
+        with _streams_of_their_own(devices):
+            error = self._ended_by()
+            settled.set_result(self._result if error is None else error)
+
+    def _ended_by(self) -> Exception | None:
+        try:
+            self.wait()
+        except Exception as error:  # whatever ended it
+            return error
+        return None
+
+    def _wait_at_most(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not self._work.done():
+            if time.monotonic() > deadline:
+                raise CommTimeoutError(
+                    f"wait: timed out after {timeout_s:g} s; the operation goes on.\n"
+                    "  Wait again, or give wait() no timeout: the operation has its own."
+                )
+            time.sleep(_POLL_S)
+
+
+class DoneWork(dist.Work):
+    """For a torch that asks even a blocking call for its ``Work``."""
+
+    def __init__(self, result: list[Any], source: int = -1) -> None:
+        super().__init__()
+        self._result = result
+        self._source = source
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def is_completed(self) -> bool:
+        return True
+
+    def is_success(self) -> bool:
+        return True
+
+    def exception(self) -> None:
+        return None
+
+    def result(self) -> list[Any]:
+        return self._result
+
+    def get_future(self) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(self._result)
+        return future
+
+
+def _unwrap(settled: Future[Any]) -> Any:
+    value = settled.value()
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
+def _tensors(result: list[Any]) -> Iterator[Tensor]:
+    for item in result:
+        if isinstance(item, Tensor):
+            yield item
+        else:
+            yield from _tensors(item)
+
+
+@contextlib.contextmanager
+def _streams_of_their_own(devices: list[torch.device]) -> Iterator[None]:
+    """What settles a future must not hold up a stream on which somebody computes.
+
+    A future of CUDA tensors notes the current streams when it is settled, and who waits for it
+    waits for those.
+    """
+    with contextlib.ExitStack() as stack:
+        for device in devices:
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+        yield
