@@ -91,7 +91,7 @@ lint: $(installed)
 	ruff check
 	ruff format --check
 	clang-format --dry-run -Werror $(cpp_files)
-	codespell csrc pycomm examples benchmarks tests docs *.md
+	codespell csrc pycomm pycomm_launch examples benchmarks tests docs *.md
 
 format: $(installed)
 	ruff check --fix

@@ -123,13 +123,14 @@ std::shared_ptr<Group> Group::create(
   Window window(placement.local_rank_of[member], std::move(peers),
                 division.early - Division::kStaging, process->job_notice());
   if (timeout_s <= 0) timeout_s = process->options.timeout_s;
-  return std::shared_ptr<Group>(
-      new Group(std::move(process), std::move(ranks), static_cast<int>(member),
-                std::move(placement), memory, std::move(window), static_cast<int>(tag), timeout_s));
+  return std::shared_ptr<Group>(new Group(std::move(process), std::move(ranks),
+                                          static_cast<int>(member), std::move(placement), memory,
+                                          std::move(window), static_cast<int>(tag), timeout_s));
 }
 
 Group::Group(std::shared_ptr<Process> process, std::vector<int> ranks, int rank,
-             Placement placement, std::shared_ptr<ArenaBlock> memory, Window window, int tag, double timeout_s)
+             Placement placement, std::shared_ptr<ArenaBlock> memory, Window window, int tag,
+             double timeout_s)
     : process_(std::move(process)),
       ranks_(std::move(ranks)),
       placement_(std::move(placement)),

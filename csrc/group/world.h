@@ -26,8 +26,9 @@ class World {
 
   const std::shared_ptr<Group>& group() const { return group_; }
 
-  /// A group of some of the world's ranks, in this order, this one among them. They alone take part:
-  /// the records by which they find each other go through `all_gather_bytes`, in that order too.
+  /// A group of some of the world's ranks, in this order, this one among them. They alone take
+  /// part: the records by which they find each other go through `all_gather_bytes`, in that order
+  /// too.
   /// @param timeout_s  of calls that name none; 0: the world's.
   /// @throws InvalidArgumentError  a rank twice, one that there is not, or without this one.
   std::shared_ptr<Group> make_group(const std::vector<int>& ranks,

@@ -73,7 +73,7 @@ def all_reduce_coalesced(
 def sparse_all_reduce(
     t: Tensor, op: ReduceOp, group: Group, timeout_s: float, async_op: bool
 ) -> Started:
-    """The sum of sparse COO tensors: every rank gathers all entries and adds them up.
+    """The sum of sparse (coordinate) tensors: every rank gathers all entries and adds them up.
 
     The ranks tell each other how many there are first, for which an asynchronous call waits too.
     Indices of one element are added in rank order, so all ranks get the same bits.
