@@ -11,12 +11,12 @@
 #include "check.h"
 #include "group/world.h"
 
-/// Runs `body(group)` on every rank, a thread each, over the loopback transport; rank i lies on
+/// Runs `body(world)` on every rank, a thread each, over the loopback transport; rank i lies on
 /// pretend host hosts[i]. A rank that throws ends the job for the others. Returns what each threw
 /// ("" if nothing).
 /// @param channels  as for Process::loopback.
-inline std::vector<std::string> run_ranks_catching(
-    const std::vector<int>& hosts, const std::function<void(pycomm::Group&)>& body,
+inline std::vector<std::string> run_worlds_catching(
+    const std::vector<int>& hosts, const std::function<void(pycomm::World&)>& body,
     const pycomm::Process::Options& options,
     std::vector<std::shared_ptr<pycomm::Channel>> channels = {}) {
   const auto worlds = pycomm::World::loopback(hosts, options, std::move(channels));
@@ -25,7 +25,7 @@ inline std::vector<std::string> run_ranks_catching(
   for (std::size_t rank = 0; rank < hosts.size(); ++rank) {
     threads.emplace_back([&, rank] {
       try {
-        body(*worlds[rank]->group());
+        body(*worlds[rank]);
         worlds[rank]->close([] {});
       } catch (const std::exception& error) {
         errors[rank] = error.what();
@@ -35,6 +35,15 @@ inline std::vector<std::string> run_ranks_catching(
   }
   for (auto& thread : threads) thread.join();
   return errors;
+}
+
+/// The same for who needs the group of all ranks only.
+inline std::vector<std::string> run_ranks_catching(
+    const std::vector<int>& hosts, const std::function<void(pycomm::Group&)>& body,
+    const pycomm::Process::Options& options,
+    std::vector<std::shared_ptr<pycomm::Channel>> channels = {}) {
+  return run_worlds_catching(
+      hosts, [&](pycomm::World& world) { body(*world.group()); }, options, std::move(channels));
 }
 
 inline std::vector<std::string> run_ranks_catching(const std::vector<int>& hosts,
