@@ -7,10 +7,11 @@ exchanges its addresses with it and then talks through shared memory and MPI mes
 from __future__ import annotations
 
 import array
+import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from types import ModuleType
@@ -202,8 +203,8 @@ class StoreGather:
     """All-gather through a store of torch's, a key a rank and round: they tell who is missing.
 
     Ranks may meet in one store again, after they have left: its keys stay, so each meeting has a
-    number. Who comes a second time has seen everybody come the first time, so the ranks agree on
-    it.
+    number, ``meeting``. Who comes a second time has seen everybody come the first time, so the
+    ranks agree on it.
 
     Args:
         store: torch's; nothing else in it has these keys.
@@ -220,11 +221,16 @@ class StoreGather:
         self._size = size
         self._timeout_s = timeout_s
         self._call = call
-        self._meeting = (store.add("arrivals", 1) - 1) // size
+        with self._store_is_there():
+            self.meeting = (store.add("arrivals", 1) - 1) // size
         self._round = 0
 
     def __call__(self, data: bytes) -> list[bytes]:
-        keys = [f"{self._meeting}/{self._round}/{rank}" for rank in range(self._size)]
+        with self._store_is_there():
+            return self._gather(data)
+
+    def _gather(self, data: bytes) -> list[bytes]:
+        keys = [f"{self.meeting}/{self._round}/{rank}" for rank in range(self._size)]
         self._round += 1
         self._store.set(keys[self._rank], data)  # type: ignore[arg-type]  # bytes are welcome
         deadline = time.monotonic() + self._timeout_s
@@ -238,6 +244,21 @@ class StoreGather:
             pause_s = min(2 * pause_s, 0.05)
         return [self._store.get(key) for key in keys]
 
+    @contextlib.contextmanager
+    def _store_is_there(self) -> Iterator[None]:
+        from torch.distributed import DistError
+
+        try:
+            yield
+        except DistError as error:
+            raise CommError(
+                f"{self._call} on rank {self._rank} of {self._size}: the store in which the ranks "
+                f"meet does not answer: {str(error).splitlines()[0]}\n"
+                "  It is kept by torchrun's agent, else by rank 0: read its log first. Where a "
+                "group was just destroyed, its store may have been found: give the next one "
+                "another MASTER_PORT."
+            ) from error
+
     def _late(self, missing: list[int]) -> CommTimeoutError:
         shown = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
         remedy = (
@@ -245,9 +266,19 @@ class StoreGather:
             if self._call == "init"
             else f"{self._call}(timeout=...)"
         )
-        return CommTimeoutError(
+        problem = (
             f"{self._call} on rank {self._rank} of {self._size}: rank {shown} did not come to meet "
-            f"within {self._timeout_s:g} s.\n"
+            f"within {self._timeout_s:g} s"
+        )
+        arrivals = self._store.add("arrivals", 0) - self.meeting * self._size
+        if self._round == 1 and arrivals >= self._size:
+            return CommTimeoutError(
+                f"{problem}, though {arrivals} processes came.\n"
+                "  Two of them have the same rank: give each one of its own, from 0 to "
+                f"{self._size - 1}."
+            )
+        return CommTimeoutError(
+            f"{problem}.\n"
             f"  Read its log first: it is stuck before it gets here, or was never started; if it "
             f"is only slow, raise {remedy}."
         )

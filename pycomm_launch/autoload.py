@@ -15,14 +15,14 @@ import functools
 import importlib
 import os
 import warnings
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from pycomm_launch.launchers import Launcher, LaunchError, Meeting, detect
 
 BACKEND = "pycomm"
 # Set to 1: who asks torch for gloo, for nccl, or for nothing in particular gets pycomm. For
-# trainers that leave no choice.
+# trainers that leave no choice. 0, or unset: torch's groups stay torch's own.
 REDIRECT = "PYCOMM_TORCH_BACKEND"
 
 _REDIRECTED = ("gloo", "nccl", "undefined")
@@ -74,7 +74,7 @@ def _prepare_torch() -> None:
         BACKEND, _create_process_group, extended_api=True, devices=["cpu", "cuda"]
     )
     _let_launchers_meet()
-    if os.environ.get(REDIRECT) == "1":
+    if _wants_redirection(os.environ):
         _redirect()
 
 
@@ -92,11 +92,47 @@ def _let_launchers_meet() -> None:
 
     @functools.wraps(through_environment)
     def meet(url: str, *args: Any, **kwargs: Any) -> Any:
-        if not os.environ.get("MASTER_ADDR") and not os.environ.get("MASTER_PORT"):
+        if "rank=" not in url:  # where it is, the caller says who he is
+            warn_of_contradiction(os.environ)
+        if not any(_address()) or _address() == _provided.get(os.getpid()):
             _provide_address()
         return through_environment(url, *args, **kwargs)
 
     handlers["env"] = meet
+
+
+def warn_of_contradiction(environ: Mapping[str, str]) -> None:
+    """Torch's variables count, even where the launcher says something else.
+
+    They may be left over: in a shell of a pod with ``RANK=0`` and ``WORLD_SIZE=1``, each rank of
+    an ``mpirun`` would train alone. Processes that a rank has spawned are more than the launcher's.
+    """
+    try:
+        launch = detect(environ)
+        rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    except (KeyError, ValueError):
+        return  # torch, or pycomm, says what is wrong
+    if launch.meeting is not Meeting.MPI or launch.world_size is None:
+        return
+    if size < launch.world_size or (size == launch.world_size and rank != launch.rank):
+        warnings.warn(
+            f"init_process_group: RANK={rank} and WORLD_SIZE={size} say that this is rank {rank} "
+            f"of {size}, but {launch.launcher.value} started it as rank {launch.rank} of "
+            f"{launch.world_size} ({launch.announcement(environ)}). RANK and WORLD_SIZE count.\n"
+            "  Are they left over? Unset both: they are then set to what the launcher says.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _address() -> tuple[str | None, str | None]:
+    return os.environ.get("MASTER_ADDR") or None, os.environ.get("MASTER_PORT") or None
+
+
+# What this process found out, and did not get from its user. It is good for one group: the store
+# that rank 0 keeps there goes away with the group, and who makes the next one a little earlier
+# than rank 0 would meet nobody in it.
+_provided: dict[int, tuple[str | None, str | None]] = {}
 
 
 def _provide_address() -> None:
@@ -109,6 +145,19 @@ def _provide_address() -> None:
         from pycomm.torch_backend.address import provide_address
 
         provide_address(os.environ)
+        _provided[os.getpid()] = _address()
+
+
+def _wants_redirection(environ: Mapping[str, str]) -> bool:
+    value = environ.get(REDIRECT, "")
+    if value not in ("", "0", "1"):
+        warnings.warn(
+            f"{REDIRECT}={value!r} is neither 0 nor 1: torch's groups stay torch's own.\n"
+            "  Set it to 1 for groups of pycomm where gloo, nccl or no backend is asked for.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return value == "1"
 
 
 def _redirect() -> None:

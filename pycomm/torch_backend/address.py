@@ -22,6 +22,8 @@ _SIOCGIFADDR = 0x8915  # <linux/sockios.h>
 def provide_address(environ: MutableMapping[str, str]) -> None:
     """Set ``MASTER_ADDR`` and ``MASTER_PORT`` to an address of rank 0 that every rank reaches.
 
+    ``RANK`` and ``WORLD_SIZE`` too, where the launcher did not say them and only MPI knows.
+
     Collective: the ranks ask each other through MPI. Rank 0 listens on a free port, offers the
     addresses of its host, and every rank tries them; the first that all reached is taken.
 
@@ -44,6 +46,7 @@ def provide_address(environ: MutableMapping[str, str]) -> None:
         if all(host == cards[0][0] for host, _ in cards):
             candidates = ["127.0.0.1"]
         reached = all_gather([address for address in candidates if _reaches(address, port)])
+    all_gather(None)  # before rank 0 has stopped listening nobody shall look for its store there
     reached_by_all = set(candidates).intersection(*reached)
     if not reached_by_all:
         raise CommError(
@@ -54,6 +57,9 @@ def provide_address(environ: MutableMapping[str, str]) -> None:
         )
     environ["MASTER_ADDR"] = next(a for a in candidates if a in reached_by_all)
     environ["MASTER_PORT"] = str(port)
+    if "RANK" not in environ and "WORLD_SIZE" not in environ:  # of some launchers only MPI knows
+        environ["RANK"] = str(rendezvous.rank)
+        environ["WORLD_SIZE"] = str(rendezvous.size)
 
 
 def _addresses() -> list[str]:

@@ -24,59 +24,97 @@ import torch.distributed as dist
 from pycomm import runtime
 from pycomm._core import Group, World
 from pycomm.connection import connect, host_key, read_settings
-from pycomm.errors import MismatchError
+from pycomm.errors import InvalidArgumentError, MismatchError
 from pycomm.launch import Meeting, detect
 from pycomm.rendezvous import Rendezvous, StoreGather, mpi_comm
 
 
 @dataclasses.dataclass(frozen=True)
 class Membership:
-    """A rank's place in a core group; ``leave`` ends it, together with the other members."""
+    """A rank's place in a core group; ``leave`` ends it, together with the other members.
+
+    ``store`` is torch's, without anything in it. Torch gives a new group the name of one that was
+    destroyed, and the store of torchrun's agent remembers that one's keys.
+    """
 
     group: Group
     leave: Callable[[], None]
+    store: Any
+
+
+# How many default groups met before the present one in its store, whose other groups share it.
+_life = 0
 
 
 def join(store: Any, rank: int, size: int, timeout_s: float) -> Membership:
     """Become a member. Collective over the ``size`` ranks that share ``store``.
 
     Raises:
-        CommTimeoutError: not all came. MismatchError: only some of them are ranks of a job.
-        InvalidArgumentError, CommError: as ``pycomm.init``.
+        CommTimeoutError: not all came. MismatchError: they disagree about ``size``, or only some
+            of them are ranks of a job.
+        InvalidArgumentError: ``rank`` is none of ``size``; and CommError: as ``pycomm.init``.
     """
+    if not 0 <= rank < size:
+        raise InvalidArgumentError(
+            f"init_process_group: rank is {rank}, and world_size {size}.\n"
+            f"  Ranks run from 0 to {size - 1}: give each process one of its own, and all the same "
+            "world_size."
+        )
+    global _life
+    is_default = not dist.is_initialized()
+    place = "pycomm" if is_default else f"pycomm/{_life}"
     gather = StoreGather(
-        dist.PrefixStore("pycomm", store), rank, size, timeout_s, call="init_process_group"
+        dist.PrefixStore(place, store), rank, size, timeout_s, call="init_process_group"
     )
-    launch = detect(os.environ)
+    if is_default:
+        _life = gather.meeting
+    empty = dist.PrefixStore(f"{place}/{gather.meeting}", store)
     mine = {
+        "size": size,
         "job": runtime.job(),
         "rank": runtime.rank() if runtime.is_initialized() else None,
         "host": host_key(os.environ),
-        "mpi_rank": launch.rank if launch.meeting is Meeting.MPI else None,
+        "mpi_rank": _mpi_rank(),
     }
     cards = [json.loads(card) for card in gather(json.dumps(mine).encode())]
+    for other, card in enumerate(cards):
+        if card["size"] != size:
+            raise MismatchError(
+                f"init_process_group: world_size is {size} on rank {rank} and {card['size']} on "
+                f"rank {other}.\n  Pass the same everywhere, or WORLD_SIZE to every process."
+            )
     jobs = {card["job"] for card in cards}
     if len(jobs) > 1:
         raise MismatchError(_mixed_jobs(rank, cards))
     if jobs != {None}:
         group = runtime.make_group([card["rank"] for card in cards], gather, timeout_s)
-        return Membership(group, lambda: None)
+        return Membership(group, lambda: None, empty)
     comm = None
-    if len({card["host"] for card in cards}) > 1 and all(
-        card["mpi_rank"] is not None for card in cards
-    ):
-        comm = mpi_comm([card["mpi_rank"] for card in cards])
+    if len({card["host"] for card in cards}) > 1:
+        mpi_ranks = [card["mpi_rank"] for card in cards]
+        if None not in mpi_ranks and len(set(mpi_ranks)) == size:  # else a rank spawned processes
+            comm = mpi_comm(mpi_ranks)
     meeting = Rendezvous(rank, size, gather, comm)
-    if not dist.is_initialized():
+    if is_default:
         runtime.init_through(meeting, timeout_s=timeout_s)
-        return Membership(runtime.world_group(), runtime.shutdown)
-    return _apart(connect(meeting, read_settings(timeout_s, os.environ)).world)
+        return Membership(runtime.world_group(), runtime.shutdown, empty)
+    world = connect(meeting, read_settings(timeout_s, os.environ)).world
+    return Membership(world.group, _apart(world), empty)
+
+
+def _mpi_rank() -> int | None:
+    try:
+        launch = detect(os.environ)
+    except InvalidArgumentError:
+        return None  # torch was told ranks by its caller: half of its variables may be set
+    return launch.rank if launch.meeting is Meeting.MPI else None
 
 
 _worlds: list[World] = []
 
 
-def _apart(world: World) -> Membership:
+def _apart(world: World) -> Callable[[], None]:
+    """How to leave a world other than pycomm's own."""
     if not _worlds:
         atexit.register(_close_worlds)
         os.register_at_fork(after_in_child=_worlds.clear)
@@ -87,7 +125,7 @@ def _apart(world: World) -> Membership:
             _worlds.remove(world)
         world.close()
 
-    return Membership(world.group, leave)
+    return leave
 
 
 def _close_worlds() -> None:

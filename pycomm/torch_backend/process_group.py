@@ -98,13 +98,13 @@ class ProcessGroup(dist.ProcessGroup):
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)
-        self._store = store
         self._timeout_s = timeout.total_seconds()
         member = membership.join(store, rank, size, self._timeout_s)
+        self._store = member.store
         self._group: Group | None = member.group  # None once it was destroyed
         self._leave = member.leave
         self._barriers = 0
-        fallback = Fallback(store, rank, size, timeout, self._set_timeout)
+        fallback = Fallback(member.store, rank, size, timeout, self._set_timeout)
         for device in ("cpu", "cuda"):
             self._register_backend(
                 torch.device(device), dist.ProcessGroup.BackendType.CUSTOM, fallback
