@@ -33,8 +33,9 @@ MOVABLE = REDUCIBLE | {
     torch.float8_e4m3fnuz: DType.FLOAT8_E4M3FNUZ,
     torch.float8_e5m2: DType.FLOAT8_E5M2,
     torch.float8_e5m2fnuz: DType.FLOAT8_E5M2FNUZ,
-    torch.float8_e8m0fnu: DType.FLOAT8_E8M0FNU,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # PyTorch 2.7 and later
+    MOVABLE[torch.float8_e8m0fnu] = DType.FLOAT8_E8M0FNU
 
 _SUM, _AVG = ReduceOp.SUM, ReduceOp.AVG  # looking a member up costs as much as all other checks
 _BITWISE = frozenset({ReduceOp.BAND, ReduceOp.BOR, ReduceOp.BXOR})

@@ -92,17 +92,18 @@ def _let_launchers_meet() -> None:
 
     @functools.wraps(through_environment)
     def meet(url: str, *args: Any, **kwargs: Any) -> Any:
-        if "rank=" not in url:  # where it is, the caller says who he is
-            warn_of_contradiction(os.environ)
-        if not any(_address()) or _address() == _provided.get(os.getpid()):
+        # Where the URL has a rank, the caller says who he is.
+        contradicted = "rank=" not in url and warn_of_contradiction(os.environ)
+        unknown = not any(_address()) or _address() == _provided.get(os.getpid())
+        if unknown and not contradicted:
             _provide_address()
         return through_environment(url, *args, **kwargs)
 
     handlers["env"] = meet
 
 
-def warn_of_contradiction(environ: Mapping[str, str]) -> None:
-    """Torch's variables count, even where the launcher says something else.
+def warn_of_contradiction(environ: Mapping[str, str]) -> bool:
+    """Torch's variables count, even where the launcher says something else; whether it does.
 
     They may be left over: in a shell of a pod with ``RANK=0`` and ``WORLD_SIZE=1``, each rank of
     an ``mpirun`` would train alone. Processes that a rank has spawned are more than the launcher's.
@@ -111,10 +112,12 @@ def warn_of_contradiction(environ: Mapping[str, str]) -> None:
         launch = detect(environ)
         rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     except (KeyError, ValueError):
-        return  # torch, or pycomm, says what is wrong
+        return False  # torch, or pycomm, says what is wrong
     if launch.meeting is not Meeting.MPI or launch.world_size is None:
-        return
-    if size < launch.world_size or (size == launch.world_size and rank != launch.rank):
+        return False
+    same_size = size == launch.world_size
+    contradicted = size < launch.world_size or (same_size and rank != launch.rank)
+    if contradicted:
         warnings.warn(
             f"init_process_group: RANK={rank} and WORLD_SIZE={size} say that this is rank {rank} "
             f"of {size}, but {launch.launcher.value} started it as rank {launch.rank} of "
@@ -123,6 +126,7 @@ def warn_of_contradiction(environ: Mapping[str, str]) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+    return contradicted
 
 
 def _address() -> tuple[str | None, str | None]:

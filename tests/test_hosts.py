@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, what_is_missing
-from launchers import Result, mpirun_command, process_options
+from launchers import Result, mpirun, mpirun_command, process_options
 
 PROGRAM = Path(__file__).with_name("hosts_program.py")
+TORCH_PROGRAM = Path(__file__).with_name("torch_hosts_program.py")
 EVERYTHING = ["collectives", "mismatch", "train", "pipeline"]
 
 # For mpirun: the slots of each host, and how ranks are dealt out to them.
@@ -73,6 +74,55 @@ def test_pretended_hosts(tmp_path: Path) -> None:
         **process_options(),
     )
     assert_all_done(Result(done.returncode, done.stdout, done.stderr), placements)
+
+
+def torch_program(placement: str, interface: str) -> list[str]:
+    return [sys.executable, "-W", "ignore", str(TORCH_PROGRAM), placement, interface]
+
+
+def assert_torch_done(done: Result) -> None:
+    assert done.returncode == 0, done.out + done.err
+    assert done.out.split("\n")[:2] == ["pycomm: done", "pycomm in gloo: done"], done.out
+
+
+@pytest.mark.timeout(150)
+@needs_cluster
+def test_torch_on_real_hosts() -> None:
+    with Cluster([2, 2]) as cluster:
+        done = cluster.mpirun(torch_program("0,0,1,1", "eth0"), timeout_s=140)
+    assert_torch_done(done)
+
+
+@pytest.mark.timeout(150)
+def test_torch_on_pretended_hosts() -> None:
+    program = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    arguments = torch_program("0,1,0,1", "")[3:]
+    done = mpirun(4, program, *arguments, PYCOMM_HOSTS="0,1,0,1", PYTHONWARNINGS="ignore")
+    assert_torch_done(done)
+
+
+# What torchrun says to each rank, on one of two hosts.
+TORCHRUN_ON_TWO_HOSTS = """
+import os, sys
+os.environ["MASTER_ADDR"] = "10.77.0.1"
+os.environ.update(RANK=os.environ["OMPI_COMM_WORLD_RANK"], WORLD_SIZE="2", MASTER_PORT="29500")
+os.environ.update(TORCHELASTIC_RUN_ID="0", TORCHELASTIC_USE_AGENT_STORE="False")
+import torch.distributed as dist
+try:
+    dist.init_process_group("pycomm")
+except Exception as error:
+    print(f"rank {os.environ['RANK']}: {type(error).__name__}: {error}", flush=True)
+"""
+
+
+@needs_cluster
+def test_torchrun_on_two_hosts_names_the_remedy() -> None:
+    with Cluster([1, 1]) as cluster:
+        done = cluster.mpirun([sys.executable, "-c", TORCHRUN_ON_TWO_HOSTS])
+    for rank in range(2):
+        assert f"rank {rank}: CommError: init" in done.out, done.out + done.err
+    assert "the 2 ranks are on 2 hosts, and under torchrun pycomm has no MPI" in done.out
+    assert "Start with mpirun" in done.out
 
 
 @needs_cluster

@@ -343,7 +343,7 @@ def test_which_backends_are_torchs_own(backend, is_torchs):
 )
 def test_variables_that_contradict_the_launcher_are_named(named):
     with pytest.warns(RuntimeWarning) as raised:
-        hook.warn_of_contradiction({**OPEN_MPI_5, **named})
+        assert hook.warn_of_contradiction({**OPEN_MPI_5, **named})
     (text,) = [str(warning.message) for warning in raised]
     assert f"RANK={named['RANK']} and WORLD_SIZE={named['WORLD_SIZE']} say" in text
     assert "Open MPI's mpirun started it as rank 2 of 4 (OMPI_COMM_WORLD_RANK=2, " in text
@@ -365,7 +365,7 @@ def test_variables_that_contradict_the_launcher_are_named(named):
 def test_variables_that_contradict_nothing(environ):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        hook.warn_of_contradiction(environ)
+        assert not hook.warn_of_contradiction(environ)
 
 
 MISTAKES = script("""

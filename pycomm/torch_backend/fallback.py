@@ -3,11 +3,15 @@
 Torch's C++ code asks a group for the backend of a device in a few places (its device types, its
 name, its sequence number, and collectives for which there is no override), and takes a C++ object
 only. Gloo gives the right answers; a stand-in that does nothing would give wrong data in silence.
-It connects to nobody before it is used.
+It connects to nobody before it is used; only PyTorch 2.6 knows no such devices, and it connects at
+once there.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -25,9 +29,11 @@ class Fallback(dist.ProcessGroupGloo):
         size: int,
         timeout: timedelta,
         set_timeout: Callable[[timedelta], None],
+        *,
+        several_hosts: bool,
     ) -> None:
         options = dist.ProcessGroupGloo._Options()
-        options._devices = [dist.ProcessGroupGloo.create_default_device(lazy_init=True)]
+        options._devices = [_device(several_hosts)]
         options._timeout = timeout
         super().__init__(dist.PrefixStore("fallback", store), rank, size, options)
         self._set_timeout = set_timeout
@@ -35,3 +41,35 @@ class Fallback(dist.ProcessGroupGloo):
     def _set_default_timeout(self, timeout: timedelta) -> None:
         super()._set_default_timeout(timeout)
         self._set_timeout(timeout)
+
+
+def _device(several_hosts: bool) -> Any:
+    """The network device by which this rank's peers reach it.
+
+    Gloo would take the address of the host's name. Where that is a loopback address, or the name
+    unknown, no other host can connect: the one that is seen on the way to rank 0 is better.
+    """
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").partition(",")[0]
+    if interface:
+        return _lazy(dist.ProcessGroupGloo.create_device, interface=interface)
+    if several_hosts:
+        with contextlib.suppress(OSError):  # nobody said where rank 0 is, or its name is unknown
+            address = _address_towards(os.environ.get("MASTER_ADDR", ""))
+            return _lazy(dist.ProcessGroupGloo.create_device, hostname=address)
+    return _lazy(dist.ProcessGroupGloo.create_default_device)
+
+
+def _lazy(create: Callable[..., Any], **where: str) -> Any:
+    try:
+        return create(**where, lazy_init=True)
+    except TypeError:  # PyTorch 2.6
+        return create(**where)
+
+
+def _address_towards(host: str) -> str:
+    if not host:
+        raise OSError("no host")
+    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:  # sends nothing
+        probe.connect(address)
+        return str(probe.getsockname()[0])

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import (
     AllgatherOptions,
     AllreduceCoalescedOptions,
@@ -104,7 +105,14 @@ class ProcessGroup(dist.ProcessGroup):
         self._group: Group | None = member.group  # None once it was destroyed
         self._leave = member.leave
         self._barriers = 0
-        fallback = Fallback(member.store, rank, size, timeout, self._set_timeout)
+        fallback = Fallback(
+            member.store,
+            rank,
+            size,
+            timeout,
+            self._set_timeout,
+            several_hosts=len(member.group.hosts) > 1,
+        )
         for device in ("cpu", "cuda"):
             self._register_backend(
                 torch.device(device), dist.ProcessGroup.BackendType.CUSTOM, fallback
@@ -465,6 +473,23 @@ class ProcessGroup(dist.ProcessGroup):
 
     def _set_timeout(self, timeout: timedelta) -> None:
         self._timeout_s = timeout.total_seconds()
+
+
+def _let_torch_shut_down() -> None:
+    """PyTorch 2.6 shuts down groups of NCCL only, when they are destroyed; later ones all."""
+    of_nccl = distributed_c10d._shutdown_backend
+
+    def shut_down(group: Any) -> None:
+        if isinstance(group, ProcessGroup):
+            group.shutdown()
+        else:
+            of_nccl(group)
+
+    distributed_c10d._shutdown_backend = shut_down
+
+
+if not hasattr(dist.ProcessGroup, "shutdown"):
+    _let_torch_shut_down()
 
 
 def create_process_group(options: Any, backend_options: object) -> ProcessGroup:
