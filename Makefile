@@ -1,5 +1,5 @@
 # `make train` and `make test` are all that a new machine needs; `make help` lists the rest.
-.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi test-sanitizers clean
+.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi test-sanitizers test-torch-versions clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -44,6 +44,7 @@ help:
 	@echo 'make gpu-check        on a machine with GPUs: tests, and a table against bare NCCL; gpu-report.md'
 	@echo 'make format           rewrite the sources as lint wants them'
 	@echo 'make test-sanitizers  C++ tests with address, undefined behaviour and thread sanitizers'
+	@echo 'make test-torch-versions  the torch backend under PyTorch 2.6 and later; VERSIONS="2.6.0 2.8.0"'
 	@echo 'make clean            remove what was built; .venv and runs/ stay'
 
 # --- set-up: each stamp is newer than what it was made from --------------------------------------
@@ -117,6 +118,12 @@ test-mpi: $(built)
 # Minutes; the peers are installed in .bench/ on first use.
 bench: $(built)
 	python -m pycomm bench all_reduce --ranks $(or $(RANKS),2) --peers openmpi,mpich,impi,gloo $(ARGS)
+
+# The torch backend under other versions of PyTorch, in throw-away environments: minutes and gigabytes
+# of downloads for each. VERSIONS="2.6.0 2.14.1" selects.
+VERSIONS ?=
+test-torch-versions: $(built)
+	python scripts/test_torch_versions.py $(VERSIONS) $(ARGS)
 
 # In an environment of its own, with the newest PyTorch for CUDA: gigabytes on first use. Or in one
 # that has such a PyTorch: make gpu-check GPU_PYTHON=/path/to/python, where pycomm is installed then.
