@@ -438,8 +438,11 @@ class World:
         True if this host had not been aborted by another rank before.
         """
 
-    def close(self) -> None:
-        """Leave together with all other ranks, then free what can be freed."""
+    def close(self, *, timeout_s: float = 0.0) -> None:
+        """Leave together with all other ranks, then free what can be freed.
+
+        ``timeout_s`` is how long to wait for them; 0: the world's default.
+        """
 
 def loopback_worlds(
     hosts: Sequence[int],
