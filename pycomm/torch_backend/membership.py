@@ -28,7 +28,6 @@ from pycomm.errors import MismatchError
 from pycomm.launch import Meeting, detect
 from pycomm.rendezvous import Rendezvous, StoreGather, mpi_comm
 
-
 # A rank that is through waits for those that are not as long as they live: torch's programs often
 # let rank 0 evaluate or save for hours when the others are done.
 _LEAVE_TIMEOUT_S = 30 * 86400.0
