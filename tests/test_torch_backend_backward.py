@@ -1,5 +1,6 @@
 """What torch's reducer starts in backward is run by the training thread, or by its keeper."""
 
+import re
 import threading
 import time
 
@@ -134,13 +135,16 @@ def test_a_backward_that_raises_leaves_no_rank_waiting():
     assert run_ranks(2, rank) == [[2.0, 2.0, 2.0]] * 2
 
 
-def test_who_waits_gets_the_error_and_so_does_everybody_else():
+def test_backward_raises_the_error_and_so_does_whoever_waits():
     def rank(group: Group) -> None:
         t = torch.ones(4 + group.rank)
         reductions = []
-        run_backward(lambda: reductions.append(start(Backward.begin(group), t)))
+        with pytest.raises(MismatchError) as of_backward:
+            run_backward(lambda: reductions.append(start(Backward.begin(group), t)))
         assert reductions[0].done()
-        reductions[0].wait()
+        with pytest.raises(MismatchError, match=re.escape(str(of_backward.value))):
+            reductions[0].wait()
+        raise of_backward.value
 
     with pytest.raises(RankError) as error:
         run_ranks(2, rank)

@@ -24,6 +24,7 @@ from torch.autograd import graph
 
 from pycomm._core import Completions, Group, Turn
 from pycomm.end_of_backward import EndOfBackward
+from pycomm.errors import PeerLostError
 
 _ENGINE = graph._engine_run_backward.__code__
 _PATIENCE_S = 0.5  # until the keeper takes over
@@ -48,7 +49,7 @@ class Backward:
         self._error: Exception | None = None
         self._visited = time.monotonic()
         self.over = False
-        EndOfBackward(self.finish)
+        EndOfBackward(self._end)
         _keeper.watch(self)
 
     @classmethod
@@ -106,17 +107,27 @@ class Backward:
     def is_late(self) -> bool:
         return not self.over and time.monotonic() - self._visited >= _PATIENCE_S
 
+    def _end(self) -> None:
+        """``backward()`` raises what ended a reduction; from the reducer it would hear less."""
+        self.finish()
+        self.raise_error()
+
     def _close(self) -> None:
+        interrupt: BaseException | None = None
         try:
             self._turn.wait()
         except Exception as error:  # for those who wait for a reduction
             self._error = error
-        finally:
-            self._turn.close()
-            self.over = True
+        except BaseException as error:  # Ctrl-C: for this thread alone
+            interrupt = error
+            self._error = PeerLostError("interrupted while reducing what backward had started.")
+        self._turn.close()
+        self.over = True
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback()
+        if interrupt is not None:
+            raise interrupt
 
 
 class Reduction:
