@@ -27,6 +27,7 @@ class _Session:
     group: _core.Group  # world.group, at hand: every call without a group asks for it
     comm: MPI.Intracomm | None  # as given to init()
     timeout_s: float
+    leave_timeout_s: float  # how long shutdown() waits for the others; 0: timeout_s
 
 
 _session: _Session | None = None
@@ -77,8 +78,13 @@ def init(*, comm: MPI.Intracomm | None = None, timeout_s: float | None = None) -
     _enter(rendezvous, comm, settings)
 
 
-def init_through(rendezvous: Rendezvous, *, timeout_s: float) -> None:
+def init_through(rendezvous: Rendezvous, *, timeout_s: float, leave_timeout_s: float = 0.0) -> None:
     """``init()`` of ranks that have met by themselves, in a store of torch's, say.
+
+    Args:
+        rendezvous: where they have met.
+        timeout_s: as for ``init``.
+        leave_timeout_s: how long ``shutdown()`` waits for ranks that are alive; ``timeout_s`` if 0.
 
     Raises:
         As ``init()``; InvalidArgumentError too if this process has joined already.
@@ -89,7 +95,7 @@ def init_through(rendezvous: Rendezvous, *, timeout_s: float) -> None:
         raise InvalidArgumentError("init: this process has joined a job. Call shutdown() first.")
     settings = read_settings(timeout_s, os.environ)
     _begin_session()
-    _enter(rendezvous, None, settings)
+    _enter(rendezvous, None, settings, leave_timeout_s)
 
 
 def shutdown() -> None:
@@ -105,7 +111,7 @@ def shutdown() -> None:
     if session is None:
         return
     try:
-        session.world.close()
+        session.world.close(timeout_s=session.leave_timeout_s)
     finally:
         _session = None
         tensor_calls.set_world(None)
@@ -220,7 +226,12 @@ def _begin_session() -> None:
     _sessions_begun += 1
 
 
-def _enter(rendezvous: Rendezvous, comm: MPI.Intracomm | None, settings: Settings) -> None:
+def _enter(
+    rendezvous: Rendezvous,
+    comm: MPI.Intracomm | None,
+    settings: Settings,
+    leave_timeout_s: float = 0.0,
+) -> None:
     """The ranks have met: from here on this process is one of them."""
     global _session
     connection = connect(rendezvous, settings)
@@ -231,7 +242,9 @@ def _enter(rendezvous: Rendezvous, comm: MPI.Intracomm | None, settings: Setting
         if rendezvous.comm is not None and len(world.group.hosts) > 1:
             member = dataclasses.replace(member, leave=rendezvous.comm.Abort)
         failure.watch(member)
-    _session = _Session(world, connection.job, world.group, comm, settings.timeout_s)
+    _session = _Session(
+        world, connection.job, world.group, comm, settings.timeout_s, leave_timeout_s
+    )
     tensor_calls.set_world(_session.group)
 
 

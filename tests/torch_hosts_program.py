@@ -1,4 +1,4 @@
-"""What every rank of test_hosts.py runs of torch.distributed, as someone would who knows torch only.
+"""What every rank of test_hosts.py runs of torch.distributed, as one would who knows torch alone.
 
     python torch_hosts_program.py 0,0,1,1 eth0
 

@@ -96,11 +96,11 @@ void bind_world(py::module_& module) {
            "Make every rank's pending and later calls raise `reason`; True if none was before.")
       .def(
           "close",
-          [](World& world) {
+          [](World& world, double timeout_s) {
             const py::gil_scoped_release no_gil;
-            world.close(interrupt_check());
+            world.close(interrupt_check(), timeout_s);
           },
-          "Leave together with all other ranks.");
+          py::kw_only(), py::arg("timeout_s") = 0.0, "Leave together with all other ranks.");
   module.def(
       "loopback_worlds",
       [](const std::vector<int>& hosts, double timeout_s, std::size_t piece_bytes,

@@ -96,7 +96,7 @@ bool World::abort(const std::string& reason) {
   return first;
 }
 
-void World::close(const InterruptCheck& check_interrupt) {
+void World::close(const InterruptCheck& check_interrupt, double timeout_s) {
   if (process_->stopped()) return;
   announce_leaving();
   try {
@@ -104,6 +104,7 @@ void World::close(const InterruptCheck& check_interrupt) {
       group_->check_notices();
       Operation goodbye;
       goodbye.kind = Kind::kShutdown;
+      goodbye.timeout_s = timeout_s;
       group_->run(std::move(goodbye), check_interrupt);
     }
   } catch (...) {

@@ -43,7 +43,8 @@ class World {
   /// that finished the group, or abort(), it leaves alone.
   /// @throws MismatchError  another rank still calls something.
   /// @throws PeerLostError  another rank ended the job.
-  void close(const InterruptCheck& check_interrupt);
+  /// @param timeout_s  how long to wait for the others; 0: the world's default.
+  void close(const InterruptCheck& check_interrupt, double timeout_s = 0);
 
  private:
   World(std::shared_ptr<Process> process, std::shared_ptr<Group> group)

@@ -28,6 +28,10 @@ from pycomm.errors import InvalidArgumentError, MismatchError
 from pycomm.launch import Meeting, detect
 from pycomm.rendezvous import Rendezvous, StoreGather, mpi_comm
 
+# A rank that is through waits for those that are not as long as they live: torch's programs often
+# let rank 0 evaluate or save for hours when the others are done.
+_LEAVE_TIMEOUT_S = 30 * 86400.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Membership:
@@ -96,7 +100,7 @@ def join(store: Any, rank: int, size: int, timeout_s: float) -> Membership:
             comm = mpi_comm(mpi_ranks)
     meeting = Rendezvous(rank, size, gather, comm)
     if is_default:
-        runtime.init_through(meeting, timeout_s=timeout_s)
+        runtime.init_through(meeting, timeout_s=timeout_s, leave_timeout_s=_LEAVE_TIMEOUT_S)
         return Membership(runtime.world_group(), runtime.shutdown, empty)
     world = connect(meeting, read_settings(timeout_s, os.environ)).world
     return Membership(world.group, _apart(world), empty)
@@ -123,14 +127,14 @@ def _apart(world: World) -> Callable[[], None]:
     def leave() -> None:
         if world in _worlds:
             _worlds.remove(world)
-        world.close()
+        world.close(timeout_s=_LEAVE_TIMEOUT_S)
 
     return leave
 
 
 def _close_worlds() -> None:
     while _worlds:
-        _worlds.pop().close()
+        _worlds.pop().close(timeout_s=_LEAVE_TIMEOUT_S)
 
 
 def _mixed_jobs(rank: int, cards: Sequence[dict[str, Any]]) -> str:
