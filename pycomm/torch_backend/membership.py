@@ -24,7 +24,7 @@ import torch.distributed as dist
 from pycomm import runtime
 from pycomm._core import Group, World
 from pycomm.connection import connect, host_key, read_settings
-from pycomm.errors import MismatchError
+from pycomm.errors import InvalidArgumentError, MismatchError
 from pycomm.launch import Meeting, detect
 from pycomm.rendezvous import Rendezvous, StoreGather, mpi_comm
 
@@ -47,12 +47,11 @@ def join(store: Any, rank: int, size: int, timeout_s: float) -> Membership:
     gather = StoreGather(
         dist.PrefixStore("pycomm", store), rank, size, timeout_s, call="init_process_group"
     )
-    launch = detect(os.environ)
     mine = {
         "job": runtime.job(),
         "rank": runtime.rank() if runtime.is_initialized() else None,
         "host": host_key(os.environ),
-        "mpi_rank": launch.rank if launch.meeting is Meeting.MPI else None,
+        "mpi_rank": _mpi_rank(),
     }
     cards = [json.loads(card) for card in gather(json.dumps(mine).encode())]
     jobs = {card["job"] for card in cards}
@@ -71,6 +70,18 @@ def join(store: Any, rank: int, size: int, timeout_s: float) -> Membership:
         runtime.init_through(meeting, timeout_s=timeout_s)
         return Membership(runtime.world_group(), runtime.shutdown)
     return _apart(connect(meeting, read_settings(timeout_s, os.environ)).world)
+
+
+def _mpi_rank() -> int | None:
+    """This process's among those that mpirun started, if it did.
+
+    Torch was told rank and size: the variables for them may be half set, as by torch's own tests.
+    """
+    try:
+        launch = detect(os.environ)
+    except InvalidArgumentError:
+        return None
+    return launch.rank if launch.meeting is Meeting.MPI else None
 
 
 _worlds: list[World] = []
