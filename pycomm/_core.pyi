@@ -362,7 +362,35 @@ class Group:
         """
     def wait(self, work: TransferWork) -> None:
         """Wait for a message of this group; where the ranks share a host, by moving it."""
+    def take_turn(self) -> Turn | None:
+        """This thread's turn on an idle group of one host; None on others, or in a forked child."""
     def abort(self, reason: str) -> None: ...
+
+class Turn:
+    """Runs a group's operations in the threads that come by, one at a time. Others' wait."""
+
+    def all_reduce(
+        self,
+        input: int,
+        output: int,
+        count: int,
+        dtype: DType,
+        op: ReduceOp,
+        *,
+        prescale: float = 1.0,
+        shape: Sequence[int] | None = None,
+        name: str = "",
+        timeout_s: float = 0.0,
+    ) -> None:
+        """Issue it behind those issued before, and advance(). Errors come from wait()."""
+    def advance(self) -> None:
+        """Go on as far as possible without waiting."""
+    def done(self) -> bool:
+        """Whether all that was started is over, with an error or without."""
+    def wait(self) -> None:
+        """Block until all is over; raises what ended it."""
+    def close(self) -> None:
+        """The group is idle again. After wait(), and the last call."""
 
 class World:
     """This process's memory, peers and progress thread; ``group`` holds all ranks."""

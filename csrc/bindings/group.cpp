@@ -10,6 +10,7 @@
 
 #include "bindings/bindings.h"
 #include "core/error.h"
+#include "group/turn.h"
 
 namespace pycomm {
 namespace {
@@ -168,6 +169,28 @@ std::shared_ptr<Work> all_to_all(Group& group, std::uintptr_t input, std::uintpt
   return call.issue(async_op);
 }
 
+/// A turn as Python holds it: until it lets it go, or close().
+struct HeldTurn {
+  std::shared_ptr<Group> group;
+  std::unique_ptr<Turn> turn;
+};
+
+std::optional<HeldTurn> take_turn(const std::shared_ptr<Group>& group) {
+  auto turn = Turn::take(group);
+  if (!turn) return std::nullopt;
+  return HeldTurn{group, std::move(turn)};
+}
+
+void all_reduce_in_turn(HeldTurn& held, std::uintptr_t input, std::uintptr_t output,
+                        std::size_t count, DType dtype, ReduceOp op, double prescale,
+                        const py::object& shape, std::string name, double timeout_s) {
+  Call call(*held.group, Kind::kAllReduce, shape, std::move(name), std::nullopt, timeout_s);
+  set_memory(call.operation, input, output, count, dtype);
+  set_reduction(call.operation, {op, 0, prescale, 1.0, Algorithm::kAuto});
+  const py::gil_scoped_release no_gil;
+  held.turn->start(std::move(call.operation));
+}
+
 std::shared_ptr<Work> barrier(Group& group, double timeout_s, bool async_op) {
   return Call(group, Kind::kBarrier, py::none(), "", std::nullopt, timeout_s).issue(async_op);
 }
@@ -260,7 +283,29 @@ void bind_group(py::module_& module) {
           },
           py::arg("color"), py::arg("key") = py::int_(0),
           "One group for each color, ordered by key, then rank; None for color None.")
+      .def("take_turn", &take_turn, "This thread's turn on an idle group of one host, else None.")
       .def("abort", &Group::abort, py::arg("reason"), py::call_guard<py::gil_scoped_release>());
+
+  py::class_<HeldTurn>(module, "Turn", "Runs a group's operations in the threads that come by.")
+      .def("all_reduce", &all_reduce_in_turn, input, output, count, dtype, op, py::kw_only(),
+           prescale, no_shape, no_name, timeout)
+      .def(
+          "advance", [](HeldTurn& held) { held.turn->advance(); },
+          py::call_guard<py::gil_scoped_release>(), "Go on as far as possible without waiting.")
+      .def(
+          "done", [](const HeldTurn& held) { return held.turn->done(); },
+          "Whether all that was started is over.")
+      .def(
+          "wait",
+          [](HeldTurn& held) {
+            const py::gil_scoped_release no_gil;
+            held.turn->wait(interrupt_check());
+          },
+          "Block until all is over; raises what ended it.")
+      .def(
+          "close", [](HeldTurn& held) { held.turn.reset(); },
+          py::call_guard<py::gil_scoped_release>(),
+          "The group is idle again. After wait(), and the last call.");
 }
 
 }  // namespace pycomm

@@ -1,4 +1,4 @@
-"""Contenders in the ranks that a launcher started: ours, this MPI and gloo, one after the other."""
+"""Contenders in the ranks that a launcher started, one after the other: ours, this MPI, torch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch._C._distributed_c10d import TCPStore
 
 import pycomm
 from pycomm import mpi_library
-from pycomm.bench.peers import MPI_PEERS
+from pycomm.bench.peers import MPI_PEERS, TORCH_PEERS
+from pycomm.bench.ranks.c10d import C10dContender
 from pycomm.bench.ranks.collectives import Make, Sampler
-from pycomm.bench.ranks.gloo import GlooContender
 from pycomm.bench.ranks.measure import Bench, Contender
 from pycomm.bench.ranks.own import OwnContender, make_bench
 from pycomm.errors import CommError, InvalidArgumentError
@@ -41,19 +41,19 @@ class HereTurns:
 
 
 def contenders(peers: Sequence[str]) -> list[HereTurns]:
-    """Ours and the peers that these ranks can run: gloo, and their MPI, by name or as ``mpi``."""
+    """Ours and the peers that these ranks can run: torch, and their MPI, by name or as ``mpi``."""
     own = HereTurns("pycomm", OwnContender(), make_bench)
     return [own, *(HereTurns(peer, contender(peer)) for peer in peers)]
 
 
 def contender(peer: str) -> Contender:
     """The peer among these ranks. All of them make this call."""
-    if peer == "gloo":
-        return _gloo()
+    if peer in TORCH_PEERS:
+        return _torch(peer)
     if peer == "mpi" or peer in MPI_PEERS:
         return _mpi(peer)
     raise InvalidArgumentError(
-        f"bench: under a launcher the peers are mpi (its own) and gloo, not {peer}."
+        f"bench: under a launcher the peers are mpi (its own), gloo and c10d, not {peer}."
     )
 
 
@@ -72,14 +72,15 @@ def _mpi(peer: str) -> Contender:
     return MpiContender()
 
 
-def _gloo() -> GlooContender:
-    """gloo among these ranks, which meet at a port of rank 0's host."""
-    address = None
-    if pycomm.rank() == 0:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            address = (socket.gethostbyname(socket.gethostname()), probe.getsockname()[1])
-    host, port = pycomm.broadcast_object(address)
-    store = TCPStore(host, port, pycomm.size(), is_master=pycomm.rank() == 0)
-    dist.init_process_group("gloo", store=store, rank=pycomm.rank(), world_size=pycomm.size())
-    return GlooContender()
+def _torch(peer: str) -> C10dContender:
+    """A group of torch's among these ranks, which meet at a port of rank 0's host."""
+    if not dist.is_initialized():
+        address = None
+        if pycomm.rank() == 0:
+            with socket.socket() as probe:
+                probe.bind(("", 0))
+                address = (socket.gethostbyname(socket.gethostname()), probe.getsockname()[1])
+        host, port = pycomm.broadcast_object(address)
+        store = TCPStore(host, port, pycomm.size(), is_master=pycomm.rank() == 0)
+        dist.init_process_group("gloo", store=store, rank=pycomm.rank(), world_size=pycomm.size())
+    return C10dContender(peer, TORCH_PEERS[peer])

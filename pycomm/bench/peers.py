@@ -48,7 +48,9 @@ MPI_PEERS = {
         {"I_MPI_THREAD_YIELD": "2", "I_MPI_SPIN_COUNT": "1"},
     ),
 }
-PEERS = (*MPI_PEERS, "gloo")
+# By the backend of torch.distributed: c10d is pycomm itself, behind torch's own functions.
+TORCH_PEERS = {"gloo": "gloo", "c10d": "pycomm"}
+PEERS = (*MPI_PEERS, *TORCH_PEERS)
 
 RANKS = Path(__file__).parent
 

@@ -1,4 +1,4 @@
-"""What synchronisation adds to a training step: pycomm, DistributedDataParallel on gloo, none."""
+"""What synchronisation adds to a training step: pycomm, DistributedDataParallel, none."""
 
 from __future__ import annotations
 

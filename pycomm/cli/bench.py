@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one.add_argument(
             "--peers",
             default="",
-            help=f"of {', '.join(known_peers.PEERS)}; under a launcher of mpi, gloo",
+            help=f"of {', '.join(known_peers.PEERS)}; under a launcher of mpi, gloo, c10d",
         )
         one.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
         one.add_argument("--plot", type=Path, metavar="FILE", help="write a plot (png, svg, pdf)")
@@ -320,9 +320,11 @@ def _step(arguments: argparse.Namespace) -> int:
         table.add_row(
             variant, f"{1e3 * cost_.step_s:.1f}", "" if variant == "alone" else difference
         )
+    gloo = costs["DDP on gloo"].cost_s
     about = [
-        f"{parameters / 1e6:.1f} M parameters; pycomm costs "
-        f"{costs['pycomm'].cost_s / costs['gloo'].cost_s:.2f} of DistributedDataParallel on gloo"
+        f"{parameters / 1e6:.1f} M parameters; pycomm costs {costs['pycomm'].cost_s / gloo:.2f} of "
+        "DistributedDataParallel (DDP) on gloo, "
+        f"DDP on pycomm {costs['DDP on pycomm'].cost_s / gloo:.2f}"
     ]
     report.show(table, about + report.machine(arguments.ranks, []))
     return 0

@@ -21,6 +21,7 @@ from pycomm._core import DType, Group, ReduceOp
 from pycomm.arguments import movable, rank_of, reducible, refuse
 from pycomm.device import place_of
 from pycomm.memory import dense, memory_order
+from pycomm.torch_backend.backward import Backward
 from pycomm.work import CoreWork, Together, Work, nothing
 
 Started = Work[Any] | None
@@ -33,13 +34,29 @@ def all_reduce(
     group: Group,
     timeout_s: float,
     async_op: bool,
+    backward: Backward | None = None,
 ) -> Started:
+    """In ``backward``, if that is not over, where the training thread comes by again."""
     t = only("all_reduce", "tensors", tensors, group)
     if t.layout is torch.sparse_coo:
         return sparse_all_reduce(t, op, group, timeout_s, async_op)
     t = t.detach()
     dtype = reducible("all_reduce", "tensor", t, op, group)
     place = _Place("all_reduce", t, group)
+    if backward is not None and t.is_cpu:
+        reduction = backward.all_reduce(
+            place.address,
+            place.address,
+            t.numel(),
+            dtype,
+            op,
+            prescale=scale,
+            shape=t.shape,
+            name=place.memory_order,
+            timeout_s=timeout_s,
+        )
+        if reduction is not None:
+            return place.written(reduction)
     work = group.all_reduce(
         place.address,
         place.address,

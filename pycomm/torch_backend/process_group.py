@@ -36,6 +36,7 @@ from pycomm._core import Group, ReduceOp
 from pycomm.arguments import refuse
 from pycomm.errors import CommTimeoutError, NotInitializedError
 from pycomm.torch_backend import membership, operations
+from pycomm.torch_backend.backward import Backward, is_called_by_reducer
 from pycomm.torch_backend.fallback import Fallback
 from pycomm.torch_backend.work import DoneWork, Work
 
@@ -103,6 +104,7 @@ class ProcessGroup(dist.ProcessGroup):
         member = membership.join(store, rank, size, self._timeout_s)
         self._group: Group | None = member.group  # None once it was destroyed
         self._leave = member.leave
+        self._backward: Backward | None = None  # the last one with reductions of torch's reducer
         self._barriers = 0
         fallback = Fallback(store, rank, size, timeout, self._set_timeout)
         for device in ("cpu", "cuda"):
@@ -114,6 +116,9 @@ class ProcessGroup(dist.ProcessGroup):
     @property
     def core(self) -> Group:
         """The core's group, whose queue, memory and errors these are."""
+        if self._backward is not None:
+            self._backward.finish()  # what it started comes first
+            self._backward = None
         if self._group is None:
             raise NotInitializedError(
                 f"rank {self.rank()}: this process group was destroyed.\n"
@@ -139,6 +144,7 @@ class ProcessGroup(dist.ProcessGroup):
             type(opts) is AllreduceOptions
             and _SAYS_ASYNC
             and not opts.asyncOp
+            and self._backward is None
             and opts.reduceOp == _SUM
             and opts.timeout < _NO_TIME
             and not _profiler_enabled()
@@ -146,15 +152,23 @@ class ProcessGroup(dist.ProcessGroup):
             and _all_reduce(self._group, tensors[0], tensors[0], _CORE_SUM)
         ):
             return None
-        return self._allreduce(tensors, opts, *given, **named)
+        in_backward = is_called_by_reducer(1)
+        return self._allreduce(in_backward, tensors, opts, *given, **named)
 
     @_ranged("all_reduce")
-    def _allreduce(self, tensors: Tensors, *given: Any, **named: Any) -> Any:
+    def _allreduce(self, in_backward: bool, tensors: Tensors, *given: Any, **named: Any) -> Any:
         opts = _options(AllreduceOptions, given, named)
         (tensors,) = _lists(tensors)
-        return self._run(
-            operations.all_reduce, tensors, *self._op("all_reduce", opts), opts=opts, result=tensors
-        )
+        op, scale = self._op("all_reduce", opts)
+        if in_backward and (group := self._group) is not None:
+            if self._backward is None or self._backward.over:
+                self._backward = Backward.begin(group)
+            if self._backward is not None:
+                work = operations.all_reduce(
+                    tensors, op, scale, group, _timeout_s(opts), True, self._backward
+                )
+                return _over(tensors) if work is None else Work(work, list(tensors))
+        return self._run(operations.all_reduce, tensors, op, scale, opts=opts, result=tensors)
 
     @_ranged("all_reduce")
     def allreduce_coalesced(self, tensors: Tensors, *given: Any, **named: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.futures import Future
 
 from pycomm import work as pycomm_work
 from pycomm.errors import CommTimeoutError
+from pycomm.torch_backend.backward import Reduction
 from pycomm.torch_backend.completions import settler
 
 _POLL_S = 1e-3  # of a wait with a timeout of its own
@@ -83,11 +84,18 @@ class Work(dist.Work):
             settled: Future[Any] = Future(devices=[*devices])
             # Future.set_exception ends the process in DDP's reducer; what `then` raises does not.
             self._future = settled.then(_unwrap)
-            settler().watch(self._work, lambda: self._settle(settled, devices))
+            self._when_over(lambda: self._settle(settled, devices))
         return self._future
 
     def get_future_result(self) -> Future[Any]:
         return self.get_future()
+
+    def _when_over(self, callback: Callable[[], None]) -> None:
+        core_work = self._work.core_work
+        if isinstance(core_work, Reduction):
+            core_work.backward.when_over(callback)
+        else:
+            settler().watch(core_work, callback)
 
     def _settle(self, settled: Future[Any], devices: list[torch.device]) -> None:
         with _streams_of_their_own(devices):

@@ -14,7 +14,7 @@ import pycomm
 
 from .turns import Request, pin, serve
 
-VARIANTS = ("alone", "pycomm", "gloo")
+VARIANTS = ("alone", "pycomm", "DDP on pycomm", "DDP on gloo")
 BATCH, TOKENS, WIDTH, LAYERS = 6, 64, 384, 6
 
 
@@ -35,8 +35,9 @@ class Replica:
         self.optimizer: Any = torch.optim.SGD(encoder.parameters(), lr=1e-4)
         if variant == "pycomm":
             self.optimizer = pycomm.DistributedOptimizer(self.optimizer, encoder.named_parameters())
-        elif variant == "gloo":
-            self.model = nn.parallel.DistributedDataParallel(encoder)
+        elif variant != "alone":
+            group = dist.new_group(backend=variant.split()[-1])
+            self.model = nn.parallel.DistributedDataParallel(encoder, process_group=group)
 
     def step(self, batch: torch.Tensor) -> float:
         """Seconds."""
