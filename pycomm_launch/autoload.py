@@ -74,6 +74,7 @@ def _prepare_torch() -> None:
         BACKEND, _create_process_group, extended_api=True, devices=["cpu", "cuda"]
     )
     _let_launchers_meet()
+    _let_barriers_be_monitored()
     if _wants_redirection(os.environ):
         _redirect()
 
@@ -162,6 +163,27 @@ def _wants_redirection(environ: Mapping[str, str]) -> bool:
             stacklevel=2,
         )
     return value == "1"
+
+
+def _let_barriers_be_monitored() -> None:
+    """``monitored_barrier`` refuses every group that does not call itself gloo."""
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    of_gloo: Callable[..., None] = distributed_c10d.monitored_barrier
+
+    @functools.wraps(of_gloo)
+    def monitored_barrier(
+        group: Any = None, timeout: Any = None, wait_all_ranks: bool = False
+    ) -> None:
+        if distributed_c10d._rank_not_in_group(group) or dist.get_backend(group) != BACKEND:
+            of_gloo(group, timeout, wait_all_ranks)
+        else:
+            members: Any = distributed_c10d._get_default_group() if group is None else group
+            members.monitored_barrier(timeout, wait_all_ranks)
+
+    for module in (dist, distributed_c10d):
+        setattr(module, of_gloo.__name__, monitored_barrier)
 
 
 def _redirect() -> None:

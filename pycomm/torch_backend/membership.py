@@ -107,10 +107,14 @@ def join(store: Any, rank: int, size: int, timeout_s: float) -> Membership:
 
 
 def _mpi_rank() -> int | None:
+    """This process's among those that mpirun started, if it did.
+
+    Torch was told rank and size: the variables for them may be half set, as by torch's own tests.
+    """
     try:
         launch = detect(os.environ)
     except InvalidArgumentError:
-        return None  # torch was told ranks by its caller: half of its variables may be set
+        return None
     return launch.rank if launch.meeting is Meeting.MPI else None
 
 

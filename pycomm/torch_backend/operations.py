@@ -98,8 +98,7 @@ def sparse_all_reduce(
     call = "all_reduce of a sparse tensor"
     if op is not ReduceOp.SUM:
         refuse(call, group, f"op is {op.name}, and sparse tensors are only summed. Pass SUM.")
-    t = t.detach()
-    entries = t.coalesce()
+    entries = t.detach().coalesce()
     indices = entries.indices().t().contiguous()  # an entry a row: ranks' rows lie end to end
     values = entries.values().contiguous()
     dtype = reducible(call, "tensor", values, op, group)
@@ -137,7 +136,7 @@ def sparse_all_reduce(
     def finish() -> None:
         total = torch.sparse_coo_tensor(all_indices.t(), all_values, t.shape)
         with torch.no_grad():
-            t.copy_(total.coalesce())
+            t.copy_(total.coalesce())  # not into t.detach(): it has entries of its own
 
     return _outcome(_joined(works), (indices, values, all_indices, all_values), finish)
 
@@ -491,7 +490,9 @@ class _DrivenByWaiter:
         return seconds
 
 
-def send(tensors: Sequence[Tensor], dst: int, tag: int, group: Group) -> Work[None]:
+def send(
+    tensors: Sequence[Tensor], dst: int, tag: int, group: Group, timeout_s: float
+) -> Work[None]:
     """Torch compares the number of elements of a message, not its shape."""
     t = only("send", "tensors", tensors, group).detach()
     dtype = movable("send", "tensor", t, group)
@@ -503,11 +504,14 @@ def send(tensors: Sequence[Tensor], dst: int, tag: int, group: Group) -> Work[No
         rank_of("send", "dst", dst, group),
         _tag("send", tag, group),
         place=place_of(source),
+        timeout_s=timeout_s,
     )
     return Work(_DrivenByWaiter(work, group), source, nothing)
 
 
-def recv(tensors: Sequence[Tensor], src: int | None, tag: int, group: Group) -> Work[int]:
+def recv(
+    tensors: Sequence[Tensor], src: int | None, tag: int, group: Group, timeout_s: float
+) -> Work[int]:
     """Its result is whose message it was; ``src`` None takes the earliest of any rank."""
     t = only("recv", "tensors", tensors, group).detach()
     dtype = movable("recv", "tensor", t, group)
@@ -519,6 +523,7 @@ def recv(tensors: Sequence[Tensor], src: int | None, tag: int, group: Group) -> 
         None if src is None else rank_of("recv", "src", src, group),
         _tag("recv", tag, group),
         place=place_of(t),
+        timeout_s=timeout_s,
     )
 
     def finish() -> int:

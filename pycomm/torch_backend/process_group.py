@@ -33,13 +33,14 @@ from torch.distributed.distributed_c10d import (
 )
 
 from pycomm import tensor_calls
+from pycomm import work as pycomm_work
 from pycomm._core import Group, ReduceOp
 from pycomm.arguments import refuse
 from pycomm.errors import CommTimeoutError, NotInitializedError
 from pycomm.torch_backend import membership, operations
 from pycomm.torch_backend.backward import Backward, is_called_by_reducer
 from pycomm.torch_backend.fallback import Fallback
-from pycomm.torch_backend.work import DoneWork, Work
+from pycomm.torch_backend.work import DoneWork, Work, Works
 
 NAME = "pycomm"
 
@@ -101,12 +102,14 @@ class ProcessGroup(dist.ProcessGroup):
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(rank, size)
         self._timeout_s = timeout.total_seconds()
+        self._has_own_timeout = False  # another than the core's group, whose it was first
         member = membership.join(store, rank, size, self._timeout_s)
         self._store = member.store
         self._group: Group | None = member.group  # None once it was destroyed
         self._leave = member.leave
         self._backward: Backward | None = None  # the last one with reductions of torch's reducer
         self._barriers = 0
+        self._coalesced: list[Work] | None = None  # what was started since _start_coalescing()
         fallback = Fallback(
             member.store,
             rank,
@@ -153,6 +156,7 @@ class ProcessGroup(dist.ProcessGroup):
             and _SAYS_ASYNC
             and not opts.asyncOp
             and self._backward is None
+            and not self._has_own_timeout
             and opts.reduceOp == _SUM
             and opts.timeout < _NO_TIME
             and not _profiler_enabled()
@@ -173,7 +177,7 @@ class ProcessGroup(dist.ProcessGroup):
                 self._backward = Backward.begin(group)
             if self._backward is not None:
                 work = operations.all_reduce(
-                    tensors, op, scale, group, _timeout_s(opts), True, self._backward
+                    tensors, op, scale, group, self._timeout_of(opts), True, self._backward
                 )
                 return _over(tensors) if work is None else Work(work, list(tensors))
         return self._run(operations.all_reduce, tensors, op, scale, opts=opts, result=tensors)
@@ -376,21 +380,31 @@ class ProcessGroup(dist.ProcessGroup):
         return self._run(operations.barrier, opts=opts, result=[])
 
     def monitored_barrier(
-        self, timeout: timedelta | None = None, wait_all_ranks: bool = False
+        self, timeout: timedelta | float | None = None, wait_all_ranks: bool = False
     ) -> None:
         """A barrier that tells which ranks did not come; the group stays usable.
 
         Through the store: rank 0 looks who has come, and tells the others.
 
         Args:
-            timeout: the group's if None.
+            timeout: the group's if None; a number is seconds.
             wait_all_ranks: rank 0 names all that are missing, not the first one alone.
 
         Raises:
             CommTimeoutError: on every rank that came.
         """
         rank, size = self.rank(), self.size()
-        timeout_s = self._timeout_s if timeout is None else timeout.total_seconds()
+        timeout_s = self._timeout_s
+        if isinstance(timeout, timedelta):
+            timeout_s = timeout.total_seconds()
+        elif isinstance(timeout, (int, float)):
+            timeout_s = timeout
+        elif timeout is not None:
+            refuse(
+                "monitored_barrier",
+                self.core,
+                f"timeout is {timeout!r}. Pass a datetime.timedelta.",
+            )
         number, self._barriers = self._barriers, self._barriers + 1
         keys = [f"monitored_barrier/{number}/{other}" for other in range(size)]
         self._store.set(keys[rank], b"")
@@ -408,9 +422,10 @@ class ProcessGroup(dist.ProcessGroup):
         if missing:
             shown = missing if wait_all_ranks else missing[:1]
             raise CommTimeoutError(
-                f"monitored_barrier on rank {rank}: timed out after {timeout_s:g} s; rank "
-                f"{', '.join(map(str, shown))} did not come.\n"
-                "  Read its log first; if it is only slow, raise the timeout."
+                f"monitored_barrier on rank {rank}: timeout. Rank{'s' * (len(shown) > 1)} "
+                # In gloo's words, for which people search their logs.
+                f"{', '.join(map(str, shown))} failed to pass monitoredBarrier in {timeout_s:g} s."
+                "\n  Read its log first; if it is only slow, raise the timeout."
             )
 
     def _came(self, keys: Sequence[str], timeout_s: float) -> bool:
@@ -421,17 +436,33 @@ class ProcessGroup(dist.ProcessGroup):
             time.sleep(1e-3)
         return True
 
+    # --- several at once (torch.distributed._coalescing_manager) ---------------------------------
+
+    def _start_coalescing(self, device: torch.device) -> None:
+        self._coalesced = []
+
+    def _end_coalescing(self, device: torch.device) -> Works:
+        """All that was started in between: it ran at once, each in its turn."""
+        works, self._coalesced = self._coalesced or [], None
+        return Works(works)
+
     @_ranged("send")
     def send(self, tensors: Tensors, dst: int, tag: int = 0) -> Work:
-        return Work(operations.send(tensors, dst, tag, self.core), list(tensors))
+        return self._started(
+            operations.send(tensors, dst, tag, self.core, self._timeout_s), list(tensors)
+        )
 
     @_ranged("recv")
     def recv(self, tensors: Tensors, src: int, tag: int = 0) -> Work:
-        return Work(operations.recv(tensors, src, tag, self.core), list(tensors))
+        return self._started(
+            operations.recv(tensors, src, tag, self.core, self._timeout_s), list(tensors)
+        )
 
     @_ranged("recvAnySource")
     def recv_anysource(self, tensors: Tensors, tag: int = 0) -> Work:
-        return Work(operations.recv(tensors, None, tag, self.core), list(tensors))
+        return self._started(
+            operations.recv(tensors, None, tag, self.core, self._timeout_s), list(tensors)
+        )
 
     # --- the end ---------------------------------------------------------------------------------
 
@@ -453,14 +484,20 @@ class ProcessGroup(dist.ProcessGroup):
 
     def _run(self, operation: Callable[..., Any], *args: Any, opts: Any, result: Any) -> Any:
         asynchronous = _asynchronous(opts)
-        work = operation(*args, self.core, _timeout_s(opts), asynchronous)
-        return _over(result) if work is None else Work(work, list(result))
+        work = operation(*args, self.core, self._timeout_of(opts), asynchronous)
+        return _over(result) if work is None else self._started(work, list(result))
 
     def _run_all(self, starts: Sequence[Callable[..., Any]], *, opts: Any, result: Any) -> Any:
-        asynchronous, timeout_s = _asynchronous(opts), _timeout_s(opts)
+        asynchronous, timeout_s = _asynchronous(opts), self._timeout_of(opts)
         works = (start(self.core, timeout_s, asynchronous) for start in starts)
         work = operations.together(works, self.core, asynchronous)
-        return _over(result) if work is None else Work(work, list(result))
+        return _over(result) if work is None else self._started(work, list(result))
+
+    def _started(self, work: pycomm_work.Work[Any], result: list[Any]) -> Work:
+        started = Work(work, result)
+        if self._coalesced is not None:
+            self._coalesced.append(started)
+        return started
 
     def _op(self, call: str, opts: Any) -> tuple[ReduceOp, float]:
         """The core's op, and the factor of what torch calls PREMUL_SUM."""
@@ -487,6 +524,12 @@ class ProcessGroup(dist.ProcessGroup):
 
     def _set_timeout(self, timeout: timedelta) -> None:
         self._timeout_s = timeout.total_seconds()
+        self._has_own_timeout = True
+
+    def _timeout_of(self, opts: Any) -> float:
+        """Torch's options without a timeout have a negative one."""
+        seconds: float = opts.timeout.total_seconds()
+        return seconds if seconds > 0 else self._timeout_s
 
 
 def _let_torch_shut_down() -> None:
@@ -557,11 +600,6 @@ def _lists(*arguments: Any) -> tuple[Any, ...]:
 
 def _asynchronous(opts: Any) -> bool:
     return not _SAYS_ASYNC or bool(opts.asyncOp)
-
-
-def _timeout_s(opts: Any) -> float:
-    """0, the group's default, for torch's negative one."""
-    return max(0.0, float(opts.timeout.total_seconds()))
 
 
 def _over(result: Any) -> DoneWork | None:

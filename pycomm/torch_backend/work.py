@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -118,6 +118,39 @@ class Work(dist.Work):
                     "  Wait again, or give wait() no timeout: the operation has its own."
                 )
             time.sleep(_POLL_S)
+
+
+class Works(dist.Work):
+    """Several operations as one."""
+
+    def __init__(self, works: Sequence[Work]) -> None:
+        super().__init__()
+        self._works = works
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """As each one's."""
+        for work in self._works:
+            work.wait(timeout)
+        return True
+
+    def synchronize(self) -> None:
+        self.wait()
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+    def is_success(self) -> bool:
+        return all(work.is_success() for work in self._works)
+
+    def exception(self) -> Exception | None:
+        return next(filter(None, (work.exception() for work in self._works)), None)
+
+    def result(self) -> list[Any]:
+        return [work.result() for work in self._works]
+
+    def get_future(self) -> Future[Any]:
+        all_of_them = torch.futures.collect_all([work.get_future() for work in self._works])
+        return all_of_them.then(lambda over: [future.value() for future in over.value()])
 
 
 class DoneWork(dist.Work):
