@@ -16,7 +16,7 @@ import atexit
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from pycomm import runtime
 from pycomm._core import Group, World
 from pycomm.connection import connect, host_key, read_settings
-from pycomm.errors import MismatchError
+from pycomm.errors import InvalidArgumentError, MismatchError
 from pycomm.launch import Meeting, detect
 from pycomm.rendezvous import Rendezvous, StoreGather, mpi_comm
 
@@ -51,12 +51,11 @@ def join(store: Any, rank: int, size: int, timeout_s: float) -> Membership:
     gather = StoreGather(
         dist.PrefixStore("pycomm", store), rank, size, timeout_s, call="init_process_group"
     )
-    launch = detect(os.environ)
     mine = {
         "job": runtime.job(),
         "rank": runtime.rank() if runtime.is_initialized() else None,
         "host": host_key(os.environ),
-        "mpi_rank": launch.rank if launch.meeting is Meeting.MPI else None,
+        "mpi_rank": _mpi_rank(os.environ),
     }
     cards = [json.loads(card) for card in gather(json.dumps(mine).encode())]
     jobs = {card["job"] for card in cards}
@@ -75,6 +74,19 @@ def join(store: Any, rank: int, size: int, timeout_s: float) -> Membership:
         runtime.init_through(meeting, timeout_s=timeout_s, leave_timeout_s=_LEAVE_TIMEOUT_S)
         return Membership(runtime.world_group(), runtime.shutdown)
     return _apart(connect(meeting, read_settings(timeout_s, os.environ)).world)
+
+
+def _mpi_rank(environ: Mapping[str, str]) -> int | None:
+    """None unless MPI's launcher started this process.
+
+    Torch has told its rank already, so it does not matter if its own variables are incomplete:
+    trainers that start their ranks themselves set some of them.
+    """
+    try:
+        launch = detect(environ)
+    except InvalidArgumentError:
+        return None
+    return launch.rank if launch.meeting is Meeting.MPI else None
 
 
 _worlds: list[World] = []
