@@ -92,7 +92,8 @@ def _let_launchers_meet() -> None:
 
     @functools.wraps(through_environment)
     def meet(url: str, *args: Any, **kwargs: Any) -> Any:
-        if not os.environ.get("MASTER_ADDR") and not os.environ.get("MASTER_PORT"):
+        # A port alone is no place: Accelerate sets one, always the same.
+        if not os.environ.get("MASTER_ADDR"):
             _provide_address()
         return through_environment(url, *args, **kwargs)
 
