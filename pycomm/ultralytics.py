@@ -45,8 +45,9 @@ if (max(RANK, 0), max(LOCAL_RANK, 0), WORLD_SIZE) != (
         f"import pycomm.ultralytics: Ultralytics takes this process for rank {RANK} of "
         f"{WORLD_SIZE}, local rank {LOCAL_RANK}, and {_launch.launcher.value} says "
         f"{_launch.announcement(os.environ)}.\n"
-        "  Import torch or pycomm.ultralytics before Ultralytics, which reads RANK, LOCAL_RANK and "
-        "WORLD_SIZE once; set them where the launcher does not tell all three."
+        "  It reads RANK, LOCAL_RANK and WORLD_SIZE when it is imported. `import torch` sets them "
+        "from what the launcher says, unless TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set; set them "
+        "yourself where the launcher does not tell all three."
     )
 
 try:

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,60 @@ def test_ultralytics_with_the_operators_of_torchvision(tmp_path: Path) -> None:
     if reason:
         pytest.skip(f"torchvision does not load here, only its declarations do: {reason}")
     assert torchrun("ultralytics", "--nms", cwd=tmp_path).backend == "pycomm"
+
+
+def ultralytics(
+    script: str, launcher: Callable[..., launchers.Result], tmp_path: Path, **more: str
+):
+    variables = {"PYTHONPATH": environment("ultralytics")["PYTHONPATH"]}
+    ranks = () if launcher is launchers.alone else (2,)
+    return launcher(*ranks, script, **variables, YOLO_CONFIG_DIR=str(tmp_path), **more)
+
+
+def test_ultralytics_must_know_the_ranks(tmp_path: Path) -> None:
+    """It is not told when torch does not load pycomm, and would train on its own."""
+    script = """
+    from ultralytics import YOLO
+    import pycomm.ultralytics
+    """
+    off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    done = ultralytics(script, launchers.mpirun, tmp_path, **off)
+    assert done.returncode != 0
+    assert "takes this process for rank -1 of 1" in done.err, done.err
+    assert "OMPI_COMM_WORLD_RANK=1" in done.err, done.err
+
+
+def test_ultralytics_with_other_trainers_is_refused(tmp_path: Path) -> None:
+    script = """
+    from ultralytics.engine.trainer import BaseTrainer
+    del BaseTrainer._setup_ddp
+    import pycomm.ultralytics
+    """
+    done = ultralytics(script, launchers.alone, tmp_path)
+    assert done.returncode != 0
+    assert "ImportError: pycomm.ultralytics: " in done.err, done.err
+    assert "'_setup_ddp': it was made for Ultralytics 8.4" in done.err, done.err
+
+
+def test_ultralytics_alone_stays_as_it_was(tmp_path: Path) -> None:
+    """One process makes no group and wraps no model."""
+    script = f"""
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, {str(EXAMPLES)!r})
+    import torch, train_yolo
+    model = train_yolo.YOLO("yolo26n.yaml")
+    model.train(
+        data=train_yolo.write_data(Path({str(tmp_path / "shapes")!r}), 64), device="cpu", epochs=1,
+        imgsz=64, project={str(tmp_path)!r}, plots=False, nms=False,
+    )
+    assert not torch.distributed.is_initialized()
+    assert not hasattr(model.trainer.model, "module")
+    """
+    if why_torchvision_does_not_load():
+        script = textwrap.dedent(DECLARES_OPERATORS) + textwrap.dedent(script)
+    done = ultralytics(script, launchers.alone, tmp_path, YOLO_OFFLINE="1", YOLO_AUTOINSTALL="0")
+    assert done.returncode == 0, done.out + done.err
 
 
 def test_dice_on_held_out_volumes(on_gloo: Callable[[str], Run]) -> None:
