@@ -74,6 +74,7 @@ class Run:
     result: str  # the last line up to the weights
     backend: str
     checksum: str
+    cwd: Path
     written: list[list[Path]]  # by rank
 
 
@@ -125,7 +126,8 @@ def start(
     )
     assert last is not None, done.stdout
     written = [(cwd / f"written.{rank}").read_text().splitlines() for rank in range(2)]
-    return Run(**last.groupdict(), written=[[Path(path) for path in rank] for rank in written])
+    paths = [[Path(path) for path in rank] for rank in written]
+    return Run(**last.groupdict(), cwd=cwd, written=paths)
 
 
 def torchrun(program: str, *arguments: str, cwd: Path, **more: str) -> Run:
@@ -142,7 +144,16 @@ def mpirun(program: str, *arguments: str, cwd: Path, **more: str) -> Run:
 def on_gloo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
     @functools.cache
     def run(program: str) -> Run:
-        return torchrun(program, "--backend", "gloo", cwd=tmp_path_factory.mktemp(program))
+        return torchrun(program, "--backend", "gloo", cwd=tmp_path_factory.mktemp("gloo"))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def on_pycomm(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    @functools.cache
+    def run(program: str, launcher: Callable[..., Run]) -> Run:
+        return launcher(program, cwd=tmp_path_factory.mktemp("pycomm"))
 
     return run
 
@@ -159,9 +170,9 @@ def test_trains_as_on_gloo(
     program: str,
     launcher: Callable[..., Run],
     on_gloo: Callable[[str], Run],
-    tmp_path: Path,
+    on_pycomm: Callable[..., Run],
 ) -> None:
-    assert_same(launcher(program, cwd=tmp_path), on_gloo(program))
+    assert_same(on_pycomm(program, launcher), on_gloo(program))
 
 
 def test_ultralytics_with_the_operators_of_torchvision(tmp_path: Path) -> None:
@@ -226,24 +237,29 @@ def test_ultralytics_alone_stays_as_it_was(tmp_path: Path) -> None:
     assert done.returncode == 0, done.out + done.err
 
 
-def test_dice_on_held_out_volumes(on_gloo: Callable[[str], Run]) -> None:
-    # test_trains_as_on_gloo has the same result on pycomm.
-    score = re.search(r"Dice (0\.\d+) on 16 held-out volumes", on_gloo("monai").result)
+def test_dice_on_held_out_volumes(on_pycomm: Callable[..., Run]) -> None:
+    result = on_pycomm("monai", torchrun).result
+    score = re.search(r"Dice (0\.\d+) on 16 held-out volumes", result)
     assert score is not None and float(score[1]) > 0.8
 
 
+@pytest.mark.parametrize("launcher", [torchrun, mpirun], ids=["torchrun", "mpirun"])
 @pytest.mark.parametrize(
     ("program", "folder", "results"),
     [
-        ("ultralytics", "train", ["args.yaml", "results.csv", "weights"]),
-        ("lightning", "lightning_logs", ["version_0"]),
+        ("ultralytics", "runs/yolo/train", ["args.yaml", "results.csv", "weights"]),
+        ("lightning", "runs/lightning/lightning_logs", ["version_0"]),
     ],
 )
 def test_only_rank_0_writes_results(
-    program: str, folder: str, results: list[str], tmp_path: Path
+    program: str,
+    folder: str,
+    results: list[str],
+    launcher: Callable[..., Run],
+    on_pycomm: Callable[..., Run],
 ) -> None:
-    run = mpirun(program, "--runs", str(tmp_path / "runs"), cwd=tmp_path)
-    path = tmp_path / "runs" / folder
+    run = on_pycomm(program, launcher)
+    path = run.cwd / folder
     assert sorted(entry.name for entry in path.iterdir()) == results
     by_rank = [[file for file in files if path in file.parents] for files in run.written]
     assert by_rank[0] and not by_rank[1]
