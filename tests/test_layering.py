@@ -47,7 +47,7 @@ PYTHON_LAYERS = [
     {"pipeline", "tensor_parallel"},
     {"checkpoint"},
     {"__init__"},
-    {"torch_backend"},
+    {"torch_backend", "ultralytics"},
     {"bench"},
     {"cli"},
     {"__main__"},

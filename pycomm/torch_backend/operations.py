@@ -35,12 +35,16 @@ def all_reduce(
     timeout_s: float,
     async_op: bool,
     backward: Backward | None = None,
+    meaning: str = "",
 ) -> Started:
     """In ``backward``, if that is not over, where the training thread comes by again."""
     t = only("all_reduce", "tensors", tensors, group)
     if t.layout is torch.sparse_coo:
         return sparse_all_reduce(t, op, group, timeout_s, async_op)
     t = t.detach()
+    if _averages_integers(op, t):
+        total = all_reduce([t], ReduceOp.SUM, scale, group, timeout_s, async_op, meaning=_AVERAGE)
+        return _divided(total, t, group)
     dtype = reducible("all_reduce", "tensor", t, op, group)
     place = _Place("all_reduce", t, group)
     if backward is not None and t.is_cpu:
@@ -65,7 +69,7 @@ def all_reduce(
         op,
         prescale=scale,
         shape=t.shape,
-        name=place.memory_order,
+        name=meaning + place.memory_order,
         place=place_of(t),
         timeout_s=timeout_s,
         async_op=async_op,
@@ -170,9 +174,13 @@ def reduce(
     group: Group,
     timeout_s: float,
     async_op: bool,
+    meaning: str = "",
 ) -> Started:
     """Only the root's tensor is written."""
     t = only("reduce", "tensors", tensors, group).detach()
+    if _averages_integers(op, t):
+        total = reduce([t], root, ReduceOp.SUM, scale, group, timeout_s, async_op, _AVERAGE)
+        return _divided(total, t, group) if group.rank == root else total
     dtype = reducible("reduce", "tensor", t, op, group)
     root = rank_of("reduce", "root", root, group)
     place = _Place("reduce", t, group)
@@ -185,7 +193,7 @@ def reduce(
         root,
         prescale=scale,
         shape=t.shape,
-        name=place.memory_order,
+        name=meaning + place.memory_order,
         place=place_of(t),
         timeout_s=timeout_s,
         async_op=async_op,
@@ -332,15 +340,21 @@ def reduce_scatter(
     group: Group,
     timeout_s: float,
     async_op: bool,
+    meaning: str = "",
 ) -> Started:
     """The sum of all ranks' ``inputs[0][r]`` into rank ``r``'s output; their sizes may differ."""
     call = "reduce_scatter"
     output = only(call, "outputs", outputs, group).detach()
+    if _averages_integers(op, output):
+        total = reduce_scatter(
+            [output], inputs, ReduceOp.SUM, scale, group, timeout_s, async_op, _AVERAGE
+        )
+        return _divided(total, output, group)
     blocks = _blocks(call, "inputs", only(call, "inputs", inputs, group), output, group)
     _same_count(call, "output", output, f"inputs[{group.rank}]", blocks[group.rank], group)
     if all(block.numel() == output.numel() for block in blocks):
         source = _end_to_end(blocks)
-        return reduce_scatter_single(output, source, op, scale, group, timeout_s, async_op)
+        return reduce_scatter_single(output, source, op, scale, group, timeout_s, async_op, meaning)
     # A reduction to each rank: the core's reduce_scatter has blocks of one size.
     dtype = reducible(call, "output", output, op, group)
     place = _Place(call, output, group, row_major=True)
@@ -354,7 +368,7 @@ def reduce_scatter(
             op,
             root,
             prescale=scale,
-            name=f"block {root} of reduce_scatter",
+            name=f"block {root} of reduce_scatter{meaning}",
             place=place_of(block),
             timeout_s=timeout_s,
             async_op=async_op,
@@ -371,10 +385,16 @@ def reduce_scatter_single(
     group: Group,
     timeout_s: float,
     async_op: bool,
+    meaning: str = "",
 ) -> Started:
     """Block ``r`` of the sum of all ranks' inputs into rank ``r``'s output."""
     call = "reduce_scatter_single"
     output, source = output.detach(), input.detach()
+    if _averages_integers(op, source):
+        total = reduce_scatter_single(
+            output, source, ReduceOp.SUM, scale, group, timeout_s, async_op, _AVERAGE
+        )
+        return _divided(total, output, group)
     dtype = reducible(call, "input", source, op, group)
     _same_kind(call, "output", output, source, group)
     if source.numel() != group.size * output.numel():
@@ -394,6 +414,7 @@ def reduce_scatter_single(
         dtype,
         op,
         prescale=scale,
+        name=meaning,
         place=place_of(output),
         timeout_s=timeout_s,
         async_op=async_op,
@@ -617,6 +638,29 @@ def _outcome(work: CoreWork | None, keep: object, finish: Callable[[], None]) ->
         finish()
         return None
     return Work(work, keep, finish)
+
+
+# Tells such a sum from one that is meant to be a sum, so that ranks that differ are told.
+_AVERAGE = "(average of integers)"
+
+
+def _averages_integers(op: ReduceOp, t: Tensor) -> bool:
+    """What the core leaves to its caller, and torch's users of NCCL rely on."""
+    if op is not ReduceOp.AVG or t.dtype is torch.bool:
+        return False
+    return not (t.is_floating_point() or t.is_complex())
+
+
+def _divided(total: Started, t: Tensor, group: Group) -> Started:
+    """The average of integers, once their sum is there: as NCCL rounds it, towards zero."""
+
+    def divide() -> None:
+        if total is not None:
+            total.wait()
+        with torch.no_grad():
+            t.div_(group.size, rounding_mode="trunc")
+
+    return _outcome(None if total is None else total.core_work, total, divide)
 
 
 def _joined(works: Sequence[CoreWork | None]) -> CoreWork | None:
