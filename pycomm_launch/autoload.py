@@ -93,8 +93,8 @@ def _let_launchers_meet() -> None:
 
     @functools.wraps(through_environment)
     def meet(url: str, *args: Any, **kwargs: Any) -> Any:
-        # Where the URL has a rank, the caller says who he is. A port alone is no place: Accelerate sets
-        # one, always the same.
+        # Where the URL has a rank, the caller says who he is. A port alone is no place: Accelerate
+        # sets one, always the same.
         contradicted = "rank=" not in url and warn_of_contradiction(os.environ)
         address = _address()
         unknown = address[0] is None or address == _provided.get(os.getpid())
