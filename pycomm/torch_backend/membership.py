@@ -16,15 +16,16 @@ import atexit
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
 
-from pycomm import runtime
+from pycomm import failure, runtime
 from pycomm._core import Group, World
 from pycomm.connection import connect, host_key, read_settings
-from pycomm.errors import InvalidArgumentError, MismatchError
+from pycomm.errors import CommTimeoutError, InvalidArgumentError, MismatchError
 from pycomm.launch import Meeting, detect
 from pycomm.rendezvous import Rendezvous, StoreGather, mpi_comm
 
@@ -37,15 +38,31 @@ class Membership:
     leave: Callable[[], None]
 
 
-def join(store: Any, rank: int, size: int, timeout_s: float) -> Membership:
+# Of each rank of torch's world, its rank in the job; empty where the two have nothing in common.
+_job_ranks: list[int] = []
+
+
+def join(
+    store: Any, rank: int, size: int, timeout_s: float, torch_ranks: Sequence[int]
+) -> Membership:
     """Become a member. Collective over the ``size`` ranks that share ``store``.
+
+    Args:
+        torch_ranks: theirs in torch's world.
 
     Raises:
         CommTimeoutError: not all came. MismatchError: only some of them are ranks of a job.
         InvalidArgumentError, CommError: as ``pycomm.init``.
     """
+    call = "new_group" if dist.is_initialized() else "init_process_group"
+    in_job = _ranks_in_job(torch_ranks)
+
+    def check(missing: list[int]) -> None:
+        if in_job:
+            runtime.check_present([in_job[other] for other in missing], call)
+
     gather = StoreGather(
-        dist.PrefixStore("pycomm", store), rank, size, timeout_s, call="init_process_group"
+        dist.PrefixStore("pycomm", store), rank, size, timeout_s, call=call, check=check
     )
     mine = {
         "job": runtime.job(),
@@ -59,6 +76,9 @@ def join(store: Any, rank: int, size: int, timeout_s: float) -> Membership:
         raise MismatchError(_mixed_jobs(rank, cards))
     if jobs != {None}:
         group = runtime.make_group([card["rank"] for card in cards], gather, timeout_s)
+        if not dist.is_initialized():
+            _job_ranks[:] = [card["rank"] for card in cards]
+            return Membership(group, _job_ranks.clear)
         return Membership(group, lambda: None)
     comm = None
     if len({card["host"] for card in cards}) > 1 and all(
@@ -68,8 +88,36 @@ def join(store: Any, rank: int, size: int, timeout_s: float) -> Membership:
     meeting = Rendezvous(rank, size, gather, comm)
     if not dist.is_initialized():
         runtime.init_through(meeting, timeout_s=timeout_s)
-        return Membership(runtime.world_group(), runtime.shutdown)
+        _job_ranks[:] = range(size)
+        return Membership(runtime.world_group(), _leave_job)
     return _apart(connect(meeting, read_settings(timeout_s, os.environ)).world)
+
+
+def _leave_job() -> None:
+    """Together with the others, if they come within the timeout of a call.
+
+    In torch, a rank that has nothing more to do need not wait for one that has, and a program that
+    saves its last checkpoint for long on one rank must not fail for that.
+    """
+    _job_ranks.clear()
+    try:
+        runtime.shutdown()
+    except CommTimeoutError as late:
+        failure.unwatch()
+        warnings.warn(
+            f"destroy_process_group: left without waiting longer for the others. {late}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _ranks_in_job(torch_ranks: Sequence[int]) -> list[int]:
+    """Empty if that is not known (yet)."""
+    if not dist.is_initialized() or not runtime.is_initialized():
+        return []
+    if not _job_ranks or not torch_ranks:
+        return _job_ranks
+    return [_job_ranks[r] for r in torch_ranks]
 
 
 def _mpi_rank() -> int | None:
