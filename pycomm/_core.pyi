@@ -432,6 +432,11 @@ class World:
         ``all_gather_bytes`` is theirs and collects in that order. ``timeout_s`` is that of calls
         which name none; 0: the world's.
         """
+    def check_present(self, ranks: Sequence[int], call: str) -> None:
+        """Raise what ends a call if one of these ranks of the world is gone or leaves.
+
+        For who waits for them elsewhere: ranks of other hosts cannot be seen from here.
+        """
     def abort(self, reason: str) -> bool:
         """Make every rank's pending and later calls raise ``reason``.
 

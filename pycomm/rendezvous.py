@@ -199,6 +199,9 @@ def _store(host: str, port: int, is_master: bool, timeout_s: float) -> TCPStore:
         ) from error
 
 
+_CHECK_S = 0.25  # between two looks at whether those who are missing can still come
+
+
 class StoreGather:
     """All-gather through a store of torch's, a key a rank and round: they tell who is missing.
 
@@ -211,16 +214,24 @@ class StoreGather:
         rank, size: of those who meet there.
         timeout_s: seconds for each all-gather.
         call: what they meet for, for errors.
+        check: called now and then with the ranks that have not come; raises if they never will.
     """
 
     def __init__(
-        self, store: Store, rank: int, size: int, timeout_s: float, call: str = "init"
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        timeout_s: float,
+        call: str = "init",
+        check: Callable[[list[int]], None] | None = None,
     ) -> None:
         self._store = store
         self._rank = rank
         self._size = size
         self._timeout_s = timeout_s
         self._call = call
+        self._check = check
         with self._store_is_there():
             self.meeting = (store.add("arrivals", 1) - 1) // size
         self._round = 0
@@ -234,12 +245,14 @@ class StoreGather:
         self._round += 1
         self._store.set(keys[self._rank], data)  # type: ignore[arg-type]  # bytes are welcome
         deadline = time.monotonic() + self._timeout_s
+        next_check = time.monotonic() + _CHECK_S
         pause_s = 1e-3
         while not self._store.check(keys):
             if time.monotonic() > deadline:
-                raise self._late(
-                    [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-                )
+                raise self._late(self._missing(keys))
+            if self._check is not None and time.monotonic() > next_check:
+                self._check_missing(keys, self._check)
+                next_check = time.monotonic() + _CHECK_S
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.05)
         return [self._store.get(key) for key in keys]
@@ -258,6 +271,17 @@ class StoreGather:
                 "group was just destroyed, its store may have been found: give the next one "
                 "another MASTER_PORT."
             ) from error
+
+    def _missing(self, keys: list[str]) -> list[int]:
+        return [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+
+    def _check_missing(self, keys: list[str], check: Callable[[list[int]], None]) -> None:
+        missing = self._missing(keys)
+        try:
+            check(missing)
+        except CommError:
+            if self._missing(keys) == missing:  # who has come meanwhile may have left again
+                raise
 
     def _late(self, missing: list[int]) -> CommTimeoutError:
         shown = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")

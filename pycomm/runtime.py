@@ -132,6 +132,12 @@ def make_group(
     return _session.world.make_group(ranks, all_gather_bytes, timeout_s=timeout_s)
 
 
+def check_present(ranks: Sequence[int], call: str) -> None:
+    """Raise what ends a call if one of these ranks is gone or leaves; see ``_core.World``."""
+    if _session is not None:
+        _session.world.check_present(ranks, call)
+
+
 def is_initialized() -> bool:
     """Whether this process is a rank: between ``init()`` and ``shutdown()``."""
     return _session is not None

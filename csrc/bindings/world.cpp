@@ -92,6 +92,9 @@ void bind_world(py::module_& module) {
           },
           py::arg("ranks"), py::arg("all_gather_bytes"), py::kw_only(), py::arg("timeout_s") = 0.0,
           "A group of these ranks, this one among them, in this order; they alone take part.")
+      .def("check_present", &World::check_present, py::arg("ranks"), py::arg("call"),
+           py::call_guard<py::gil_scoped_release>(),
+           "Raise what ends a call if one of these ranks of the world is gone or leaves.")
       .def("abort", &World::abort, py::arg("reason"), py::call_guard<py::gil_scoped_release>(),
            "Make every rank's pending and later calls raise `reason`; True if none was before.")
       .def(

@@ -88,6 +88,32 @@ std::shared_ptr<Group> World::make_group(const std::vector<int>& ranks,
                        timeout_s);
 }
 
+void World::check_present(const std::vector<int>& ranks, const std::string& call) const {
+  group_->check_notices();
+  const Placement& placement = process_->placement;
+  const auto where = call + " on rank " + std::to_string(process_->rank) + ": rank ";
+  for (const int rank : ranks) {
+    const auto at = static_cast<std::size_t>(rank);
+    if (at >= placement.host_of.size()) {
+      throw InvalidArgumentError(where + std::to_string(rank) + " is not one of the world's.");
+    }
+    if (placement.host_of[at] != placement.host_of[static_cast<std::size_t>(process_->rank)]) {
+      continue;
+    }
+    const auto local = static_cast<std::size_t>(placement.local_rank_of[at]);
+    const ProcessPage& page = Process::page_of(*process_->local_arenas[local]);
+    if (page.life.owner_died()) {
+      throw PeerLostError(where + std::to_string(rank) +
+                          " is gone, its process ended without leaving the job (killed, crashed or "
+                          "out of memory).\n  Read that rank's log and the kernel's (dmesg).");
+    }
+    if (page.leaving.load(std::memory_order_acquire)) {
+      throw MismatchError(where + std::to_string(rank) +
+                          " leaves the job instead.\n  Every rank must make the same calls.");
+    }
+  }
+}
+
 bool World::abort(const std::string& reason) {
   aborted_ = true;
   const bool first = process_->job_notice().post(NoticeKind::kPeerLost, process_->rank, reason);

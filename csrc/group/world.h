@@ -35,6 +35,11 @@ class World {
                                     const Process::AllGatherBytes& all_gather_bytes,
                                     double timeout_s = 0);
 
+  /// For who waits for these ranks elsewhere than in a call: throws what ends a call.
+  /// @throws PeerLostError  one of them, on this host, is gone, or the job was ended.
+  /// @throws MismatchError  one of them, on this host, leaves the job.
+  void check_present(const std::vector<int>& ranks, const std::string& call) const;
+
   /// End the job: every pending and later call of every rank of this host raises PeerLostError
   /// with `reason`. False if another rank was first, whose reason stands.
   bool abort(const std::string& reason);

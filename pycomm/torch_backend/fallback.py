@@ -10,8 +10,10 @@ once there.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import socket
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -37,10 +39,23 @@ class Fallback(dist.ProcessGroupGloo):
         options._timeout = timeout
         super().__init__(dist.PrefixStore("fallback", store), rank, size, options)
         self._set_timeout = set_timeout
+        _fallbacks.add(self)
 
     def _set_default_timeout(self, timeout: timedelta) -> None:
         super()._set_default_timeout(timeout)
         self._set_timeout(timeout)
+
+
+_fallbacks: weakref.WeakSet[Fallback] = weakref.WeakSet()
+
+
+def _never_destroy() -> None:
+    """In a forked child gloo's destructor would wait for ever, for threads of the parent's."""
+    for fallback in _fallbacks:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(fallback))
+
+
+os.register_at_fork(after_in_child=_never_destroy)
 
 
 def _device(several_hosts: bool) -> Any:

@@ -50,8 +50,17 @@ class Membership:
 _life = 0
 
 
-def join(store: Any, rank: int, size: int, timeout_s: float) -> Membership:
+# Of each rank of torch's world, its rank in the job; empty where the two have nothing in common.
+_job_ranks: list[int] = []
+
+
+def join(
+    store: Any, rank: int, size: int, timeout_s: float, torch_ranks: Sequence[int]
+) -> Membership:
     """Become a member. Collective over the ``size`` ranks that share ``store``.
+
+    Args:
+        torch_ranks: theirs in torch's world.
 
     Raises:
         CommTimeoutError: not all came. MismatchError: they disagree about ``size``, or only some
@@ -66,9 +75,16 @@ def join(store: Any, rank: int, size: int, timeout_s: float) -> Membership:
         )
     global _life
     is_default = not dist.is_initialized()
+    call = "init_process_group" if is_default else "new_group"
     place = "pycomm" if is_default else f"pycomm/{_life}"
+    in_job = _ranks_in_job(torch_ranks)
+
+    def check(missing: list[int]) -> None:
+        if in_job:
+            runtime.check_present([in_job[other] for other in missing], call)
+
     gather = StoreGather(
-        dist.PrefixStore(place, store), rank, size, timeout_s, call="init_process_group"
+        dist.PrefixStore(place, store), rank, size, timeout_s, call=call, check=check
     )
     if is_default:
         _life = gather.meeting
@@ -92,7 +108,10 @@ def join(store: Any, rank: int, size: int, timeout_s: float) -> Membership:
         raise MismatchError(_mixed_jobs(rank, cards))
     if jobs != {None}:
         group = runtime.make_group([card["rank"] for card in cards], gather, timeout_s)
-        return Membership(group, lambda: None, empty)
+        if not is_default:
+            return Membership(group, lambda: None, empty)
+        _job_ranks[:] = [card["rank"] for card in cards]
+        return Membership(group, _job_ranks.clear, empty)
     comm = None
     if len({card["host"] for card in cards}) > 1:
         mpi_ranks = [card["mpi_rank"] for card in cards]
@@ -101,9 +120,24 @@ def join(store: Any, rank: int, size: int, timeout_s: float) -> Membership:
     meeting = Rendezvous(rank, size, gather, comm)
     if is_default:
         runtime.init_through(meeting, timeout_s=timeout_s, leave_timeout_s=_LEAVE_TIMEOUT_S)
-        return Membership(runtime.world_group(), runtime.shutdown, empty)
+        _job_ranks[:] = range(size)
+        return Membership(runtime.world_group(), _leave_job, empty)
     world = connect(meeting, read_settings(timeout_s, os.environ)).world
     return Membership(world.group, _apart(world), empty)
+
+
+def _leave_job() -> None:
+    _job_ranks.clear()
+    runtime.shutdown()
+
+
+def _ranks_in_job(torch_ranks: Sequence[int]) -> list[int]:
+    """Empty if that is not known (yet)."""
+    if not dist.is_initialized() or not runtime.is_initialized():
+        return []
+    if not _job_ranks or not torch_ranks:
+        return _job_ranks
+    return [_job_ranks[r] for r in torch_ranks]
 
 
 def _mpi_rank() -> int | None:

@@ -83,7 +83,7 @@ def _ranged(name: str) -> Callable[[Method], Method]:
             with torch.profiler.record_function(label) as span:
                 work = method(self, *args, **kwargs)
                 if isinstance(work, Work):
-                    span._call_end_callbacks_on_future(work.get_future())
+                    work.note_span(span._call_end_callbacks_on_future(work.get_future()))
                 return work
 
         return cast("Method", call)
@@ -99,18 +99,26 @@ class ProcessGroup(dist.ProcessGroup):
     group: every later call raises it, on every rank.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        timeout: timedelta,
+        torch_ranks: Sequence[int] = (),
+    ) -> None:
         super().__init__(rank, size)
         self._timeout_s = timeout.total_seconds()
         self._has_own_timeout = False  # another than the core's group, whose it was first
-        member = membership.join(store, rank, size, self._timeout_s)
+        member = membership.join(store, rank, size, self._timeout_s, torch_ranks)
         self._store = member.store
         self._group: Group | None = member.group  # None once it was destroyed
         self._leave = member.leave
         self._backward: Backward | None = None  # the last one with reductions of torch's reducer
         self._barriers = 0
         self._coalesced: list[Work] | None = None  # what was started since _start_coalescing()
-        fallback = Fallback(
+        # Kept, or torch would only find the C++ part of it.
+        self._fallback = Fallback(
             member.store,
             rank,
             size,
@@ -120,7 +128,7 @@ class ProcessGroup(dist.ProcessGroup):
         )
         for device in ("cpu", "cuda"):
             self._register_backend(
-                torch.device(device), dist.ProcessGroup.BackendType.CUSTOM, fallback
+                torch.device(device), dist.ProcessGroup.BackendType.CUSTOM, self._fallback
             )
         self._set_default_backend(dist.ProcessGroup.BackendType.CUSTOM)
 
@@ -564,7 +572,13 @@ def create_process_group(options: Any, backend_options: object) -> ProcessGroup:
             f"pg_options is a {type(backend_options).__name__}, and pycomm has no such options. "
             "Leave it out."
         )
-    return ProcessGroup(options.store, options.group_rank, options.group_size, options.timeout)
+    return ProcessGroup(
+        options.store,
+        options.group_rank,
+        options.group_size,
+        options.timeout,
+        options.global_ranks_in_group,
+    )
 
 
 def _options(kind: type[Any], given: Sequence[Any], named: Mapping[str, Any]) -> Any:

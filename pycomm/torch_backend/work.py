@@ -36,6 +36,14 @@ class Work(dist.Work):
         self._result = result
         self._lock = threading.Lock()  # of what is done once, after the end
         self._future: Future[Any] | None = None
+        self._span: Future[Any] | None = None
+
+    def note_span(self, ended: Future[Any]) -> None:
+        """``ended`` is settled after the profiler's range has: who has waited may stop profiling.
+
+        A range that ends after the profiler has would end the process.
+        """
+        self._span = ended
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Block until the operation is over; on a GPU, until the current stream waits for it.
@@ -46,8 +54,12 @@ class Work(dist.Work):
         """
         if timeout is not None and timeout > timedelta(0):
             self._wait_at_most(timeout.total_seconds())
-        with self._lock:
-            self._work.wait()
+        try:
+            with self._lock:
+                self._work.wait()
+        finally:
+            if self._span is not None:
+                self._await_span(self._span)
         return True
 
     def synchronize(self) -> None:
@@ -102,9 +114,17 @@ class Work(dist.Work):
             error = self._ended_by()
             settled.set_result(self._result if error is None else error)
 
+    def _await_span(self, span: Future[Any]) -> None:
+        core_work = self._work.core_work
+        if isinstance(core_work, Reduction):
+            core_work.backward.finish()  # which settles it
+        with contextlib.suppress(RuntimeError):  # what ended the operation, once more
+            span.wait()
+
     def _ended_by(self) -> Exception | None:
         try:
-            self.wait()
+            with self._lock:
+                self._work.wait()
         except Exception as error:  # whatever ended it
             return error
         return None
