@@ -37,9 +37,10 @@ from pycomm import work as pycomm_work
 from pycomm._core import Group, ReduceOp
 from pycomm.arguments import refuse
 from pycomm.errors import CommTimeoutError, NotInitializedError
-from pycomm.torch_backend import membership, operations
+from pycomm.torch_backend import membership, messages, moves, reductions
 from pycomm.torch_backend.backward import Backward, is_called_by_reducer
 from pycomm.torch_backend.fallback import Fallback
+from pycomm.torch_backend.tensors import together
 from pycomm.torch_backend.work import DoneWork, Work, Works
 
 NAME = "pycomm"
@@ -184,19 +185,18 @@ class ProcessGroup(dist.ProcessGroup):
             if self._backward is None or self._backward.over:
                 self._backward = Backward.begin(group)
             if self._backward is not None:
-                work = operations.all_reduce(
+                work = reductions.all_reduce(
                     tensors, op, scale, group, self._timeout_of(opts), True, self._backward
                 )
                 return _over(tensors) if work is None else Work(work, list(tensors))
-        return self._run(operations.all_reduce, tensors, op, scale, opts=opts, result=tensors)
+        return self._run(reductions.all_reduce, tensors, op, scale, opts=opts, result=tensors)
 
     @_ranged("all_reduce")
     def allreduce_coalesced(self, tensors: Tensors, *given: Any, **named: Any) -> Any:
         opts = _options(AllreduceCoalescedOptions, given, named)
-        return self._run(
-            operations.all_reduce_coalesced,
-            tensors,
-            *self._op("all_reduce_coalesced", opts),
+        op = self._op("all_reduce_coalesced", opts)
+        return self._run_all(
+            [functools.partial(reductions.all_reduce, [t], *op) for t in tensors],
             opts=opts,
             result=tensors,
         )
@@ -206,7 +206,7 @@ class ProcessGroup(dist.ProcessGroup):
         opts = _options(ReduceOptions, given, named)
         (tensors,) = _lists(tensors)
         return self._run(
-            operations.reduce,
+            reductions.reduce,
             tensors,
             opts.rootRank,
             *self._op("reduce", opts),
@@ -224,7 +224,7 @@ class ProcessGroup(dist.ProcessGroup):
     ) -> Any:
         opts = _options(ReduceScatterOptions, given, named)
         return self._run(
-            operations.reduce_scatter,
+            reductions.reduce_scatter,
             outputs,
             inputs,
             *self._op("reduce_scatter", opts),
@@ -238,7 +238,7 @@ class ProcessGroup(dist.ProcessGroup):
     ) -> Any:
         opts = _options(ReduceScatterOptions, given, named)
         return self._run(
-            operations.reduce_scatter_single,
+            reductions.reduce_scatter_single,
             output,
             input,
             *self._op("reduce_scatter_single", opts),
@@ -254,7 +254,7 @@ class ProcessGroup(dist.ProcessGroup):
         op = self._op("reduce_scatter_single_coalesced", opts)
         return self._run_all(
             [
-                functools.partial(operations.reduce_scatter_single, output, input, *op)
+                functools.partial(reductions.reduce_scatter_single, output, input, *op)
                 for output, input in self._pairs("reduce_scatter_single_coalesced", outputs, inputs)
             ],
             opts=opts,
@@ -267,7 +267,7 @@ class ProcessGroup(dist.ProcessGroup):
     def broadcast(self, tensors: Tensors, *given: Any, **named: Any) -> Any:
         opts = _options(BroadcastOptions, given, named)
         (tensors,) = _lists(tensors)
-        return self._run(operations.broadcast, tensors, opts.rootRank, opts=opts, result=tensors)
+        return self._run(moves.broadcast, tensors, opts.rootRank, opts=opts, result=tensors)
 
     @_ranged("all_gather")
     def allgather(
@@ -278,7 +278,7 @@ class ProcessGroup(dist.ProcessGroup):
         **named: Any,
     ) -> Any:
         opts = _options(AllgatherOptions, given, named)
-        return self._run(operations.all_gather, outputs, inputs, opts=opts, result=outputs)
+        return self._run(moves.all_gather, outputs, inputs, opts=opts, result=outputs)
 
     @_ranged("all_gather")
     def allgather_coalesced(
@@ -295,7 +295,7 @@ class ProcessGroup(dist.ProcessGroup):
             self._pairs(call, of_rank, inputs)
         return self._run_all(
             [
-                functools.partial(operations.all_gather, [[out[i] for out in outputs]], [input])
+                functools.partial(moves.all_gather, [[out[i] for out in outputs]], [input])
                 for i, input in enumerate(inputs)
             ],
             opts=opts,
@@ -305,7 +305,7 @@ class ProcessGroup(dist.ProcessGroup):
     @_ranged("all_gather")
     def all_gather_single(self, output: Tensor, input: Tensor, *given: Any, **named: Any) -> Any:
         opts = _options(AllgatherOptions, given, named)
-        return self._run(operations.all_gather_single, output, input, opts=opts, result=[output])
+        return self._run(moves.all_gather_single, output, input, opts=opts, result=[output])
 
     @_ranged("all_gather")
     def all_gather_single_coalesced(
@@ -314,7 +314,7 @@ class ProcessGroup(dist.ProcessGroup):
         opts = _options(AllgatherOptions, given, named)
         return self._run_all(
             [
-                functools.partial(operations.all_gather_single, output, input)
+                functools.partial(moves.all_gather_single, output, input)
                 for output, input in self._pairs("all_gather_single_coalesced", outputs, inputs)
             ],
             opts=opts,
@@ -330,9 +330,7 @@ class ProcessGroup(dist.ProcessGroup):
         **named: Any,
     ) -> Any:
         opts = _options(GatherOptions, given, named)
-        return self._run(
-            operations.gather, outputs, inputs, opts.rootRank, opts=opts, result=outputs
-        )
+        return self._run(moves.gather, outputs, inputs, opts.rootRank, opts=opts, result=outputs)
 
     @_ranged("scatter")
     def scatter(
@@ -343,9 +341,7 @@ class ProcessGroup(dist.ProcessGroup):
         **named: Any,
     ) -> Any:
         opts = _options(ScatterOptions, given, named)
-        return self._run(
-            operations.scatter, outputs, inputs, opts.rootRank, opts=opts, result=outputs
-        )
+        return self._run(moves.scatter, outputs, inputs, opts.rootRank, opts=opts, result=outputs)
 
     @_ranged("all_to_all")
     def all_to_all_single(
@@ -359,7 +355,7 @@ class ProcessGroup(dist.ProcessGroup):
     ) -> Any:
         opts = _options(AllToAllOptions, given, named)
         return self._run(
-            operations.all_to_all_single,
+            moves.all_to_all_single,
             output,
             input,
             output_splits,
@@ -371,7 +367,7 @@ class ProcessGroup(dist.ProcessGroup):
     @_ranged("all_to_all")
     def alltoall(self, outputs: Tensors, inputs: Tensors, *given: Any, **named: Any) -> Any:
         opts = _options(AllToAllOptions, given, named)
-        return self._run(operations.all_to_all, outputs, inputs, opts=opts, result=outputs)
+        return self._run(moves.all_to_all, outputs, inputs, opts=opts, result=outputs)
 
     # Names of the same in older versions of torch, whose C++ code still asks for some of them.
     _allgather_base = all_gather_single
@@ -385,7 +381,7 @@ class ProcessGroup(dist.ProcessGroup):
     @_ranged("barrier")
     def barrier(self, *given: Any, **named: Any) -> Any:
         opts = _options(BarrierOptions, given, named)
-        return self._run(operations.barrier, opts=opts, result=[])
+        return self._run(moves.barrier, opts=opts, result=[])
 
     def monitored_barrier(
         self, timeout: timedelta | float | None = None, wait_all_ranks: bool = False
@@ -457,19 +453,19 @@ class ProcessGroup(dist.ProcessGroup):
     @_ranged("send")
     def send(self, tensors: Tensors, dst: int, tag: int = 0) -> Work:
         return self._started(
-            operations.send(tensors, dst, tag, self.core, self._timeout_s), list(tensors)
+            messages.send(tensors, dst, tag, self.core, self._timeout_s), list(tensors)
         )
 
     @_ranged("recv")
     def recv(self, tensors: Tensors, src: int, tag: int = 0) -> Work:
         return self._started(
-            operations.recv(tensors, src, tag, self.core, self._timeout_s), list(tensors)
+            messages.recv(tensors, src, tag, self.core, self._timeout_s), list(tensors)
         )
 
     @_ranged("recvAnySource")
     def recv_anysource(self, tensors: Tensors, tag: int = 0) -> Work:
         return self._started(
-            operations.recv(tensors, None, tag, self.core, self._timeout_s), list(tensors)
+            messages.recv(tensors, None, tag, self.core, self._timeout_s), list(tensors)
         )
 
     # --- the end ---------------------------------------------------------------------------------
@@ -497,8 +493,10 @@ class ProcessGroup(dist.ProcessGroup):
 
     def _run_all(self, starts: Sequence[Callable[..., Any]], *, opts: Any, result: Any) -> Any:
         asynchronous, timeout_s = _asynchronous(opts), self._timeout_of(opts)
-        works = (start(self.core, timeout_s, asynchronous) for start in starts)
-        work = operations.together(works, self.core, asynchronous)
+        if not starts:  # ranks whose lists are not empty learn that this one's is
+            return self._run(moves.barrier, opts=opts, result=result)
+        works = [start(self.core, timeout_s, asynchronous) for start in starts]
+        work = together(works, asynchronous)
         return _over(result) if work is None else self._started(work, list(result))
 
     def _started(self, work: pycomm_work.Work[Any], result: list[Any]) -> Work:

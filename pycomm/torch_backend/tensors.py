@@ -1,0 +1,164 @@
+"""Torch's tensors and lists of tensors, as the core wants them.
+
+A tensor that torch lets a user pass, and the core cannot write where it lies (it has gaps, or is
+part of a list), is moved through a contiguous copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from pycomm._core import Group
+from pycomm.arguments import refuse
+from pycomm.memory import dense, memory_order
+from pycomm.work import CoreWork, Together, Work, nothing
+
+Started = Work[Any] | None
+
+
+def outcome(work: CoreWork | None, keep: object, finish: Callable[[], None]) -> Started:
+    if work is None:
+        finish()
+        return None
+    return Work(work, keep, finish)
+
+
+def joined(works: Sequence[CoreWork | None]) -> CoreWork | None:
+    pending = [work for work in works if work is not None]
+    return Together(pending) if pending else None
+
+
+def together(works: Sequence[Started], async_op: bool) -> Started:
+    """Operations of one group, at least one, started one after the other, as one."""
+    if not async_op:
+        return None
+    pending = [work for work in works if work is not None]
+
+    def finish() -> None:
+        for work in pending:
+            work.wait()
+
+    return Work(Together([work.core_work for work in pending]), pending, finish)
+
+
+def only(call: str, argument: str, items: Sequence[Any], group: Group) -> Any:
+    """The one item of a list: torch's lists are as long as a process has GPUs to serve."""
+    if len(items) != 1:
+        refuse(
+            call,
+            group,
+            f"{argument} has {len(items)} entries. Pass one: a process is one rank.",
+        )
+    return items[0]
+
+
+def only_first(call: str, argument: str, items: Sequence[Tensor], group: Group) -> Tensor:
+    if len(items) == 0:
+        refuse(call, group, f"{argument} is empty. Pass a tensor for each of {group.size} ranks.")
+    return items[0]
+
+
+def blocks_of(
+    call: str, argument: str, blocks: Sequence[Tensor], like: Tensor, group: Group
+) -> list[Tensor]:
+    """A tensor for each rank, of the dtype and on the device of ``like``."""
+    if len(blocks) != group.size:
+        refuse(
+            call,
+            group,
+            f"{argument} has {len(blocks)} tensors, and the group has {group.size} ranks.\n"
+            "  Pass one for each rank.",
+        )
+    for index, block in enumerate(blocks):
+        check_same_kind(call, f"{argument}[{index}]", block, like, group)
+    return [block.detach() for block in blocks]
+
+
+def check_same_kind(call: str, argument: str, t: Tensor, like: Tensor, group: Group) -> None:
+    if not isinstance(t, Tensor):
+        refuse(call, group, f"{argument} is a {type(t).__name__}. Pass a torch.Tensor.")
+    if t.dtype is not like.dtype or t.device != like.device:
+        refuse(
+            call,
+            group,
+            f"{argument} has {t.dtype} on {t.device}, and the other tensor has {like.dtype} on "
+            f"{like.device}.\n  Pass tensors of one dtype and device.",
+        )
+
+
+def check_same_count(
+    call: str, argument: str, t: Tensor, other_argument: str, other: Tensor, group: Group
+) -> None:
+    if t.numel() != other.numel():
+        refuse(
+            call,
+            group,
+            f"{argument} of shape {tuple(t.shape)} has {t.numel()} elements, and {other_argument} "
+            f"of shape {tuple(other.shape)} has {other.numel()}.\n  Pass tensors of one size.",
+        )
+
+
+def end_to_end(blocks: Sequence[Tensor]) -> Tensor:
+    return torch.cat([block.reshape(-1) for block in blocks])
+
+
+def spread(flat: Tensor, parts: Sequence[Tensor]) -> None:
+    """The inverse, into tensors that are there."""
+    if not parts:
+        return
+    pieces = torch.split(flat, [part.numel() for part in parts])
+    with torch.no_grad():
+        torch._foreach_copy_(
+            list(parts), [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+        )
+
+
+class Place:
+    """Where the core writes a tensor's values: there, or in a copy if it cannot."""
+
+    def __init__(self, call: str, t: Tensor, group: Group, *, row_major: bool = False) -> None:
+        """
+        Args:
+            row_major: the elements must lie in row-major order, so that ranks may hold them in
+                tensors of different shapes.
+        """
+        self._tensor = t
+        self.memory_order = ""
+        self.memory = t
+        if t.is_neg() or t.is_conj() or (row_major and not t.is_contiguous()):
+            self.memory = dense(t)
+        elif not t.is_contiguous():
+            if _fills_its_memory(t):
+                self.memory_order = memory_order(call, "tensor", t, group)
+            else:
+                self.memory = t.contiguous()
+        self.address = self.memory.data_ptr()
+
+    def written(self, work: CoreWork | None, keep: object = None) -> Started:
+        """The operation, after which the tensor holds what was written."""
+        if self.memory is self._tensor:
+            increment_version(self._tensor)
+            return outcome(work, (self.memory, keep), nothing)
+        return outcome(work, (self.memory, keep), self.copy_back)
+
+    def copy_back(self) -> None:
+        if self.memory is not self._tensor:
+            with torch.no_grad():
+                self._tensor.copy_(self.memory.view(self._tensor.shape))
+
+
+def _fills_its_memory(t: Tensor) -> bool:
+    """Whether its elements lie in one piece of memory, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
