@@ -1,5 +1,5 @@
 # `make train` and `make test` are all that a new machine needs; `make help` lists the rest.
-.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi test-sanitizers clean
+.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi test-sanitizers test-torch-suite clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -44,6 +44,7 @@ help:
 	@echo 'make gpu-check        on a machine with GPUs: tests, and a table against bare NCCL; gpu-report.md'
 	@echo 'make format           rewrite the sources as lint wants them'
 	@echo 'make test-sanitizers  C++ tests with address, undefined behaviour and thread sanitizers'
+	@echo 'make test-torch-suite  the tests of backends that torch ships, on pycomm; docs/torch-suite.md'
 	@echo 'make clean            remove what was built; .venv and runs/ stay'
 
 # --- set-up: each stamp is newer than what it was made from --------------------------------------
@@ -113,6 +114,11 @@ test-python: $(built)
 test-mpi: $(built)
 	$(foreach ranks,2 4,$(time_limit) 600 $(MPIRUN) -np $(ranks) $(mpirun_flags) \
 	  $(if $(is_open_mpi),--tag-output) $(pytest) -p no:cacheprovider $(ARGS) &&) true
+
+# Minutes. torch's test utilities import expecttest.
+test-torch-suite: $(built)
+	python -m pip install --quiet --no-deps expecttest==0.3.0
+	$(time_limit) 1800 python scripts/torch_suite.py $(ARGS)
 
 # Minutes; the peers are installed in .bench/ on first use.
 bench: $(built)
