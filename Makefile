@@ -1,5 +1,5 @@
 # `make train` and `make test` are all that a new machine needs; `make help` lists the rest.
-.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi test-sanitizers test-torch-versions test-programs clean
+.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi test-sanitizers test-torch-versions test-programs test-torch-suite clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -46,6 +46,7 @@ help:
 	@echo 'make format           rewrite the sources as lint wants them'
 	@echo 'make test-sanitizers  C++ tests with address, undefined behaviour and thread sanitizers'
 	@echo 'make test-torch-versions  the torch backend under PyTorch 2.6 and later; VERSIONS="2.6.0 2.8.0"'
+	@echo 'make test-torch-suite  the tests of backends that torch ships, on pycomm; docs/torch-suite.md'
 	@echo 'make clean            remove what was built; .venv and runs/ stay'
 
 # --- set-up: each stamp is newer than what it was made from --------------------------------------
@@ -127,6 +128,10 @@ $(programs): .programs/%/installed: constraints.txt constraints-programs.txt $(i
 
 test-programs: $(built) $(programs)
 	$(time_limit) 3600 $(pytest) -m real_programs -o faulthandler_timeout=300 $(ARGS)
+# Minutes. torch's test utilities import expecttest.
+test-torch-suite: $(built)
+	python -m pip install --quiet --no-deps expecttest==0.3.0
+	$(time_limit) 1800 python scripts/torch_suite.py $(ARGS)
 
 # Minutes; the peers are installed in .bench/ on first use.
 bench: $(built)
