@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -61,6 +62,7 @@ class Outcome:
 def run_all(scenarios: Mapping[str, Scenario], folder: Path) -> Callable[[], object] | None:
     """Run them in turn; ``outcomes.json`` in ``folder`` tells of each. None in this process."""
     outcomes: dict[str, list[dict[str, Any]]] = {}
+    gc.freeze()  # or each rank would look at, and copy, all that was imported when it ends
     for name, scenario in scenarios.items():
         place = folder / name
         place.mkdir()

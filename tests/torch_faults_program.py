@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # DistributedDataParallel does, which takes seconds: once is enough
 import torch.distributed as dist
 from forked_ranks import Rank, Scenario, run_all
 from torch import nn
@@ -27,12 +28,12 @@ import pycomm
 import pycomm.torch_backend  # in the process that forks the ranks
 
 # Long: who waits for a peer that is gone, or for a call that never comes, is noticed by it.
-LONG = timedelta(seconds=40)
+LONG = timedelta(seconds=100)
 
 SCENARIOS: dict[str, Scenario] = {}
 
 
-def scenario(size: int = 2, timeout_s: float = 30.0) -> Callable[[Any], Any]:
+def scenario(size: int = 2, timeout_s: float = 60.0) -> Callable[[Any], Any]:
     def note(body: Any) -> Any:
         SCENARIOS[body.__name__] = Scenario(body, size, timeout_s)
         return body
@@ -173,7 +174,7 @@ for _wait_name, _wait in WAITING.items():
         if _leave_name in ("killed", "raises") or _wait_name in ("all_reduce", "recv", "new_group"):
             _size = 3 if _wait_name == "all_reduce" else 2
             SCENARIOS[f"{_leave_name}_during_{_wait_name}"] = Scenario(
-                _peer_goes(_wait, _leave), _size, 30.0
+                _peer_goes(_wait, _leave), _size, 60.0
             )
 
 
@@ -213,7 +214,7 @@ def _mismatch(call: Callable[[Rank], Any]) -> Any:
 
 
 for _name, _call in MISMATCHES.items():
-    SCENARIOS[f"mismatch_of_{_name}"] = Scenario(_mismatch(_call), 2, 30.0)
+    SCENARIOS[f"mismatch_of_{_name}"] = Scenario(_mismatch(_call), 2, 60.0)
 
 
 @scenario()
@@ -498,6 +499,7 @@ def one_raises_and_destroys(rank: Rank) -> None:
 def aborted(rank: Rank) -> None:
     begin(rank)
     if rank.rank == 0:
+        time.sleep(0.5)  # the other one waits in a call
         dist.distributed_c10d._abort_process_group()
     else:
         caught(rank, lambda: dist.all_reduce(torch.ones(3)))
