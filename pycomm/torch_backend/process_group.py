@@ -181,7 +181,7 @@ class ProcessGroup(dist.ProcessGroup):
         opts = _options(AllreduceOptions, given, named)
         (tensors,) = _lists(tensors)
         op, scale = self._op("all_reduce", opts)
-        if in_backward and (group := self._group) is not None:
+        if in_backward and _fits_backward(tensors) and (group := self._group) is not None:
             if self._backward is None or self._backward.over:
                 self._backward = Backward.begin(group)
             if self._backward is not None:
@@ -608,6 +608,11 @@ def _lists(*arguments: Any) -> tuple[Any, ...]:
     if any(isinstance(argument, Tensor) for argument in arguments):
         return tuple([argument] for argument in arguments)
     return arguments
+
+
+def _fits_backward(tensors: Tensors) -> bool:
+    """Whether a turn takes them: another operation would wait until the turn is over."""
+    return all(t.layout is torch.strided and t.is_cpu for t in tensors)
 
 
 def _asynchronous(opts: Any) -> bool:

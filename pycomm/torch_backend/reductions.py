@@ -42,7 +42,10 @@ def all_reduce(
     backward: Backward | None = None,
     meaning: str = "",
 ) -> Started:
-    """In ``backward``, if that is not over, where the training thread comes by again."""
+    """In ``backward``, if that is not over, where the training thread comes by again.
+
+    A tensor that goes there is dense and on the CPU.
+    """
     t = only("all_reduce", "tensors", tensors, group)
     if t.layout is torch.sparse_coo:
         return sparse_all_reduce(t, op, group, timeout_s, async_op)
@@ -52,7 +55,7 @@ def all_reduce(
         return _divided(total, t, group)
     dtype = reducible("all_reduce", "tensor", t, op, group)
     place = Place("all_reduce", t, group)
-    if backward is not None and t.is_cpu:
+    if backward is not None:
         reduction = backward.all_reduce(
             place.address,
             place.address,
