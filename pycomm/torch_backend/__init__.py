@@ -6,8 +6,10 @@ importing this package does the same.
 """
 
 from pycomm.torch_backend.process_group import ProcessGroup, create_process_group
+from pycomm.torch_backend.reducer import keep_works_of_forward
 from pycomm_launch.autoload import autoload
 
 __all__ = ["ProcessGroup", "create_process_group"]
 
+keep_works_of_forward()
 autoload()
