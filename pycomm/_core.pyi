@@ -385,6 +385,8 @@ class Turn:
         """Issue it behind those issued before, and advance(). Errors come from wait()."""
     def advance(self) -> None:
         """Go on as far as possible without waiting."""
+    def check(self) -> None:
+        """Look at deadlines and peers; what ends an operation is kept for wait()."""
     def done(self) -> bool:
         """Whether all that was started is over, with an error or without."""
     def wait(self) -> None:

@@ -1,5 +1,7 @@
 """What torch's reducer starts in backward is run by the training thread, or by its keeper."""
 
+import _thread
+import functools
 import re
 import threading
 import time
@@ -10,8 +12,8 @@ from run_ranks import RankError, run_ranks
 from torch import Tensor
 
 from pycomm._core import DType, Group, ReduceOp
-from pycomm.errors import MismatchError
-from pycomm.torch_backend.backward import Backward, Reduction
+from pycomm.errors import MismatchError, PeerLostError
+from pycomm.torch_backend.backward import Backward, Reduction, is_called_by_reducer
 
 
 def start(backward: Backward, t: Tensor) -> Reduction:
@@ -170,3 +172,37 @@ def test_a_busy_group_and_one_of_several_hosts_have_no_turn_to_give():
     refused: list[object] = []
     run_ranks(2, on_two, hosts=[0, 1])
     assert refused == [None, None]
+
+
+def test_the_keeper_notices_that_a_peer_has_given_up():
+    def rank(group: Group) -> str:
+        if group.rank == 0:
+            started.wait(30)
+            group.abort("rank 0 gives up")
+            return ""
+        t = torch.ones(50_000)
+        reductions = []
+
+        def bucket() -> None:
+            reductions.append(start(Backward.begin(group), t))
+            started.set()
+
+        def compute() -> None:
+            deadline = time.monotonic() + 30
+            while not reductions[0].done() and time.monotonic() < deadline:
+                time.sleep(0.01)
+
+        with pytest.raises(PeerLostError, match="rank 0 gives up") as error:
+            run_backward(bucket, compute)
+        return str(error.value)
+
+    started = threading.Event()
+    assert "rank 0 gives up" in run_ranks(2, rank)[1]
+
+
+def test_a_call_without_a_python_frame_is_not_the_reducers():
+    found = []
+    _thread.start_new_thread(functools.partial(is_called_by_reducer, 50), ())
+    found.append(is_called_by_reducer(10_000))
+    run_backward(lambda: found.append(is_called_by_reducer(0)))  # a hook in Python
+    assert found == [False, False]

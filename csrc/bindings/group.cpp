@@ -293,6 +293,10 @@ void bind_group(py::module_& module) {
           "advance", [](HeldTurn& held) { held.turn->advance(); },
           py::call_guard<py::gil_scoped_release>(), "Go on as far as possible without waiting.")
       .def(
+          "check", [](HeldTurn& held) { held.turn->check(); },
+          py::call_guard<py::gil_scoped_release>(),
+          "Look at deadlines and peers; what ends an operation is kept for wait().")
+      .def(
           "done", [](const HeldTurn& held) { return held.turn->done(); },
           "Whether all that was started is over.")
       .def(

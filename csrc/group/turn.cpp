@@ -41,6 +41,14 @@ void Turn::advance() {
   }
 }
 
+void Turn::check() {
+  try {
+    if (execution_) execution_->check();
+  } catch (...) {
+    fail();
+  }
+}
+
 bool Turn::step() {
   if (operations_.empty()) return false;
   if (!execution_) {

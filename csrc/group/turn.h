@@ -40,6 +40,10 @@ class Turn {
   /// Go on as far as possible without waiting. An error finishes the group and is kept for wait().
   void advance();
 
+  /// Look at deadlines and peers, for a thread that does not wait. What ends an operation finishes
+  /// the group and is kept for wait().
+  void check();
+
   /// Block until all is over; rethrows what ended it. An interrupt finishes the group.
   void wait(const InterruptCheck& check_interrupt);
 

@@ -23,20 +23,25 @@ import torch
 from torch.autograd import graph
 
 from pycomm._core import Completions, Group, Turn
-from pycomm.end_of_backward import EndOfBackward
 from pycomm.errors import PeerLostError
 
+_engine: Any = torch.autograd.Variable._execution_engine
 _ENGINE = graph._engine_run_backward.__code__
 _PATIENCE_S = 0.5  # until the keeper takes over
 _KEEPERS_PAUSE_S = 1e-3
 
 
 def is_called_by_reducer(depth: int) -> bool:
-    """Whether torch's C++ code called, in a backward pass: ``depth`` frames up is the engine.
+    """Whether torch's C++ code called, from a hook of a backward pass of this thread.
 
-    A hook in Python may wait for what it started at once, and is not taken for the reducer.
+    ``depth`` frames up is the autograd engine then. A hook in Python may wait for what it started
+    at once, and so may a callback at the end of backward: they are not taken for the reducer.
     """
-    return sys._getframe(depth + 1).f_code is _ENGINE and torch._C._current_graph_task_id() >= 0
+    try:
+        caller = sys._getframe(depth + 1)
+    except ValueError:  # a thread of the engine's own
+        return False
+    return caller.f_code is _ENGINE and torch._C._current_autograd_node() is not None
 
 
 class Backward:
@@ -47,9 +52,11 @@ class Backward:
         self._lock = threading.RLock()
         self._callbacks: list[Callable[[], None]] = []
         self._error: Exception | None = None
+        self._interrupt: BaseException | None = None
         self._visited = time.monotonic()
         self.over = False
-        EndOfBackward(self._end)
+        # Of the innermost backward, as the reducer's own.
+        _engine.queue_callback(self._end)
         _keeper.watch(self)
 
     @classmethod
@@ -76,8 +83,8 @@ class Backward:
     def finish(self) -> None:
         """Bring all of them to their end and let the group go. What ended them: ``raise_error``."""
         with self._lock:
-            if not self.over:
-                self._close()
+            callbacks = [] if self.over else self._close()
+        self._call_back(callbacks)
 
     def raise_error(self) -> None:
         if self._error is not None:
@@ -95,13 +102,16 @@ class Backward:
         """For the keeper: where the training thread should have come by, do what it would have."""
         if time.monotonic() - self._visited < _PATIENCE_S or not self._lock.acquire(blocking=False):
             return  # it was here a moment ago, or is now
+        callbacks: list[Callable[[], None]] = []
         try:
             if not self.over:
                 self._turn.advance()
+                self._turn.check()
                 if self._turn.done():
-                    self._close()
+                    callbacks = self._close()
         finally:
             self._lock.release()
+        self._call_back(callbacks)
 
     @property
     def is_late(self) -> bool:
@@ -112,20 +122,24 @@ class Backward:
         self.finish()
         self.raise_error()
 
-    def _close(self) -> None:
-        interrupt: BaseException | None = None
+    def _close(self) -> list[Callable[[], None]]:
+        """Under the lock. Returns what is to be called without it."""
         try:
             self._turn.wait()
         except Exception as error:  # for those who wait for a reduction
             self._error = error
         except BaseException as error:  # Ctrl-C: for this thread alone
-            interrupt = error
+            self._interrupt = error
             self._error = PeerLostError("interrupted while reducing what backward had started.")
         self._turn.close()
         self.over = True
         callbacks, self._callbacks = self._callbacks, []
+        return callbacks
+
+    def _call_back(self, callbacks: list[Callable[[], None]]) -> None:
         for callback in callbacks:
             callback()
+        interrupt, self._interrupt = self._interrupt, None
         if interrupt is not None:
             raise interrupt
 

@@ -33,9 +33,16 @@ class Settler:
         self._lock = threading.Lock()
         self._listening = 0
         self._threads: list[threading.Thread] = []
+        self._closed = False
 
     def watch(self, work: Announced, callback: Callable[[], None]) -> None:
-        """Call ``callback``, which raises nothing, when ``work`` is over."""
+        """Call ``callback``, which raises nothing and may wait for ``work``, when that is over.
+
+        At the end of the process, when no thread listens any more, the caller waits.
+        """
+        if self._closed:
+            callback()
+            return
         ticket = next(self._tickets)
         self._callbacks[ticket] = callback
         work.announce_to(self._completions, ticket)
@@ -46,6 +53,7 @@ class Settler:
 
     def close(self) -> None:
         """Settle what is over and end the threads."""
+        self._closed = True
         self._completions.close()
         for thread in self._threads:
             if thread is not threading.current_thread():

@@ -11,10 +11,7 @@ from pycomm._core import Group
 from pycomm.arguments import movable, rank_of, refuse
 from pycomm.device import place_of
 from pycomm.memory import dense
-from pycomm.torch_backend.tensors import (
-    Place,
-    only,
-)
+from pycomm.torch_backend.tensors import Place, delivered, only, plain
 from pycomm.work import Work, nothing
 
 
@@ -22,7 +19,7 @@ def send(
     tensors: Sequence[Tensor], dst: int, tag: int, group: Group, timeout_s: float
 ) -> Work[None]:
     """Torch compares the number of elements of a message, not its shape."""
-    t = only("send", "tensors", tensors, group).detach()
+    t = plain("send", only("send", "tensors", tensors, group), group)
     dtype = movable("send", "tensor", t, group)
     source = dense(t)
     work = group.isend(
@@ -41,7 +38,7 @@ def recv(
     tensors: Sequence[Tensor], src: int | None, tag: int, group: Group, timeout_s: float
 ) -> Work[int]:
     """Its result is whose message it was; ``src`` None takes the earliest of any rank."""
-    t = only("recv", "tensors", tensors, group).detach()
+    t = plain("recv", only("recv", "tensors", tensors, group), group)
     dtype = movable("recv", "tensor", t, group)
     place = Place("recv", t, group, row_major=True)
     work = group.irecv(
@@ -58,7 +55,8 @@ def recv(
         place.copy_back()
         return work.source
 
-    return Work(_DrivenByWaiter(work, group), place.memory, finish)
+    kind = Work if place.memory is t else delivered
+    return kind(_DrivenByWaiter(work, group), place.memory, finish)
 
 
 class _DrivenByWaiter:

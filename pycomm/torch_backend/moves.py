@@ -23,6 +23,7 @@ from pycomm.torch_backend.tensors import (
     only,
     only_first,
     outcome,
+    plain,
     spread,
 )
 from pycomm.work import nothing
@@ -31,7 +32,7 @@ from pycomm.work import nothing
 def broadcast(
     tensors: Sequence[Tensor], root: int, group: Group, timeout_s: float, async_op: bool
 ) -> Started:
-    t = only("broadcast", "tensors", tensors, group).detach()
+    t = plain("broadcast", only("broadcast", "tensors", tensors, group), group)
     dtype = movable("broadcast", "tensor", t, group)
     place = Place("broadcast", t, group)
     work = group.broadcast(
@@ -58,7 +59,7 @@ def all_gather(
 ) -> Started:
     """Every rank's input into ``outputs[0]``, by rank; their sizes may differ."""
     call = "all_gather"
-    source = only(call, "inputs", inputs, group).detach()
+    source = plain(call, only(call, "inputs", inputs, group), group)
     parts = blocks_of(call, "outputs", only(call, "outputs", outputs, group), source, group)
     dtype = movable(call, "input", source, group)
     source = dense(source)
@@ -85,7 +86,7 @@ def all_gather_single(
 ) -> Started:
     """Every rank's input, end to end, into one tensor of as many elements."""
     call = "all_gather_single"
-    output, source = output.detach(), input.detach()
+    output, source = plain(call, output, group), plain(call, input, group)
     dtype = movable(call, "input", source, group)
     check_same_kind(call, "output", output, source, group)
     if output.numel() != group.size * source.numel():
@@ -120,7 +121,7 @@ def gather(
 ) -> Started:
     """Every rank's input into the root's ``outputs[0]``, by rank; there are none elsewhere."""
     call = "gather"
-    source = only(call, "inputs", inputs, group).detach()
+    source = plain(call, only(call, "inputs", inputs, group), group)
     root = rank_of(call, "root", root, group)
     dtype = movable(call, "input", source, group)
     parts: list[Tensor] = []
@@ -155,7 +156,7 @@ def scatter(
 ) -> Started:
     """``inputs[0][r]`` of the root into rank ``r``'s output; ``inputs`` is empty elsewhere."""
     call = "scatter"
-    output = only(call, "outputs", outputs, group).detach()
+    output = plain(call, only(call, "outputs", outputs, group), group)
     root = rank_of(call, "root", root, group)
     dtype = movable(call, "output", output, group)
     flat = output.new_empty(0)
@@ -191,7 +192,7 @@ def all_to_all_single(
 ) -> Started:
     """Block ``r`` of the input goes to rank ``r``; splits are rows, or empty for equal blocks."""
     call = "all_to_all_single"
-    output, source = output.detach(), input.detach()
+    output, source = plain(call, output, group), plain(call, input, group)
     dtype = movable(call, "input", source, group)
     check_same_kind(call, "output", output, source, group)
     input_counts = _split_counts(call, "input", source, input_splits, group)

@@ -40,7 +40,7 @@ from pycomm.errors import CommTimeoutError, NotInitializedError
 from pycomm.torch_backend import membership, messages, moves, reductions
 from pycomm.torch_backend.backward import Backward, is_called_by_reducer
 from pycomm.torch_backend.fallback import Fallback
-from pycomm.torch_backend.tensors import together
+from pycomm.torch_backend.tensors import Delivery, tensors_in, together
 from pycomm.torch_backend.work import DoneWork, Work, Works
 
 NAME = "pycomm"
@@ -116,6 +116,7 @@ class ProcessGroup(dist.ProcessGroup):
         self._group: Group | None = member.group  # None once it was destroyed
         self._leave = member.leave
         self._backward: Backward | None = None  # the last one with reductions of torch's reducer
+        self._undelivered: list[tuple[set[int], Work]] = []  # and the memory they write
         self._barriers = 0
         self._coalesced: list[Work] | None = None  # what was started since _start_coalescing()
         # Kept, or torch would only find the C++ part of it.
@@ -135,16 +136,24 @@ class ProcessGroup(dist.ProcessGroup):
 
     @property
     def core(self) -> Group:
-        """The core's group, whose queue, memory and errors these are."""
-        if self._backward is not None:
-            self._backward.finish()  # what it started comes first
-            self._backward = None
+        """The core's group, for a collective: what torch's reducer has started comes first."""
+        self._end_backward()
+        return self.mail
+
+    @property
+    def mail(self) -> Group:
+        """The core's group, for a message, which waits for no collective."""
         if self._group is None:
             raise NotInitializedError(
                 f"rank {self.rank()}: this process group was destroyed.\n"
                 "  Make a new one: init_process_group() or new_group()."
             )
         return self._group
+
+    def _end_backward(self) -> None:
+        if self._backward is not None:
+            self._backward.finish()
+            self._backward = None
 
     def getBackendName(self) -> str:  # noqa: N802
         return NAME
@@ -165,6 +174,8 @@ class ProcessGroup(dist.ProcessGroup):
             and _SAYS_ASYNC
             and not opts.asyncOp
             and self._backward is None
+            and not self._undelivered
+            and self._group is not None
             and not self._has_own_timeout
             and opts.reduceOp == _SUM
             and opts.timeout < _NO_TIME
@@ -278,7 +289,9 @@ class ProcessGroup(dist.ProcessGroup):
         **named: Any,
     ) -> Any:
         opts = _options(AllgatherOptions, given, named)
-        return self._run(moves.all_gather, outputs, inputs, opts=opts, result=outputs)
+        return self._run(
+            moves.all_gather, outputs, inputs, opts=opts, result=[*tensors_in(outputs)]
+        )
 
     @_ranged("all_gather")
     def allgather_coalesced(
@@ -330,7 +343,9 @@ class ProcessGroup(dist.ProcessGroup):
         **named: Any,
     ) -> Any:
         opts = _options(GatherOptions, given, named)
-        return self._run(moves.gather, outputs, inputs, opts.rootRank, opts=opts, result=outputs)
+        return self._run(
+            moves.gather, outputs, inputs, opts.rootRank, opts=opts, result=[*tensors_in(outputs)]
+        )
 
     @_ranged("scatter")
     def scatter(
@@ -453,19 +468,19 @@ class ProcessGroup(dist.ProcessGroup):
     @_ranged("send")
     def send(self, tensors: Tensors, dst: int, tag: int = 0) -> Work:
         return self._started(
-            messages.send(tensors, dst, tag, self.core, self._timeout_s), list(tensors)
+            messages.send(tensors, dst, tag, self.mail, self._timeout_s), list(tensors)
         )
 
     @_ranged("recv")
     def recv(self, tensors: Tensors, src: int, tag: int = 0) -> Work:
         return self._started(
-            messages.recv(tensors, src, tag, self.core, self._timeout_s), list(tensors)
+            messages.recv(tensors, src, tag, self.mail, self._timeout_s), list(tensors)
         )
 
     @_ranged("recvAnySource")
     def recv_anysource(self, tensors: Tensors, tag: int = 0) -> Work:
         return self._started(
-            messages.recv(tensors, None, tag, self.core, self._timeout_s), list(tensors)
+            messages.recv(tensors, None, tag, self.mail, self._timeout_s), list(tensors)
         )
 
     # --- the end ---------------------------------------------------------------------------------
@@ -473,6 +488,7 @@ class ProcessGroup(dist.ProcessGroup):
     def shutdown(self) -> None:
         """Leave, together with the other members. ``destroy_process_group`` calls it."""
         if self._group is not None:
+            self._end_backward()
             self._group = None
             self._leave()
 
@@ -488,19 +504,33 @@ class ProcessGroup(dist.ProcessGroup):
 
     def _run(self, operation: Callable[..., Any], *args: Any, opts: Any, result: Any) -> Any:
         asynchronous = _asynchronous(opts)
+        self._deliver_to(args)
         work = operation(*args, self.core, self._timeout_of(opts), asynchronous)
         return _over(result) if work is None else self._started(work, list(result))
 
-    def _run_all(self, starts: Sequence[Callable[..., Any]], *, opts: Any, result: Any) -> Any:
+    def _run_all(self, starts: Sequence[functools.partial[Any]], *, opts: Any, result: Any) -> Any:
         asynchronous, timeout_s = _asynchronous(opts), self._timeout_of(opts)
         if not starts:  # ranks whose lists are not empty learn that this one's is
             return self._run(moves.barrier, opts=opts, result=result)
+        self._deliver_to([start.args for start in starts])
         works = [start(self.core, timeout_s, asynchronous) for start in starts]
         work = together(works, asynchronous)
         return _over(result) if work is None else self._started(work, list(result))
 
+    def _deliver_to(self, arguments: Any) -> None:
+        """What an operation reads or writes, earlier ones must have written."""
+        self._undelivered = [each for each in self._undelivered if not each[1].is_completed()]
+        if self._undelivered:
+            memories = _memories(arguments)
+            for written, work in self._undelivered:
+                if written & memories:
+                    work.wait()
+
     def _started(self, work: pycomm_work.Work[Any], result: list[Any]) -> Work:
         started = Work(work, result)
+        if isinstance(work, Delivery):
+            started.get_future()  # which is settled, and the results delivered, if nobody waits
+            self._undelivered.append((_memories(result), started))
         if self._coalesced is not None:
             self._coalesced.append(started)
         return started
@@ -608,6 +638,11 @@ def _lists(*arguments: Any) -> tuple[Any, ...]:
     if any(isinstance(argument, Tensor) for argument in arguments):
         return tuple([argument] for argument in arguments)
     return arguments
+
+
+def _memories(values: Any) -> set[int]:
+    """The pieces of memory in which tensors lie, however deep in lists."""
+    return {t.untyped_storage().data_ptr() for t in tensors_in(values) if t.layout is torch.strided}
 
 
 def _fits_backward(tensors: Tensors) -> bool:

@@ -28,6 +28,7 @@ from pycomm.torch_backend.tensors import (
     joined,
     only,
     outcome,
+    plain,
 )
 from pycomm.work import nothing
 
@@ -49,7 +50,7 @@ def all_reduce(
     t = only("all_reduce", "tensors", tensors, group)
     if t.layout is torch.sparse_coo:
         return sparse_all_reduce(t, op, group, timeout_s, async_op)
-    t = t.detach()
+    t = plain("all_reduce", t, group)
     if _averages_integers(op, t):
         total = all_reduce([t], ReduceOp.SUM, scale, group, timeout_s, async_op, meaning=_AVERAGE)
         return _divided(total, t, group)
@@ -150,7 +151,7 @@ def reduce(
     meaning: str = "",
 ) -> Started:
     """Only the root's tensor is written."""
-    t = only("reduce", "tensors", tensors, group).detach()
+    t = plain("reduce", only("reduce", "tensors", tensors, group), group)
     if _averages_integers(op, t):
         total = reduce([t], root, ReduceOp.SUM, scale, group, timeout_s, async_op, _AVERAGE)
         return _divided(total, t, group) if group.rank == root else total
@@ -186,7 +187,7 @@ def reduce_scatter(
 ) -> Started:
     """The sum of all ranks' ``inputs[0][r]`` into rank ``r``'s output; their sizes may differ."""
     call = "reduce_scatter"
-    output = only(call, "outputs", outputs, group).detach()
+    output = plain(call, only(call, "outputs", outputs, group), group)
     if _averages_integers(op, output):
         total = reduce_scatter(
             [output], inputs, ReduceOp.SUM, scale, group, timeout_s, async_op, _AVERAGE
@@ -231,7 +232,7 @@ def reduce_scatter_single(
 ) -> Started:
     """Block ``r`` of the sum of all ranks' inputs into rank ``r``'s output."""
     call = "reduce_scatter_single"
-    output, source = output.detach(), input.detach()
+    output, source = plain(call, output, group), plain(call, input, group)
     if _averages_integers(op, source):
         total = reduce_scatter_single(
             output, source, ReduceOp.SUM, scale, group, timeout_s, async_op, _AVERAGE

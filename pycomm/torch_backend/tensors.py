@@ -6,26 +6,80 @@ part of a list), is moved through a contiguous copy.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.nn import Parameter
 
 from pycomm._core import Group
 from pycomm.arguments import refuse
 from pycomm.memory import dense, memory_order
 from pycomm.work import CoreWork, Together, Work, nothing
 
+T = TypeVar("T")
 Started = Work[Any] | None
+
+
+class Delivery(Work[T]):
+    """An operation at whose end results are copied to where they belong.
+
+    Somebody has to do that soon after, whether the caller waits or not.
+    """
+
+
+def delivered(work: CoreWork, keep: object, finish: Callable[[], T]) -> Delivery[T]:
+    """``finish`` copies, in any thread: as one that infers only, if this one does."""
+    infers = torch.is_inference_mode_enabled()
+
+    def copy() -> T:
+        with torch.inference_mode(infers), torch.no_grad():
+            return finish()
+
+    return Delivery(work, keep, copy)
 
 
 def outcome(work: CoreWork | None, keep: object, finish: Callable[[], None]) -> Started:
     if work is None:
         finish()
         return None
-    return Work(work, keep, finish)
+    return Work(work, keep, finish) if finish is nothing else delivered(work, keep, finish)
+
+
+def plain(call: str, t: Tensor, group: Group) -> Tensor:
+    """``t`` without autograd. What a functional collective has returned is waited for."""
+    if type(t) is Tensor or type(t) is Parameter or not isinstance(t, Tensor):
+        return t.detach()
+    functional = sys.modules.get("torch.distributed._functional_collectives")
+    if functional is not None and isinstance(t, functional.AsyncCollectiveTensor):
+        return plain(call, t.trigger_wait(), group)
+    if t.layout is torch.strided and t.numel() > 0 and not _has_memory(t):
+        refuse(
+            call,
+            group,
+            f"a {type(t).__name__} has no memory of its own that could be sent.\n"
+            "  Pass what is inside: to_local() of a DTensor.",
+        )
+    return t.detach()
+
+
+def _has_memory(t: Tensor) -> bool:
+    try:
+        return t.data_ptr() != 0
+    except RuntimeError:  # a FakeTensor
+        return False
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Those in lists and tuples, however deep."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from tensors_in(value)
 
 
 def joined(works: Sequence[CoreWork | None]) -> CoreWork | None:
@@ -38,12 +92,15 @@ def together(works: Sequence[Started], async_op: bool) -> Started:
     if not async_op:
         return None
     pending = [work for work in works if work is not None]
+    core_works = Together([work.core_work for work in pending])
+    if not any(isinstance(work, Delivery) for work in pending):
+        return Work(core_works, pending, nothing)
 
     def finish() -> None:
         for work in pending:
             work.wait()
 
-    return Work(Together([work.core_work for work in pending]), pending, finish)
+    return delivered(core_works, pending, finish)
 
 
 def only(call: str, argument: str, items: Sequence[Any], group: Group) -> Any:
@@ -76,7 +133,7 @@ def blocks_of(
         )
     for index, block in enumerate(blocks):
         check_same_kind(call, f"{argument}[{index}]", block, like, group)
-    return [block.detach() for block in blocks]
+    return [plain(call, block, group) for block in blocks]
 
 
 def check_same_kind(call: str, argument: str, t: Tensor, like: Tensor, group: Group) -> None:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.futures import Future
 
 from pycomm import work as pycomm_work
 from pycomm.errors import CommTimeoutError
 from pycomm.torch_backend.backward import Reduction
 from pycomm.torch_backend.completions import settler
+from pycomm.torch_backend.tensors import Delivery, tensors_in
 
 _POLL_S = 1e-3  # of a wait with a timeout of its own
 
@@ -66,7 +66,12 @@ class Work(dist.Work):
         self.wait()
 
     def is_completed(self) -> bool:
-        return self._work.done()
+        """Its results are there, too."""
+        if not self._work.done():
+            return False
+        if isinstance(self._work, Delivery):
+            self._ended_by()
+        return True
 
     def is_success(self) -> bool:
         return self._work.done() and self._ended_by() is None
@@ -91,7 +96,7 @@ class Work(dist.Work):
         """Settled with ``result()`` when the operation is over; on GPUs, in stream order."""
         if self._future is None:
             devices = sorted(
-                {t.device for t in _tensors(self._result) if t.is_cuda}, key=lambda d: d.index
+                {t.device for t in tensors_in(self._result) if t.is_cuda}, key=lambda d: d.index
             )
             settled: Future[Any] = Future(devices=[*devices])
             # Future.set_exception ends the process in DDP's reducer; what `then` raises does not.
@@ -112,6 +117,9 @@ class Work(dist.Work):
     def _settle(self, settled: Future[Any], devices: list[torch.device]) -> None:
         with _streams_of_their_own(devices):
             error = self._ended_by()
+            if isinstance(self._work, Delivery):  # who waits for the operation knows no stream here
+                for device in devices:
+                    torch.cuda.current_stream(device).synchronize()
             settled.set_result(self._result if error is None else error)
 
     def _await_span(self, span: Future[Any]) -> None:
@@ -210,14 +218,6 @@ def _unwrap(settled: Future[Any]) -> Any:
     if isinstance(value, Exception):
         raise value
     return value
-
-
-def _tensors(result: list[Any]) -> Iterator[Tensor]:
-    for item in result:
-        if isinstance(item, Tensor):
-            yield item
-        else:
-            yield from _tensors(item)
 
 
 @contextlib.contextmanager
