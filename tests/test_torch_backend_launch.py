@@ -92,15 +92,15 @@ TORCH_ONLY = script("""
 @pytest.mark.parametrize(
     ("launch", "lives"),
     [
-        (mpirun, ["gloo", "gloo", "pycomm", "pycomm", "gloo"]),
+        (mpirun, ["gloo", "pycomm", "pycomm", "gloo"]),
         (torchrun, ["pycomm", "pycomm", "pycomm"]),  # gloo has one life there
     ],
     ids=["mpirun", "torchrun"],
 )
 def test_a_script_that_knows_torch_alone(launch, lives):
-    done = launch(4, TORCH_ONLY, *lives)
+    done = launch(3, TORCH_ONLY, *lives)
     for life, backend in enumerate(lives):
-        on_every_rank(done, 4, f"{backend} in life {life}")
+        on_every_rank(done, 3, f"{backend} in life {life}")
 
 
 @pytest.mark.timeout(150)
@@ -200,7 +200,8 @@ def test_pycomm_imported_before_torch_and_a_world_of_one_that_nobody_started():
         print("sum", t.tolist())
         """
     )
-    assert done.returncode == 0 and done.out == "sum [1.0, 1.0, 1.0]\n", done.out + done.err
+    # Older versions of gloo, the group behind, print a line of their own.
+    assert done.returncode == 0 and done.out.endswith("sum [1.0, 1.0, 1.0]\n"), done.out + done.err
 
 
 def test_without_autoloading_the_import_of_the_backend_does_the_same():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import threading
 import time
@@ -21,6 +22,25 @@ from pycomm.torch_backend.tensors import Delivery, tensors_in
 
 _POLL_S = 1e-3  # of a wait with a timeout of its own
 
+# PyTorch 2.6 lets go of the Python object when only C++ holds a Work (functional collectives do),
+# and its wait() then blocks for ever. So it is kept here until somebody has waited or its future is
+# settled, and a little longer: a coalesced operation is waited for once for each of its tensors.
+# Later versions keep the object themselves (pytorch/pytorch#146376), and shut groups down.
+_TORCH_LOSES_WORKS = not hasattr(dist.ProcessGroup, "shutdown")
+_kept: set[dist.Work] = set()
+_waited_for: collections.deque[dist.Work] = collections.deque(maxlen=64)
+
+
+def _keep(work: dist.Work) -> None:
+    if _TORCH_LOSES_WORKS:
+        _kept.add(work)
+
+
+def _keep_no_longer(work: dist.Work) -> None:
+    if work in _kept:
+        _kept.discard(work)
+        _waited_for.append(work)
+
 
 class Work(dist.Work):
     """An operation in flight, as torch's C++ and Python code know it.
@@ -37,6 +57,7 @@ class Work(dist.Work):
         self._lock = threading.Lock()  # of what is done once, after the end
         self._future: Future[Any] | None = None
         self._span: Future[Any] | None = None
+        _keep(self)
 
     def note_span(self, ended: Future[Any]) -> None:
         """``ended`` is settled after the profiler's range has: who has waited may stop profiling.
@@ -58,6 +79,7 @@ class Work(dist.Work):
             with self._lock:
                 self._work.wait()
         finally:
+            _keep_no_longer(self)
             if self._span is not None:
                 self._await_span(self._span)
         return True
@@ -188,8 +210,10 @@ class DoneWork(dist.Work):
         super().__init__()
         self._result = result
         self._source = source
+        _keep(self)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
+        _keep_no_longer(self)
         return True
 
     def synchronize(self) -> None:
