@@ -1,5 +1,5 @@
 # `make train` and `make test` are all that a new machine needs; `make help` lists the rest.
-.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi test-sanitizers test-torch-versions test-programs test-torch-suite clean
+.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi test-sanitizers test-torch-versions test-torch-training test-programs test-torch-suite clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -46,6 +46,7 @@ help:
 	@echo 'make format           rewrite the sources as lint wants them'
 	@echo 'make test-sanitizers  C++ tests with address, undefined behaviour and thread sanitizers'
 	@echo 'make test-torch-versions  the torch backend under PyTorch 2.6 and later; VERSIONS="2.6.0 2.8.0"'
+	@echo 'make test-torch-training  what torch builds on a process group, beside gloo; docs/torch-training.md'
 	@echo 'make test-torch-suite  the tests of backends that torch ships, on pycomm; docs/torch-suite.md'
 	@echo 'make clean            remove what was built; .venv and runs/ stay'
 
@@ -125,6 +126,10 @@ $(programs): .programs/%/installed: constraints.txt constraints-programs.txt $(i
 	rm -rf .programs/$*
 	python -m pip install --prefix .programs/$* -c constraints.txt -c constraints-programs.txt $*
 	touch $@
+
+# Minutes: more cases than CI runs. The table goes into the page.
+test-torch-training: $(built)
+	cd tests && $(time_limit) 1300 python -m torch_training.report ../docs/torch-training.md
 
 test-programs: $(built) $(programs)
 	$(time_limit) 3600 $(pytest) -m real_programs -o faulthandler_timeout=300 $(ARGS)

@@ -1,8 +1,8 @@
 """What ``torch.compile`` has to leave alone.
 
-Torch calls a process group from C++ also where a program is being compiled: DDP broadcasts buffers
-between two compiled pieces. Dynamo sees a frame of Python begin there and would compile it, which
-ends in an error: it knows a process group as an object without insides.
+Torch calls a process group from C++ also where a program is being compiled: DDP's reducer agrees on
+its buckets between two compiled pieces. Dynamo sees a frame of Python begin there and would compile
+it, which ends in an error: it knows a process group as an object without insides.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch._C._dynamo import eval_frame
 def keep_from_compiler(*modules: types.ModuleType) -> None:
     """Let functions that ``modules`` define, and whatever those call, run as they are.
 
-    Importing ``torch._dynamo`` for its ``disable`` would take seconds. PyTorch 2.6 has nothing
-    else, and compiles there.
+    Importing ``torch._dynamo`` for its ``disable`` would take seconds. A torch without that
+    strategy is left as it is.
     """
     if not hasattr(eval_frame, "set_code_exec_strategy"):
         return
