@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from launchers import torchrun
 from run_ranks import RankError, run_ranks
 from torch import Tensor
 
@@ -206,3 +207,36 @@ def test_a_call_without_a_python_frame_is_not_the_reducers():
     found.append(is_called_by_reducer(10_000))
     run_backward(lambda: found.append(is_called_by_reducer(0)))  # a hook in Python
     assert found == [False, False]
+
+
+POWER_SGD = """
+import torch, torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
+dist.init_process_group("pycomm")
+torch.manual_seed(0)
+net = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
+model = torch.nn.parallel.DistributedDataParallel(net, bucket_cap_mb=0.02)
+state = powerSGD_hook.PowerSGDState(
+    None, matrix_approximation_rank=2, start_powerSGD_iter=3, min_compression_rate=1
+)
+model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+for step in range(8):
+    torch.manual_seed(100 * step + dist.get_rank())
+    optimizer.zero_grad()
+    model(torch.randn(8, 64)).square().mean().backward()
+    optimizer.step()
+mine = torch.cat([param.detach().flatten() for param in net.parameters()])
+theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+dist.all_gather(theirs, mine)
+assert all(torch.equal(mine, their) for their in theirs)
+dist.destroy_process_group()
+print("equal")
+"""
+
+
+@pytest.mark.timeout(150)
+def test_a_hook_that_communicates_in_callbacks_takes_many_buckets():
+    done = torchrun(2, POWER_SGD)
+    assert done.returncode == 0, done.err
+    assert done.out.count("equal") == 2

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pycomm.bench.ranks.step import VARIANTS
+from pycomm.bench.ranks.step import SYNCHRONISED, VARIANTS
 from pycomm.bench.team import Team
 from pycomm.errors import CommError
 
@@ -45,7 +45,7 @@ def measure_step(
             if number >= WARM_UP:
                 seconds[variant].append(taken)
     checksums = team.turn(do="checksum")
-    for variant in VARIANTS[1:]:
+    for variant in SYNCHRONISED:
         if len({of_rank[variant] for of_rank in checksums}) > 1:
             raise CommError(f"bench step: ranks that {variant} synchronised have other parameters.")
     return {variant: _cost(seconds[variant], seconds["alone"]) for variant in VARIANTS}

@@ -320,11 +320,13 @@ def _step(arguments: argparse.Namespace) -> int:
         table.add_row(
             variant, f"{1e3 * cost_.step_s:.1f}", "" if variant == "alone" else difference
         )
-    gloo = costs["DDP on gloo"].cost_s
+    seconds = {variant: each.cost_s for variant, each in costs.items()}
+    added = {on: seconds[f"DDP on {on}"] - seconds["DDP on idle"] for on in ("pycomm", "gloo")}
     about = [
-        f"{parameters / 1e6:.1f} M parameters; pycomm costs {costs['pycomm'].cost_s / gloo:.2f} of "
-        "DistributedDataParallel (DDP) on gloo, "
-        f"DDP on pycomm {costs['DDP on pycomm'].cost_s / gloo:.2f}"
+        f"{parameters / 1e6:.1f} M parameters; pycomm costs "
+        f"{seconds['pycomm'] / seconds['DDP on gloo']:.2f} of DistributedDataParallel on gloo",
+        f"to DDP on a process group that does nothing (idle) pycomm adds "
+        f"{added['pycomm'] / added['gloo']:.2f} of what gloo adds",
     ]
     report.show(table, about + report.machine(arguments.ranks, []))
     return 0

@@ -16,7 +16,7 @@ from torch.futures import Future
 
 from pycomm import work as pycomm_work
 from pycomm.errors import CommTimeoutError
-from pycomm.torch_backend.backward import Reduction
+from pycomm.torch_backend.backward import Reduction, is_called_by_reducer
 from pycomm.torch_backend.completions import settler
 from pycomm.torch_backend.tensors import Delivery, tensors_in
 
@@ -115,15 +115,26 @@ class Work(dist.Work):
     _source_rank = source_rank
 
     def get_future(self) -> Future[Any]:
-        """Settled with ``result()`` when the operation is over; on GPUs, in stream order."""
+        """Settled with ``result()`` when the operation is over; on GPUs, in stream order.
+
+        Asked for by a hook of a backward pass (DDP's communication hooks), it is settled already:
+        what the hook chains to it then runs there and then, in the order of the buckets, and may
+        communicate. Elsewhere two ranks might issue that in different orders.
+        """
         if self._future is None:
+            in_backward = torch._C._current_autograd_node() is not None
+            if in_backward and not is_called_by_reducer(1):
+                self._ended_by()
             devices = sorted(
                 {t.device for t in tensors_in(self._result) if t.is_cuda}, key=lambda d: d.index
             )
             settled: Future[Any] = Future(devices=[*devices])
             # Future.set_exception ends the process in DDP's reducer; what `then` raises does not.
             self._future = settled.then(_unwrap)
-            self._when_over(lambda: self._settle(settled, devices))
+            if self._work.done():
+                self._settle(settled, devices)
+            else:
+                self._when_over(lambda: self._settle(settled, devices))
         return self._future
 
     def get_future_result(self) -> Future[Any]:

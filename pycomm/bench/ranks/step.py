@@ -11,11 +11,29 @@ import torch.distributed as dist
 from torch import nn
 
 import pycomm
+from pycomm.torch_backend.process_group import ProcessGroup
+from pycomm.torch_backend.work import DoneWork
 
 from .turns import Request, pin, serve
 
-VARIANTS = ("alone", "pycomm", "DDP on pycomm", "DDP on gloo")
+# DistributedDataParallel on "idle", a process group that does nothing, shows what DDP costs by
+# itself: copies into its buckets and back.
+VARIANTS = ("alone", "pycomm", "DDP on idle", "DDP on pycomm", "DDP on gloo")
+SYNCHRONISED = ("pycomm", "DDP on pycomm", "DDP on gloo")
 BATCH, TOKENS, WIDTH, LAYERS = 6, 64, 384, 6
+
+
+class _Idle(ProcessGroup):
+    """Reduces nothing."""
+
+    def allreduce(  # type: ignore[override]  # torch has overloads
+        self, tensors: Any, opts: Any = None, *given: Any, **named: Any
+    ) -> Any:
+        return DoneWork(list(tensors))
+
+
+def _idle(options: Any, backend_options: object) -> ProcessGroup:
+    return _Idle(options.store, options.group_rank, options.group_size, options.timeout)
 
 
 def transformer() -> nn.Module:
@@ -59,6 +77,7 @@ def main() -> None:
     torch.set_num_threads(1)
     pycomm.init()
     dist.init_process_group("gloo")
+    dist.Backend.register_backend("idle", _idle, extended_api=True, devices=["cpu"])
     rank, size = pycomm.rank(), pycomm.size()
     pin(rank, size)
     replicas = {variant: Replica(variant) for variant in VARIANTS}
