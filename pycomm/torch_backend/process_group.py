@@ -84,7 +84,7 @@ def _ranged(name: str) -> Callable[[Method], Method]:
             with torch.profiler.record_function(label) as span:
                 work = method(self, *args, **kwargs)
                 if isinstance(work, Work):
-                    work.note_span(span._call_end_callbacks_on_future(work.get_future()))
+                    work.note_span(span._call_end_callbacks_on_future(work.future()))
                 return work
 
         return cast("Method", call)
@@ -529,7 +529,7 @@ class ProcessGroup(dist.ProcessGroup):
     def _started(self, work: pycomm_work.Work[Any], result: list[Any]) -> Work:
         started = Work(work, result)
         if isinstance(work, Delivery):
-            started.get_future()  # which is settled, and the results delivered, if nobody waits
+            started.future()  # which is settled, and the results delivered, if nobody waits
             self._undelivered.append((_memories(result), started))
         if self._coalesced is not None:
             self._coalesced.append(started)

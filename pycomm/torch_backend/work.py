@@ -121,10 +121,14 @@ class Work(dist.Work):
         what the hook chains to it then runs there and then, in the order of the buckets, and may
         communicate. Elsewhere two ranks might issue that in different orders.
         """
+        in_backward = torch._C._current_autograd_node() is not None
+        if in_backward and self._future is None and not is_called_by_reducer(1):
+            self._ended_by()
+        return self.future()
+
+    def future(self) -> Future[Any]:
+        """The same, as it is: for this package."""
         if self._future is None:
-            in_backward = torch._C._current_autograd_node() is not None
-            if in_backward and not is_called_by_reducer(1):
-                self._ended_by()
             devices = sorted(
                 {t.device for t in tensors_in(self._result) if t.is_cuda}, key=lambda d: d.index
             )
