@@ -55,12 +55,12 @@ _job_ranks: list[int] = []
 
 
 def join(
-    store: Any, rank: int, size: int, timeout_s: float, torch_ranks: Sequence[int]
+    store: Any, rank: int, size: int, timeout_s: float, torch_ranks: Sequence[int] = ()
 ) -> Membership:
     """Become a member. Collective over the ``size`` ranks that share ``store``.
 
     Args:
-        torch_ranks: theirs in torch's world.
+        torch_ranks: theirs in torch's world; all of it if empty.
 
     Raises:
         CommTimeoutError: not all came. MismatchError: they disagree about ``size``, or only some
