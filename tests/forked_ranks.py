@@ -79,10 +79,15 @@ def run_all(scenarios: Mapping[str, Scenario], folder: Path) -> Callable[[], obj
     return None
 
 
-def run_program(program: str, folder: Path, timeout_s: float) -> dict[str, list[Outcome]]:
-    """Run a program of this folder that does so; what became of each scenario's ranks."""
+def run_program(
+    program: str, folder: Path, timeout_s: float, *scenarios: str
+) -> dict[str, list[Outcome]]:
+    """Run a program of this folder that does so; what became of each scenario's ranks.
+
+    It gets the names of scenarios as arguments, if they are given.
+    """
     done = subprocess.run(
-        [sys.executable, program, str(folder)],
+        [sys.executable, program, str(folder), *scenarios],
         capture_output=True,
         timeout=timeout_s,
         **process_options(),

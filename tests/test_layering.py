@@ -4,6 +4,8 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 # Each folder may include itself and those before it.
@@ -63,6 +65,15 @@ COLLECTIVES_LAYERS = [
 ]
 
 
+# Within pycomm/torch_backend, likewise.
+TORCH_BACKEND_LAYERS = [
+    {"address", "backward", "compiler", "completions", "fallback", "membership", "tensors"},
+    {"messages", "moves", "reductions", "work"},
+    {"process_group", "reducer"},
+    {"__init__"},
+]
+
+
 def test_csrc_includes_point_down() -> None:
     checked = 0
     for path in sorted((ROOT / "csrc").rglob("*")):
@@ -116,10 +127,27 @@ def test_python_imports_point_down() -> None:
             assert level[name] < level[module], f"{path} imports pycomm.{name}, which lies above it"
 
 
-def test_collectives_import_downward() -> None:
-    level = {name: i for i, names in enumerate(COLLECTIVES_LAYERS) for name in names}
-    for path in sorted((ROOT / "pycomm" / "collectives").glob("*.py")):
-        assert path.stem in level, f"{path}: give the module its place in COLLECTIVES_LAYERS"
-        for name in re.findall(r"^from pycomm\.collectives\.(\w+) import", path.read_text(), re.M):
+@pytest.mark.parametrize(
+    ("package", "layers"),
+    [("collectives", COLLECTIVES_LAYERS), ("torch_backend", TORCH_BACKEND_LAYERS)],
+)
+def test_packages_import_downward_within(package: str, layers: list[set[str]]) -> None:
+    level = {name: i for i, names in enumerate(layers) for name in names}
+    for path in sorted((ROOT / "pycomm" / package).glob("*.py")):
+        assert path.stem in level, f"{path}: give the module its place in {package}'s layers"
+        text = path.read_text()
+        if package == "collectives":
+            assert "from pycomm.collectives import" not in text, path
+        names = re.findall(rf"^ *from pycomm\.{package}\.(\w+) import", text, re.M)
+        for listed in re.findall(rf"^ *from pycomm\.{package} import (.*)", text, re.M):
+            names += re.findall(r"\w+", listed)
+        for name in names:
             assert level[name] < level[path.stem], f"{path} imports {name}, which lies above it"
-        assert "from pycomm.collectives import" not in path.read_text(), path
+
+
+def test_pycomm_launch_imports_neither_torch_nor_pycomm_when_it_is_imported() -> None:
+    for path in sorted((ROOT / "pycomm_launch").glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                module = getattr(node, "module", None) or node.names[0].name
+                assert module.split(".")[0] not in {"torch", "pycomm"}, path

@@ -1,16 +1,19 @@
 """What torch builds on a process group, trained on gloo and on pycomm: the same results.
 
 The cases are in ``torch_training``, whose ``cases.py`` says which results have to have the same
-bits, and how far the others may be off and why. One ``torchrun`` of two ranks, where all have the
-same bits, runs them on both. `make test-torch-training` runs more of them, and on four ranks.
+bits, and how far the others may be off and why. One ``torchrun`` for each world size runs them on
+both. `make test-torch-training` runs more of them.
 """
 
 import pytest
-from torch_training.report import TIMEOUT_S, run_cases
+from torch_training.report import TIMEOUT_S, WORLD_SIZES, run_cases
 
 
 @pytest.mark.timeout(TIMEOUT_S + 30)
-def test_training_gives_what_it_gives_on_gloo(tmp_path):
-    run = run_cases(2, tmp_path)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_training_gives_what_it_gives_on_gloo(world_size, tmp_path):
+    run = run_cases(world_size, tmp_path)
     assert not run.failures, "\n\n".join(run.failures)
-    assert not [v for of_ranks in run.verdicts.values() for v in of_ranks if v.difference]
+    differing = [v for of_ranks in run.verdicts.values() for v in of_ranks if v.difference]
+    # Nothing would differ if the two runs were of one backend.
+    assert bool(differing) == (world_size > 2)

@@ -100,7 +100,7 @@ def join(
     for other, card in enumerate(cards):
         if card["size"] != size:
             raise MismatchError(
-                f"init_process_group: world_size is {size} on rank {rank} and {card['size']} on "
+                f"{call}: world_size is {size} on rank {rank} and {card['size']} on "
                 f"rank {other}.\n  Pass the same everywhere, or WORLD_SIZE to every process."
             )
     jobs = {card["job"] for card in cards}

@@ -122,8 +122,10 @@ class Work(dist.Work):
         communicate. Elsewhere two ranks might issue that in different orders.
         """
         in_backward = torch._C._current_autograd_node() is not None
-        if in_backward and self._future is None and not is_called_by_reducer(1):
+        if in_backward and not is_called_by_reducer(1):
             self._ended_by()
+            with contextlib.suppress(Exception):  # what ended it: for who asks the future
+                self.future().wait()
         return self.future()
 
     def future(self) -> Future[Any]:
