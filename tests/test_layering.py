@@ -67,7 +67,8 @@ COLLECTIVES_LAYERS = [
 
 # Within pycomm/torch_backend, likewise.
 TORCH_BACKEND_LAYERS = [
-    {"address", "backward", "compiler", "completions", "fallback", "membership", "tensors"},
+    {"address", "backward", "compiler", "completions", "fallback", "membership", "tensors"}
+    | {"monitored_barrier", "options"},
     {"messages", "moves", "reductions", "work"},
     {"process_group", "reducer"},
     {"__init__"},

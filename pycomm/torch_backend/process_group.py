@@ -9,9 +9,7 @@ returns the ``Work``. Names and signatures are torch's, those of older versions 
 from __future__ import annotations
 
 import functools
-import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -36,35 +34,28 @@ from pycomm import tensor_calls
 from pycomm import work as pycomm_work
 from pycomm._core import Group, ReduceOp
 from pycomm.arguments import refuse
-from pycomm.errors import CommTimeoutError, NotInitializedError
+from pycomm.errors import NotInitializedError
 from pycomm.torch_backend import membership, messages, moves, reductions
 from pycomm.torch_backend.backward import Backward, is_called_by_reducer
 from pycomm.torch_backend.fallback import Fallback
+from pycomm.torch_backend.monitored_barrier import meet
+from pycomm.torch_backend.options import (
+    SAYS_ASYNC,
+    as_lists,
+    core_op,
+    is_asynchronous,
+    options_in,
+)
 from pycomm.torch_backend.tensors import Delivery, tensors_in, together
 from pycomm.torch_backend.work import DoneWork, Work, Works
 
 NAME = "pycomm"
-
-_Op = dist.ReduceOp.RedOpType
-_OPS = {
-    _Op.SUM: ReduceOp.SUM,
-    _Op.AVG: ReduceOp.AVG,
-    _Op.MIN: ReduceOp.MIN,
-    _Op.MAX: ReduceOp.MAX,
-    _Op.PRODUCT: ReduceOp.PROD,
-    _Op.BAND: ReduceOp.BAND,
-    _Op.BOR: ReduceOp.BOR,
-    _Op.BXOR: ReduceOp.BXOR,
-}
 
 _SUM: Any = dist.ReduceOp.SUM
 _CORE_SUM = ReduceOp.SUM  # looking a member up takes as long as adding
 _all_reduce: Callable[..., bool] = tensor_calls.all_reduce
 _profiler_enabled = torch.autograd._profiler_enabled
 _NO_TIME = timedelta(0)
-
-# A torch that says whether its caller is going to wait takes None from a call that has run.
-_SAYS_ASYNC = hasattr(AllreduceOptions(), "asyncOp")
 
 Tensors = Sequence[Tensor]
 Lists = Sequence[Sequence[Tensor]]
@@ -171,7 +162,7 @@ class ProcessGroup(dist.ProcessGroup):
         # one, a sum of one tensor that needs no preparation, is recognised first.
         if (
             type(opts) is AllreduceOptions
-            and _SAYS_ASYNC
+            and SAYS_ASYNC
             and not opts.asyncOp
             and self._backward is None
             and not self._undelivered
@@ -189,10 +180,11 @@ class ProcessGroup(dist.ProcessGroup):
 
     @_ranged("all_reduce")
     def _allreduce(self, in_backward: bool, tensors: Tensors, *given: Any, **named: Any) -> Any:
-        opts = _options(AllreduceOptions, given, named)
-        (tensors,) = _lists(tensors)
-        op, scale = self._op("all_reduce", opts)
-        if in_backward and _fits_backward(tensors) and (group := self._group) is not None:
+        opts = options_in(AllreduceOptions, given, named)
+        (tensors,) = as_lists(tensors)
+        group = self.mail
+        op, scale = core_op("all_reduce", opts, group)
+        if in_backward and _fits_backward(tensors):
             if self._backward is None or self._backward.over:
                 self._backward = Backward.begin(group)
             if self._backward is not None:
@@ -204,8 +196,8 @@ class ProcessGroup(dist.ProcessGroup):
 
     @_ranged("all_reduce")
     def allreduce_coalesced(self, tensors: Tensors, *given: Any, **named: Any) -> Any:
-        opts = _options(AllreduceCoalescedOptions, given, named)
-        op = self._op("all_reduce_coalesced", opts)
+        opts = options_in(AllreduceCoalescedOptions, given, named)
+        op = core_op("all_reduce_coalesced", opts, self.mail)
         return self._run_all(
             [functools.partial(reductions.all_reduce, [t], *op) for t in tensors],
             opts=opts,
@@ -214,13 +206,13 @@ class ProcessGroup(dist.ProcessGroup):
 
     @_ranged("reduce")
     def reduce(self, tensors: Tensors, *given: Any, **named: Any) -> Any:
-        opts = _options(ReduceOptions, given, named)
-        (tensors,) = _lists(tensors)
+        opts = options_in(ReduceOptions, given, named)
+        (tensors,) = as_lists(tensors)
         return self._run(
             reductions.reduce,
             tensors,
             opts.rootRank,
-            *self._op("reduce", opts),
+            *core_op("reduce", opts, self.mail),
             opts=opts,
             result=tensors,
         )
@@ -233,12 +225,12 @@ class ProcessGroup(dist.ProcessGroup):
         *given: Any,
         **named: Any,
     ) -> Any:
-        opts = _options(ReduceScatterOptions, given, named)
+        opts = options_in(ReduceScatterOptions, given, named)
         return self._run(
             reductions.reduce_scatter,
             outputs,
             inputs,
-            *self._op("reduce_scatter", opts),
+            *core_op("reduce_scatter", opts, self.mail),
             opts=opts,
             result=outputs,
         )
@@ -247,12 +239,12 @@ class ProcessGroup(dist.ProcessGroup):
     def reduce_scatter_single(
         self, output: Tensor, input: Tensor, *given: Any, **named: Any
     ) -> Any:
-        opts = _options(ReduceScatterOptions, given, named)
+        opts = options_in(ReduceScatterOptions, given, named)
         return self._run(
             reductions.reduce_scatter_single,
             output,
             input,
-            *self._op("reduce_scatter_single", opts),
+            *core_op("reduce_scatter_single", opts, self.mail),
             opts=opts,
             result=[output],
         )
@@ -261,8 +253,8 @@ class ProcessGroup(dist.ProcessGroup):
     def reduce_scatter_single_coalesced(
         self, outputs: Tensors, inputs: Tensors, *given: Any, **named: Any
     ) -> Any:
-        opts = _options(ReduceScatterOptions, given, named)
-        op = self._op("reduce_scatter_single_coalesced", opts)
+        opts = options_in(ReduceScatterOptions, given, named)
+        op = core_op("reduce_scatter_single_coalesced", opts, self.mail)
         return self._run_all(
             [
                 functools.partial(reductions.reduce_scatter_single, output, input, *op)
@@ -276,8 +268,8 @@ class ProcessGroup(dist.ProcessGroup):
 
     @_ranged("broadcast")
     def broadcast(self, tensors: Tensors, *given: Any, **named: Any) -> Any:
-        opts = _options(BroadcastOptions, given, named)
-        (tensors,) = _lists(tensors)
+        opts = options_in(BroadcastOptions, given, named)
+        (tensors,) = as_lists(tensors)
         return self._run(moves.broadcast, tensors, opts.rootRank, opts=opts, result=tensors)
 
     @_ranged("all_gather")
@@ -288,7 +280,7 @@ class ProcessGroup(dist.ProcessGroup):
         *given: Any,
         **named: Any,
     ) -> Any:
-        opts = _options(AllgatherOptions, given, named)
+        opts = options_in(AllgatherOptions, given, named)
         return self._run(
             moves.all_gather, outputs, inputs, opts=opts, result=[*tensors_in(outputs)]
         )
@@ -302,7 +294,7 @@ class ProcessGroup(dist.ProcessGroup):
         **named: Any,
     ) -> Any:
         """``outputs[rank][i]`` is for that rank's ``inputs[i]``."""
-        opts = _options(AllgatherOptions, given, named)
+        opts = options_in(AllgatherOptions, given, named)
         call = "all_gather_coalesced"
         for of_rank in outputs:
             self._pairs(call, of_rank, inputs)
@@ -317,14 +309,14 @@ class ProcessGroup(dist.ProcessGroup):
 
     @_ranged("all_gather")
     def all_gather_single(self, output: Tensor, input: Tensor, *given: Any, **named: Any) -> Any:
-        opts = _options(AllgatherOptions, given, named)
+        opts = options_in(AllgatherOptions, given, named)
         return self._run(moves.all_gather_single, output, input, opts=opts, result=[output])
 
     @_ranged("all_gather")
     def all_gather_single_coalesced(
         self, outputs: Tensors, inputs: Tensors, *given: Any, **named: Any
     ) -> Any:
-        opts = _options(AllgatherOptions, given, named)
+        opts = options_in(AllgatherOptions, given, named)
         return self._run_all(
             [
                 functools.partial(moves.all_gather_single, output, input)
@@ -342,7 +334,7 @@ class ProcessGroup(dist.ProcessGroup):
         *given: Any,
         **named: Any,
     ) -> Any:
-        opts = _options(GatherOptions, given, named)
+        opts = options_in(GatherOptions, given, named)
         return self._run(
             moves.gather, outputs, inputs, opts.rootRank, opts=opts, result=[*tensors_in(outputs)]
         )
@@ -355,7 +347,7 @@ class ProcessGroup(dist.ProcessGroup):
         *given: Any,
         **named: Any,
     ) -> Any:
-        opts = _options(ScatterOptions, given, named)
+        opts = options_in(ScatterOptions, given, named)
         return self._run(moves.scatter, outputs, inputs, opts.rootRank, opts=opts, result=outputs)
 
     @_ranged("all_to_all")
@@ -368,7 +360,7 @@ class ProcessGroup(dist.ProcessGroup):
         *given: Any,
         **named: Any,
     ) -> Any:
-        opts = _options(AllToAllOptions, given, named)
+        opts = options_in(AllToAllOptions, given, named)
         return self._run(
             moves.all_to_all_single,
             output,
@@ -381,7 +373,7 @@ class ProcessGroup(dist.ProcessGroup):
 
     @_ranged("all_to_all")
     def alltoall(self, outputs: Tensors, inputs: Tensors, *given: Any, **named: Any) -> Any:
-        opts = _options(AllToAllOptions, given, named)
+        opts = options_in(AllToAllOptions, given, named)
         return self._run(moves.all_to_all, outputs, inputs, opts=opts, result=outputs)
 
     # Names of the same in older versions of torch, whose C++ code still asks for some of them.
@@ -395,15 +387,13 @@ class ProcessGroup(dist.ProcessGroup):
 
     @_ranged("barrier")
     def barrier(self, *given: Any, **named: Any) -> Any:
-        opts = _options(BarrierOptions, given, named)
+        opts = options_in(BarrierOptions, given, named)
         return self._run(moves.barrier, opts=opts, result=[])
 
     def monitored_barrier(
         self, timeout: timedelta | float | None = None, wait_all_ranks: bool = False
     ) -> None:
         """A barrier that tells which ranks did not come; the group stays usable.
-
-        Through the store: rank 0 looks who has come, and tells the others.
 
         Args:
             timeout: the group's if None; a number is seconds.
@@ -412,7 +402,6 @@ class ProcessGroup(dist.ProcessGroup):
         Raises:
             CommTimeoutError: on every rank that came.
         """
-        rank, size = self.rank(), self.size()
         timeout_s = self._timeout_s
         if isinstance(timeout, timedelta):
             timeout_s = timeout.total_seconds()
@@ -425,35 +414,7 @@ class ProcessGroup(dist.ProcessGroup):
                 f"timeout is {timeout!r}. Pass a datetime.timedelta.",
             )
         number, self._barriers = self._barriers, self._barriers + 1
-        keys = [f"monitored_barrier/{number}/{other}" for other in range(size)]
-        self._store.set(keys[rank], b"")
-        verdict = f"monitored_barrier/{number}/verdict"
-        # Rank 0's time may begin last, and it needs some to tell.
-        awaited, wait_s = (keys, timeout_s) if rank == 0 else ([verdict], 2 * timeout_s + 5)
-        came = self._came(awaited, wait_s)
-        if rank == 0:
-            missing = [other for other, key in enumerate(keys) if not self._store.check([key])]
-            self._store.set(verdict, json.dumps(missing))
-        elif came:
-            missing = json.loads(self._store.get(verdict))
-        else:
-            missing = [0]
-        if missing:
-            shown = missing if wait_all_ranks else missing[:1]
-            raise CommTimeoutError(
-                f"monitored_barrier on rank {rank}: timeout. Rank{'s' * (len(shown) > 1)} "
-                # In gloo's words, for which people search their logs.
-                f"{', '.join(map(str, shown))} failed to pass monitoredBarrier in {timeout_s:g} s."
-                "\n  Read its log first; if it is only slow, raise the timeout."
-            )
-
-    def _came(self, keys: Sequence[str], timeout_s: float) -> bool:
-        deadline = time.monotonic() + timeout_s
-        while not self._store.check(list(keys)):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(1e-3)
-        return True
+        meet(self._store, self.rank(), self.size(), number, timeout_s, wait_all_ranks)
 
     # --- several at once (torch.distributed._coalescing_manager) ---------------------------------
 
@@ -503,13 +464,13 @@ class ProcessGroup(dist.ProcessGroup):
     # --- how operations are run ------------------------------------------------------------------
 
     def _run(self, operation: Callable[..., Any], *args: Any, opts: Any, result: Any) -> Any:
-        asynchronous = _asynchronous(opts)
+        asynchronous = is_asynchronous(opts)
         self._deliver_to(args)
         work = operation(*args, self.core, self._timeout_of(opts), asynchronous)
         return _over(result) if work is None else self._started(work, list(result))
 
     def _run_all(self, starts: Sequence[functools.partial[Any]], *, opts: Any, result: Any) -> Any:
-        asynchronous, timeout_s = _asynchronous(opts), self._timeout_of(opts)
+        asynchronous, timeout_s = is_asynchronous(opts), self._timeout_of(opts)
         if not starts:  # ranks whose lists are not empty learn that this one's is
             return self._run(moves.barrier, opts=opts, result=result)
         self._deliver_to([start.args for start in starts])
@@ -534,20 +495,6 @@ class ProcessGroup(dist.ProcessGroup):
         if self._coalesced is not None:
             self._coalesced.append(started)
         return started
-
-    def _op(self, call: str, opts: Any) -> tuple[ReduceOp, float]:
-        """The core's op, and the factor of what torch calls PREMUL_SUM."""
-        op = opts.reduceOp
-        known = _OPS.get(op.op)
-        if known is not None:
-            return known, 1.0
-        if op.op != dist.ReduceOp.PREMUL_SUM:
-            names = ", ".join(o.name for o in _OPS)
-            refuse(call, self.core, f"op is {op.op}, which is unknown.\n  Pass one of {names}.")
-        factor = op.__getstate__()[1]
-        if not isinstance(factor, float):
-            refuse(call, self.core, "PREMUL_SUM has a tensor for a factor. Pass a float.")
-        return ReduceOp.SUM, factor
 
     def _pairs(self, call: str, outputs: Tensors, inputs: Tensors) -> list[tuple[Tensor, Tensor]]:
         if len(outputs) != len(inputs):
@@ -609,37 +556,6 @@ def create_process_group(options: Any, backend_options: object) -> ProcessGroup:
     )
 
 
-def _options(kind: type[Any], given: Sequence[Any], named: Mapping[str, Any]) -> Any:
-    """Torch's overloads: an object of options, or what is to be in it, or nothing."""
-    options = named.get("opts", given[0] if given else None)
-    if hasattr(options, "timeout"):  # of this class, or of one like it
-        return options
-    options = kind()
-    values = dict(named)
-    for value in given:
-        if isinstance(value, timedelta):
-            values["timeout"] = value
-        elif isinstance(value, int):
-            values["root"] = value
-        elif isinstance(value, (dist.ReduceOp, _Op)):
-            values["op"] = value
-    for name, value in values.items():
-        if value is not None and name in _FIELDS:
-            setattr(options, _FIELDS[name], value)
-    return options
-
-
-# By the names of torch's keyword arguments.
-_FIELDS = {"op": "reduceOp", "root": "rootRank", "timeout": "timeout"}
-
-
-def _lists(*arguments: Any) -> tuple[Any, ...]:
-    """Torch's overloads for one tensor of this rank: what is not in a list yet is put into one."""
-    if any(isinstance(argument, Tensor) for argument in arguments):
-        return tuple([argument] for argument in arguments)
-    return arguments
-
-
 def _memories(values: Any) -> set[int]:
     """The pieces of memory in which tensors lie, however deep in lists."""
     return {t.untyped_storage().data_ptr() for t in tensors_in(values) if t.layout is torch.strided}
@@ -650,9 +566,5 @@ def _fits_backward(tensors: Tensors) -> bool:
     return all(t.layout is torch.strided and t.is_cpu for t in tensors)
 
 
-def _asynchronous(opts: Any) -> bool:
-    return not _SAYS_ASYNC or bool(opts.asyncOp)
-
-
 def _over(result: Any) -> DoneWork | None:
-    return None if _SAYS_ASYNC else DoneWork(list(result))
+    return None if SAYS_ASYNC else DoneWork(list(result))
