@@ -186,12 +186,12 @@ def test_double_a_mismatch_is_found_on_every_process(double):
 
 # Rank 1 dies with its GPU in a call, which the others' GPUs have begun, or before it came to one.
 JOB = """
-    import os, signal, sys, time
+    import os, pathlib, signal, sys, time
     import torch
     import pycomm
     from double_gpu import doubles_in_place_of_gpus, from_gpu, on_gpu, open_files
 
-    when = sys.argv[1]
+    when, came = sys.argv[1], pathlib.Path(sys.argv[2])
     with doubles_in_place_of_gpus() as double:
         pycomm.init()
         rank = pycomm.rank()
@@ -200,8 +200,10 @@ JOB = """
             pycomm.all_reduce_(t)
             assert from_gpu(t)[0] == pycomm.size()
             assert open_files() == 2
-            pycomm.barrier()  # nobody dies before
+        (came / str(rank)).touch()
         if rank == 1:
+            while len(list(came.iterdir())) < 3:  # else they may still be in the sum
+                time.sleep(0.01)
             double.hold(1, when != "not launched")
             if when == "sum launched":
                 pycomm.all_reduce_(t, async_op=True).wait()
@@ -231,13 +233,13 @@ RECV = r"recv of 8 float32, shape \(8,\), on a GPU, from rank 1, tag 0"
 @pytest.mark.parametrize(
     ("when", "call"), [("not launched", SUM), ("sum launched", SUM), ("message launched", RECV)]
 )
-def test_double_a_killed_process_is_a_lost_peer(when, call):
+def test_double_a_killed_process_is_a_lost_peer(when, call, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     # No launcher, which would end the others.
     ranks = [
         subprocess.Popen(
-            python_command(JOB, when),
+            python_command(JOB, when, str(tmp_path)),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             **process_options(
