@@ -38,7 +38,7 @@ help:
 	@echo '  make lint             ruff, clang-format, codespell'
 	@echo '  make typecheck        mypy --strict; _core.pyi against the built module'
 	@echo '  make test-cpp         C++ tests'
-	@echo '  make test-python      pytest in one process; ARGS="-k name" selects'
+	@echo '  make test-python      pytest in two processes; ARGS="-k name" selects, ARGS="-n 0" takes one'
 	@echo '  make test-mpi         pytest under mpirun with 2 and with 4 ranks'
 	@echo 'make bench            all_reduce against Open MPI, MPICH, Intel MPI, gloo and the machine'
 	@echo 'make gpu-check        on a machine with GPUs: tests, and a table against bare NCCL; gpu-report.md'
@@ -108,10 +108,13 @@ typecheck: $(built)
 
 test-cpp: $(built)
 	cmake --build build/dev --target cpp_tests
-	ctest --test-dir build/dev --output-on-failure --no-tests=error
+	ctest --test-dir build/dev --parallel 2 --output-on-failure --no-tests=error
 
+# Most tests wait half of their time, for processes or for a timeout: two at once fill two cores. Those
+# of a file share ranks, so they stay together. A process that dies, as of a test that hangs, is not
+# replaced: the test would hang again.
 test-python: $(built)
-	$(time_limit) 2400 $(pytest) $(ARGS)
+	$(time_limit) 2400 $(pytest) -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
 
 # Lines carry their rank, so that the stacks of a hang can be told apart.
 test-mpi: $(built)
@@ -132,7 +135,8 @@ test-torch-training: $(built)
 	cd tests && $(time_limit) 1300 python -m torch_training.report ../docs/torch-training.md
 
 test-programs: $(built) $(programs)
-	$(time_limit) 3600 $(pytest) -m real_programs -o faulthandler_timeout=300 $(ARGS)
+	$(time_limit) 3600 $(pytest) -m real_programs $(ARGS)
+
 # Minutes. torch's test utilities import expecttest.
 test-torch-suite: $(built)
 	python -m pip install --quiet --no-deps expecttest==0.3.0

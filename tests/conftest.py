@@ -12,6 +12,7 @@ import faulthandler
 import os
 import sys
 import time
+from collections.abc import Generator
 
 import hypothesis
 import pytest
@@ -34,6 +35,8 @@ WORLD_SIZE = int(from_launcher("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE")
 UNDER_MPIRUN = "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ
 
 SECONDS_TO_START_OR_END = 60.0  # to collect the tests; to exit after the last one
+SECONDS_TO_PRINT = 15.0  # every rank's stacks, before the first rank to be ended ends the job
+STDERR = pytest.StashKey[int]()
 
 # Ranks and threads share few cores, so no deadline for one example. Under mpirun every rank must
 # draw the same examples, and replay none that only it has seen fail.
@@ -42,26 +45,35 @@ hypothesis.settings.register_profile("ranks", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("ranks" if WORLD_SIZE > 1 else "one process")
 
 
-def dump_stacks_later() -> None:
-    """Watch what lies outside the tests, for which pytest sets the same timer itself.
+def dump_stacks_later(seconds: float, config: pytest.Config) -> None:
+    """Show where a hang is: by a thread of faulthandler, which does not need the GIL.
 
-    The stacks are printed by a thread of faulthandler, which does not need the GIL. The process is
-    not ended here: mpirun would end the other ranks before they have printed theirs. The
-    ``timeout`` in the Makefile does it.
+    The process is not ended here: mpirun would end the other ranks before they have printed theirs.
+    pytest-timeout does it during a test, and else the ``timeout`` in the Makefile.
     """
-    faulthandler.dump_traceback_later(SECONDS_TO_START_OR_END, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(seconds, file=config.stash[STDERR])
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest's reporter takes sys.stdout
 def pytest_configure(config: pytest.Config) -> None:
-    dump_stacks_later()
+    config.stash[STDERR] = os.dup(2)  # which is captured later
+    if config.getoption("dist", "no") == "no":  # else the processes that run tests watch themselves
+        dump_stacks_later(SECONDS_TO_START_OR_END, config)
     if RANK != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
 
 
-@pytest.hookimpl(trylast=True)  # after pytest's faulthandler plugin has cleaned up
-def pytest_unconfigure(config: pytest.Config) -> None:
-    dump_stacks_later()
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, object, object]:
+    mark = item.get_closest_marker("timeout")
+    timeout_s = float(mark.args[0] if mark else item.config.getini("timeout"))
+    dump_stacks_later(max(timeout_s - SECONDS_TO_PRINT, 1.0), item.config)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -26,15 +26,14 @@ Outcomes = Mapping[str, list[Outcome]]
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """In two halves at a time: most of them wait for something most of the time."""
 
-    def run_half(half: int) -> dict[str, list[Outcome]]:
-        folder: Path = tmp_path_factory.mktemp("faults")
+    def run_half(half: int, folder: Path) -> dict[str, list[Outcome]]:
         names = list(program.SCENARIOS)[half::2]
         return run_program("torch_faults_program.py", folder, 600, *names)
 
-    with ThreadPoolExecutor() as halves:
-        return {
-            name: ranks for half in halves.map(run_half, (0, 1)) for name, ranks in half.items()
-        }
+    folders = [tmp_path_factory.mktemp("faults") for _ in range(2)]  # which no thread may call
+    with ThreadPoolExecutor() as threads:
+        first, second = threads.map(run_half, range(2), folders)
+    return {**first, **second}
 
 
 def ended(outcomes: Outcomes, name: str, *codes: int) -> list[dict[str, object]]:
