@@ -600,6 +600,9 @@ def time_all_reduces(group: Group, addresses: Sequence[int], count: int, dtype: 
 def leave_at_end(code: int) -> None:
     """When Python has ended, leave with ``code`` before what other modules do then."""
 
+def linger(seconds: float) -> None:
+    """Keep TCP connections open for ``seconds`` after the end of this process."""
+
 class GpuReport:
     """What of the GPU plane is here; each text says what, or why not and what to do."""
 

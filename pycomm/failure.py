@@ -39,6 +39,9 @@ from pycomm.errors import PeerLostError
 _HANDLERS_S = 3.0  # for atexit handlers; who is not done by then is cut off, with exit code 1
 _ECHO_DELAY_S = 1.0  # how long ranks that only echo another's failure stay for it to be printed
 _HEAD_START_S = 0.5  # of that, how long they leave it to the other to end the job
+# A launcher that ends the job kills one rank after another: who is left for a moment would complain
+# of those that are gone. Open MPI gives ranks more time than this to say that a peer was killed.
+_LAUNCHER_S = 0.2
 
 _ENDED_BY = "the job was ended by "
 # What the others' PeerLostError says after World.abort, and after a Ctrl-C inside a collective.
@@ -110,7 +113,7 @@ def end_job_at_exit(error: BaseException) -> None:
     if _member is not None:
         # The handlers that were registered after init() have run; the earlier ones are skipped.
         text = f"{_member}: while leaving the job at exit: {_summary(error)}\n"
-        _end_job(_member, 1, _summary(error), text, _is_echo(error), run_handlers=False)
+        _end_job(_member, 1, _summary(error), text, _head_start_s(error), run_handlers=False)
 
 
 def _on_uncaught(
@@ -121,11 +124,11 @@ def _on_uncaught(
     if member is None or hasattr(sys, "ps1"):
         _previous_hook(kind, error, trace)
         if _in_child:
-            _left_with = _Departure(1, echo=False)
+            _left_with = _Departure(1, 0.0)
     elif issubclass(kind, KeyboardInterrupt):
-        _end_job(member, 130, "interrupted", f"{member}: interrupted\n", echo=False)
+        _end_job(member, 130, "interrupted", f"{member}: interrupted\n", 0.0)
     elif _previous_hook is sys.__excepthook__:
-        _end_job(member, 1, _summary(error), _traceback_of(error), _is_echo(error))
+        _end_job(member, 1, _summary(error), _traceback_of(error), _head_start_s(error))
     else:  # another way of printing tracebacks, which prefixes would spoil
 
         def print_it() -> None:
@@ -133,7 +136,7 @@ def _on_uncaught(
             with contextlib.redirect_stderr(_stderr()):
                 _previous_hook(kind, error, trace)
 
-        _end_job(member, 1, _summary(error), print_it, _is_echo(error))
+        _end_job(member, 1, _summary(error), print_it, _head_start_s(error))
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class _Departure:
     """How the script was left."""
 
     code: object
-    echo: bool
+    head_start_s: float
 
     def number(self) -> int:
         """The exit code that Python makes of it; a text it has printed."""
@@ -161,7 +164,7 @@ class _Exit(SystemExit):
     def __del__(self) -> None:
         global _left_with
         if sys._getframe().f_back is None:
-            _left_with = _Departure(self.code, _is_echo(self))
+            _left_with = _Departure(self.code, _head_start_s(self))
 
 
 def _exit(status: object = None, /) -> NoReturn:
@@ -175,7 +178,7 @@ def _on_main_thread_end() -> None:
     if member is None or departure is None or not departure.code:
         return
     summary = f"sys.exit({departure.code!r})"
-    _end_job(member, departure.number(), summary, f"{member}: {summary}\n", departure.echo)
+    _end_job(member, departure.number(), summary, f"{member}: {summary}\n", departure.head_start_s)
 
 
 def _end_job(
@@ -183,7 +186,7 @@ def _end_job(
     code: int,
     summary: str,
     say: str | Callable[[], None],
-    echo: bool,
+    head_start_s: float,
     *,
     run_handlers: bool = True,
 ) -> NoReturn:
@@ -193,8 +196,7 @@ def _end_job(
         # A thread of C: it cuts off handlers that hold the GIL, too.
         with open(os.devnull, "w") as nowhere:
             faulthandler.dump_traceback_later(_HANDLERS_S, exit=True, file=nowhere)
-            if echo:  # an interrupted rank may still be on its way here, or have caught it
-                time.sleep(_HEAD_START_S)
+            time.sleep(head_start_s)
             first = member.abort(f"{_ENDED_BY}{member}: {summary}")
             if first:
                 say() if callable(say) else _say(say)
@@ -218,13 +220,16 @@ def _summary(error: BaseException) -> str:
     return "".join(traceback.format_exception_only(error)).strip()
 
 
-def _is_echo(error: BaseException | None) -> bool:
-    """Whether ``error``, or what it was raised from, only says that another rank has failed."""
+def _head_start_s(error: BaseException | None) -> float:
+    """How long this rank leaves it to another to end the job, after ``error`` or its causes."""
+    seconds = 0.0
     while error is not None:
-        if isinstance(error, PeerLostError) and any(echo in str(error) for echo in _ECHOES):
-            return True
+        if isinstance(error, PeerLostError):
+            # An interrupted rank may still be on its way to the end, or have caught it.
+            is_echo = any(echo in str(error) for echo in _ECHOES)
+            seconds = max(seconds, _HEAD_START_S if is_echo else _LAUNCHER_S)
         error = error.__cause__ or error.__context__
-    return False
+    return seconds
 
 
 def _say(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import functools
 import os
 import socket
 import sys
@@ -18,6 +19,9 @@ from pycomm.rendezvous import Rendezvous, meet, through_comm
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+
+_LAUNCHER_ENDS_RANKS_S = 1.0  # Open MPI's needs 0.3 s for those of another host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,12 +250,19 @@ def _enter(
         host_name = os.environ.get("PYCOMM_HOST") or socket.gethostname()
         member = failure.Member(rendezvous.rank, rendezvous.size, host_name, world.abort)
         if rendezvous.comm is not None and len(world.group.hosts) > 1:
-            member = dataclasses.replace(member, leave=rendezvous.comm.Abort)
+            leave = functools.partial(_abort, rendezvous.comm)
+            member = dataclasses.replace(member, leave=leave)
         failure.watch(member)
     _session = _Session(
         world, connection.job, world.group, comm, settings.timeout_s, leave_timeout_s
     )
     tensor_calls.set_world(_session.group)
+
+
+def _abort(comm: MPI.Intracomm, code: int) -> None:
+    """Have the launcher end all ranks, before MPI does it for want of a connection to this one."""
+    _core.linger(_LAUNCHER_ENDS_RANKS_S)
+    comm.Abort(code)
 
 
 def _refuse_second_init(

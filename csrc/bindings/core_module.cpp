@@ -6,6 +6,7 @@
 #include <cstdio>
 
 #include "bindings/bindings.h"
+#include "core/linger.h"
 #include "kernels/fold.h"
 
 namespace {
@@ -39,6 +40,8 @@ PYBIND11_MODULE(_core, module) {
   pycomm::bind_reducer(module);
   module.def("leave_at_end", &leave_at_end, pybind11::arg("code"),
              "When Python has ended, leave with `code` before what other modules do then.");
+  module.def("linger", &pycomm::linger, pybind11::arg("seconds"),
+             "Keep TCP connections open for `seconds` after the end of this process.");
   module.def("simd_level", &pycomm::simd_level,
              "The instruction set the folds use: avx512, avx2 or baseline.");
 }
