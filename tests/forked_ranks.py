@@ -101,6 +101,7 @@ def _become(scenario: Scenario, rank: Rank) -> None:
     errors = os.open(rank.folder / f"err{rank.rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(errors, 2)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
     os.environ.update(
         RANK=str(rank.rank),
         WORLD_SIZE=str(rank.size),

@@ -128,9 +128,14 @@ def compare(groups: Groups, call: Callable[[Any], Any]) -> None:
     same(call(groups.ours), call(groups.gloo))
 
 
+# Older ones end the process on some bad input (ProcessGroupGloo.cpp: "Check failed").
+GLOO_SURVIVES = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 10)
+
+
 def both_refuse(groups: Groups, call: Callable[[Any], Any], *, says: str = "") -> None:
     """``call(group)`` raises on both, and ours says what is wrong."""
-    refuses(groups.gloo, call)
+    if GLOO_SURVIVES:
+        refuses(groups.gloo, call)
     text = refuses(groups.ours, call)
     assert says in text, text
 
