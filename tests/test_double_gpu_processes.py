@@ -202,7 +202,9 @@ JOB = """
             assert open_files() == 2
         (came / str(rank)).touch()
         if rank == 1:
+            deadline = time.monotonic() + 60
             while len(list(came.iterdir())) < 3:  # else they may still be in the sum
+                assert time.monotonic() < deadline, "another rank did not come"
                 time.sleep(0.01)
             double.hold(1, when != "not launched")
             if when == "sum launched":

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from launchers import (
@@ -17,6 +18,9 @@ from launchers import (
     torchrun,
     torchrun_command,
 )
+
+from pycomm import _core, failure, runtime
+from pycomm.errors import PeerLostError
 
 # Rank 1 fails after three all-reduces, while the others wait for it in the fourth.
 JOB = """
@@ -301,3 +305,33 @@ def test_an_exception_is_seen_though_torch_distributed_collects_what_hooks_print
     done = mpirun(2, script)
     assert done.returncode != 0
     assert ours(done.err)[-1].endswith("ValueError: bad batch"), done.err
+
+
+def chain(*texts: str) -> BaseException:
+    """A PeerLostError for each text, each caused by the next, behind a ValueError."""
+    error: BaseException | None = None
+    for text in reversed(texts):
+        cause, error = error, PeerLostError(text)
+        error.__cause__ = cause
+    first = ValueError("bad batch")
+    first.__cause__ = error
+    return first
+
+
+ENDED = "all_reduce: the job was ended by rank 3 of 4 on host1: ValueError: bad batch"
+GONE = "all_reduce: rank 0 is gone"
+
+
+@pytest.mark.parametrize(
+    ("texts", "seconds"), [((), 0.0), ((GONE,), 0.2), ((ENDED,), 0.5), ((GONE, ENDED), 0.5)]
+)
+def test_who_lost_a_peer_leaves_it_to_others_to_end_the_job(texts, seconds):
+    """First to the rank that failed, and to a launcher that is killing one rank after another."""
+    assert failure._head_start_s(chain(*texts)) == seconds
+
+
+def test_connections_are_kept_before_the_launcher_is_told(monkeypatch):
+    calls = []
+    monkeypatch.setattr(_core, "linger", lambda seconds: calls.append(seconds > 0.5))
+    runtime._abort(SimpleNamespace(Abort=calls.append), 3)
+    assert calls == [True, 3]

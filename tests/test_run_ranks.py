@@ -1,8 +1,11 @@
 """The helper that runs ranks as threads: what it says of ranks that raise or hang."""
 
+import subprocess
+import sys
 import time
 
 import pytest
+from launchers import process_options
 from run_ranks import RankError, run_ranks
 
 from pycomm import barrier
@@ -28,3 +31,10 @@ def test_run_ranks_shows_where_ranks_hang():
 
     with pytest.raises(TimeoutError, match=r"(?s)ranks \[0, 1\] of 2 .*in barrier.*in body"):
         run_ranks(2, body, timeout_s=0.5)
+
+
+def test_a_process_that_ran_ranks_ends_well():
+    """pytest-xdist does not look at how its processes end, and `make test-python` uses it."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_all_reduce.py"]
+    done = subprocess.run(command, capture_output=True, timeout=60, **process_options())
+    assert done.returncode == 0, done.stdout + done.stderr

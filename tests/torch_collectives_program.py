@@ -20,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import gloo_versions
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
@@ -128,13 +129,9 @@ def compare(groups: Groups, call: Callable[[Any], Any]) -> None:
     same(call(groups.ours), call(groups.gloo))
 
 
-# Older ones end the process on some bad input (ProcessGroupGloo.cpp: "Check failed").
-GLOO_SURVIVES = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 10)
-
-
 def both_refuse(groups: Groups, call: Callable[[Any], Any], *, says: str = "") -> None:
     """``call(group)`` raises on both, and ours says what is wrong."""
-    if GLOO_SURVIVES:
+    if gloo_versions.SURVIVES:
         refuses(groups.gloo, call)
     text = refuses(groups.ours, call)
     assert says in text, text

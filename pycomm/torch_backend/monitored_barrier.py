@@ -10,7 +10,7 @@ from typing import Any
 from pycomm.errors import CommTimeoutError
 
 
-def meet(
+def wait_for_all(
     store: Any, rank: int, size: int, number: int, timeout_s: float, wait_all_ranks: bool
 ) -> None:
     """Wait for all ranks: rank 0 looks who has come, and tells the others.

@@ -38,7 +38,7 @@ from pycomm.errors import NotInitializedError
 from pycomm.torch_backend import membership, messages, moves, reductions
 from pycomm.torch_backend.backward import Backward, is_called_by_reducer
 from pycomm.torch_backend.fallback import Fallback
-from pycomm.torch_backend.monitored_barrier import meet
+from pycomm.torch_backend.monitored_barrier import wait_for_all
 from pycomm.torch_backend.options import (
     SAYS_ASYNC,
     as_lists,
@@ -410,11 +410,11 @@ class ProcessGroup(dist.ProcessGroup):
         elif timeout is not None:
             refuse(
                 "monitored_barrier",
-                self.core,
+                self.mail,
                 f"timeout is {timeout!r}. Pass a datetime.timedelta.",
             )
         number, self._barriers = self._barriers, self._barriers + 1
-        meet(self._store, self.rank(), self.size(), number, timeout_s, wait_all_ranks)
+        wait_for_all(self._store, self.rank(), self.size(), number, timeout_s, wait_all_ranks)
 
     # --- several at once (torch.distributed._coalescing_manager) ---------------------------------
 

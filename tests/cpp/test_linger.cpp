@@ -41,7 +41,7 @@ TEST(a_connection_is_closed_later_than_its_process_and_a_pipe_is_not) {
   const pid_t child = fork();
   if (child == 0) {
     close(mine);
-    pycomm::linger(2.0);
+    pycomm::linger(3.0);
     _exit(7);
   }
   close(theirs);

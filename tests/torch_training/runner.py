@@ -21,15 +21,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import gloo_versions
 import torch
 import torch.distributed as dist
 
 from torch_training.cases import CASES, ROUNDING, STEPS, Case, tensors
 from torch_training.verdict import Difference, Verdict
 
-TOPICS = ["data_parallel", "sharded", "parallel", "checkpoints", "compiled"]
-if tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 10):
-    TOPICS.append("pipelines")  # in which older versions of gloo end the process
+TOPICS = ["data_parallel", "sharded", "parallel", "pipelines", "checkpoints", "compiled"]
+if not gloo_versions.SURVIVES:
+    TOPICS.remove("pipelines")
 BACKENDS = ("gloo", "pycomm")
 TIMEOUT_S = 60.0  # of an operation
 CASE_TIMEOUT_S = 180.0
