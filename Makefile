@@ -108,7 +108,7 @@ typecheck: $(built)
 
 test-cpp: $(built)
 	cmake --build build/dev --target cpp_tests
-	ctest --test-dir build/dev --parallel 2 --output-on-failure --no-tests=error
+	ctest --test-dir build/dev --output-on-failure --no-tests=error
 
 # Most tests wait half of their time, for processes or for a timeout: two at once fill two cores. Those
 # of a file share ranks, so they stay together. A process that dies, as of a test that hangs, is not
