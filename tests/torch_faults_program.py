@@ -269,7 +269,8 @@ def timeout_in_backward(rank: Rank) -> None:
 @scenario()
 def timeout_set_later(rank: Rank) -> None:
     begin(rank)
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+    set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)  # from 2.14
+    set_timeout(timedelta(seconds=1))
     if rank.rank == 1:
         time.sleep(2.5)
     caught(rank, lambda: dist.all_reduce(torch.ones(3)))

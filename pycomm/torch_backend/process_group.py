@@ -152,6 +152,10 @@ class ProcessGroup(dist.ProcessGroup):
     def name(self) -> str:
         return NAME
 
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Of operations from now on. ``torch.distributed.set_timeout``, from PyTorch 2.14 on."""
+        self._fallback._set_default_timeout(timeout)  # which sets this group's, too
+
     def __repr__(self) -> str:
         return f"<pycomm ProcessGroup, rank {self.rank()} of {self.size()}>"
 
