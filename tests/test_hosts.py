@@ -62,7 +62,7 @@ def test_real_hosts(placement: str, tmp_path: Path) -> None:
     assert_all_done(done, [placement])
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_pretended_hosts(tmp_path: Path) -> None:
     # One start for all placements: init() after shutdown() reads PYCOMM_HOST again.
     placements = list(PLACEMENTS)
@@ -70,7 +70,7 @@ def test_pretended_hosts(tmp_path: Path) -> None:
     done = subprocess.run(
         [*mpirun_command(4), *everything, "--pretend"],
         capture_output=True,
-        timeout=290,
+        timeout=580,
         **process_options(),
     )
     assert_all_done(Result(done.returncode, done.stdout, done.stderr), placements)
