@@ -200,6 +200,7 @@ JOB = """
             pycomm.all_reduce_(t)
             assert from_gpu(t)[0] == pycomm.size()
             assert open_files() == 2
+            pycomm.barrier()
         (came / str(rank)).touch()
         if rank == 1:
             deadline = time.monotonic() + 60

@@ -186,7 +186,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(
     ("method", "launcher"),
-    [("fork", "torchrun"), ("fork", "mpirun"), ("forkserver", "torchrun")],
+    [("fork", "torchrun"), ("fork", "mpirun"), ("forkserver", "torchrun"), ("spawn", "mpirun")],
 )
 def test_workers_that_load_data_beside_a_group(tmp_path, method, launcher):
     """Started after the group, by a fork of it or by a new process that imports the script."""
