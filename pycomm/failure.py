@@ -30,10 +30,13 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from pycomm import _core
 from pycomm.errors import PeerLostError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 # Together below the 5 s within which every rank has to be gone.
 _HANDLERS_S = 3.0  # for atexit handlers; who is not done by then is cut off, with exit code 1
@@ -42,6 +45,7 @@ _HEAD_START_S = 0.5  # of that, how long they leave it to the other to end the j
 # A launcher that ends the job kills one rank after another: who is left for a moment would complain
 # of those that are gone. Open MPI 5.0.11 ends ranks 0.5 s after a peer was killed.
 _LAUNCHER_S = 0.2
+_LAUNCHER_ENDS_RANKS_S = 1.0  # those of another host; Open MPI 5.0.11 does it in 0.3 s
 
 _ENDED_BY = "the job was ended by "
 # What the others' PeerLostError says after World.abort, and after a Ctrl-C inside a collective.
@@ -90,6 +94,12 @@ def unwatch() -> None:
     """The job is over: fail as Python does."""
     global _member
     _member = None
+
+
+def abort_mpi(comm: MPI.Intracomm, code: int) -> None:
+    """Have the launcher end all ranks, before MPI does it for want of a connection to this one."""
+    _core.linger(_LAUNCHER_ENDS_RANKS_S)
+    comm.Abort(code)
 
 
 def _watch_child() -> None:

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 
-_LAUNCHER_ENDS_RANKS_S = 1.0  # those of another host; Open MPI 5.0.11 does it in 0.3 s
-
-
 @dataclasses.dataclass(frozen=True)
 class _Session:
     world: _core.World
@@ -250,19 +247,13 @@ def _enter(
         host_name = os.environ.get("PYCOMM_HOST") or socket.gethostname()
         member = failure.Member(rendezvous.rank, rendezvous.size, host_name, world.abort)
         if rendezvous.comm is not None and len(world.group.hosts) > 1:
-            leave = functools.partial(_abort, rendezvous.comm)
+            leave = functools.partial(failure.abort_mpi, rendezvous.comm)
             member = dataclasses.replace(member, leave=leave)
         failure.watch(member)
     _session = _Session(
         world, connection.job, world.group, comm, settings.timeout_s, leave_timeout_s
     )
     tensor_calls.set_world(_session.group)
-
-
-def _abort(comm: MPI.Intracomm, code: int) -> None:
-    """Have the launcher end all ranks, before MPI does it for want of a connection to this one."""
-    _core.linger(_LAUNCHER_ENDS_RANKS_S)
-    comm.Abort(code)
 
 
 def _refuse_second_init(

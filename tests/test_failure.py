@@ -19,7 +19,7 @@ from launchers import (
     torchrun_command,
 )
 
-from pycomm import _core, failure, runtime
+from pycomm import _core, failure
 from pycomm.errors import PeerLostError
 
 # Rank 1 fails after three all-reduces, while the others wait for it in the fourth.
@@ -333,5 +333,5 @@ def test_who_lost_a_peer_leaves_it_to_others_to_end_the_job(texts, seconds):
 def test_connections_are_kept_before_the_launcher_is_told(monkeypatch):
     calls = []
     monkeypatch.setattr(_core, "linger", lambda seconds: calls.append(seconds > 0.5))
-    runtime._abort(SimpleNamespace(Abort=calls.append), 3)
+    failure.abort_mpi(SimpleNamespace(Abort=calls.append), 3)
     assert calls == [True, 3]
