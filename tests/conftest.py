@@ -64,7 +64,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    dump_stacks_later(SECONDS_TO_START_OR_END, config)
+    if not hasattr(config, "workerinput"):  # else pytest-xdist's, which stays until all are done
+        dump_stacks_later(SECONDS_TO_START_OR_END, config)
 
 
 @pytest.hookimpl(wrapper=True)
