@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
+import os
 import sys
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,7 +31,7 @@ from forked_ranks import Rank, Scenario, run_all
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from pycomm.torch_backend.work import Work
+from pycomm.torch_backend.work import Work, Works
 
 DTYPES = (
     torch.float32,
@@ -523,6 +526,12 @@ def all_to_all_single(groups: Groups) -> None:
         for splits in (None, lambda a, b: a + b, lambda a, b: 3 * (a == b), lambda a, b: 0):
             for dtype in (torch.float32, torch.uint8, torch.complex64):
                 compare(groups, lambda group: call(group, splits, way, dtype))
+    # A rank whose blocks happen to be equal may leave the splits out.
+    for way in WAYS:
+        sizes = ([2] * p, [2] * p) if groups.rank == 0 else ()
+        t, output = values(groups.rank, (2 * p, 3)), torch.zeros(2 * p, 3)
+        finish(way, functools.partial(dist.all_to_all_single, output, t, *sizes, group=groups.ours))
+        same(output, call(groups.gloo, None, way, torch.float32))
     refuses(  # and gloo sends a part of it
         groups.ours,
         lambda group: dist.all_to_all_single(torch.ones(p + 1), torch.ones(p + 1), group=group),
@@ -840,6 +849,19 @@ def coalescing_manager(groups: Groups) -> None:
 
 
 @case
+def coalesced_operations_share_the_timeout_of_a_wait(groups: Groups) -> None:
+    left: list[timedelta] = []
+
+    class Slow:
+        def wait(self, timeout: timedelta) -> None:
+            left.append(timeout)
+            time.sleep(0.1)
+
+    Works([Slow()] * 3).wait(timedelta(seconds=10))
+    assert timedelta(seconds=9.9) >= left[1] >= left[2] + timedelta(seconds=0.1)
+
+
+@case
 def functional_collectives(groups: Groups) -> None:
     t = values(groups.rank, (2 * groups.size, 3))
     splits = [2] * groups.size
@@ -936,6 +958,81 @@ def names_and_numbers(groups: Groups) -> None:
     assert group.group_name and repr(group)
     distributed_c10d._set_pg_timeout(timedelta(seconds=77), group)
     dist.barrier(group)
+
+
+@case
+def tensors_whose_elements_share_memory(groups: Groups) -> None:
+    """They can be sent, and refused before anything is sent where they would be written."""
+    p, spread = groups.size, torch.full((1,), float(groups.rank)).expand(3)
+    mine = torch.full((3,), float(groups.rank))
+    for way in WAYS:
+        for root in range(p):
+            t = spread if groups.rank == root else mine.clone()
+            finish(way, functools.partial(dist.broadcast, t, root, groups.ours))
+            same(t.clone(), torch.full((3,), float(root)))
+            t = mine.clone() if groups.rank == root else spread
+            finish(way, functools.partial(dist.reduce, t, root, group=groups.ours))
+            same(t.clone(), torch.full((3,), p * (p - 1) / 2) if groups.rank == root else mine)
+        outputs = [torch.zeros(3) for _ in range(p)]
+        finish(way, functools.partial(dist.all_gather, outputs, spread, groups.ours))
+        same(outputs, [torch.full((3,), float(r)) for r in range(p)])
+    writes: list[Callable[..., Any]] = [
+        dist.all_reduce,
+        lambda t, group: dist.all_gather([t] * p, mine, group),
+        lambda t, group: dist.all_gather_into_tensor(t.view(1, 3).expand(p, 3), mine, group),
+        lambda t, group: dist.reduce_scatter(t, [mine] * p, group=group),
+        lambda t, group: dist.all_to_all([t] * p, [mine] * p, group),
+        lambda t, group: dist.all_to_all_single(
+            t.view(1, 3).expand(p, 3), torch.ones(p, 3), group=group
+        ),
+        lambda t, group: dist.recv(t, (groups.rank + 1) % p, group),
+    ]
+    for write in writes:
+        text = refuses(groups.ours, lambda group: write(spread, group=group))
+        assert "share memory" in text and f"on rank {groups.rank}" in text, text
+    dist.barrier(groups.ours)
+
+
+@case
+def memory_is_free_when_an_operation_is_over(groups: Groups) -> None:
+    """Waited for or dropped, and whatever is called next; what is copied at the end, too."""
+    p = groups.size
+    for waits in (True, False):
+        outputs = [torch.zeros(1000) for _ in range(p)]
+        freed = weakref.ref(outputs[0])
+        work = dist.all_gather(outputs, torch.ones(1000), groups.ours, async_op=True)
+        if waits:
+            work.wait()
+        del work, outputs
+        eventually(lambda: freed() is None)
+
+
+@case
+def destroyed_groups_leave_nothing(groups: Groups) -> None:
+    """Neither threads nor files, although the garbage collector does not run."""
+
+    def resources() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    gc.collect()
+    before = resources()
+    gc.disable()
+    try:
+        for _ in range(5):
+            group = dist.new_group(backend="pycomm")
+            dist.all_reduce(torch.ones(3), group=group)
+            dist.destroy_process_group(group)
+            del group
+        eventually(lambda: resources() <= before)
+    finally:
+        gc.enable()
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @case

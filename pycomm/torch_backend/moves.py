@@ -23,6 +23,7 @@ from pycomm.torch_backend.tensors import (
     only,
     only_first,
     outcome,
+    outputs_of,
     plain,
     spread,
 )
@@ -34,20 +35,21 @@ def broadcast(
 ) -> Started:
     t = plain("broadcast", only("broadcast", "tensors", tensors, group), group)
     dtype = movable("broadcast", "tensor", t, group)
-    place = Place("broadcast", t, group)
+    root = rank_of("broadcast", "root", root, group)
+    place = Place("broadcast", t, group, is_written=group.rank != root)
     work = group.broadcast(
         place.address,
         place.address,
         t.numel(),
         dtype,
-        rank_of("broadcast", "root", root, group),
+        root,
         shape=t.shape,
         name=place.memory_order,
         place=place_of(t),
         timeout_s=timeout_s,
         async_op=async_op,
     )
-    return place.written(work)
+    return place.settled(work)
 
 
 def all_gather(
@@ -60,7 +62,7 @@ def all_gather(
     """Every rank's input into ``outputs[0]``, by rank; their sizes may differ."""
     call = "all_gather"
     source = plain(call, only(call, "inputs", inputs, group), group)
-    parts = blocks_of(call, "outputs", only(call, "outputs", outputs, group), source, group)
+    parts = outputs_of(call, only(call, "outputs", outputs, group), source, group)
     dtype = movable(call, "input", source, group)
     source = dense(source)
     counts = [part.numel() for part in parts]
@@ -108,7 +110,7 @@ def all_gather_single(
         timeout_s=timeout_s,
         async_op=async_op,
     )
-    return place.written(work, source)
+    return place.settled(work, source)
 
 
 def gather(
@@ -126,7 +128,7 @@ def gather(
     dtype = movable(call, "input", source, group)
     parts: list[Tensor] = []
     if group.rank == root:
-        parts = blocks_of(call, "outputs", only(call, "outputs", outputs, group), source, group)
+        parts = outputs_of(call, only(call, "outputs", outputs, group), source, group)
         for index, part in enumerate(parts):
             check_same_count(call, "input", source, f"outputs[{index}]", part, group)
     elif len(outputs) > 0 and len(outputs[0]) > 0:
@@ -178,7 +180,7 @@ def scatter(
         timeout_s=timeout_s,
         async_op=async_op,
     )
-    return place.written(work, flat)
+    return place.settled(work, flat)
 
 
 def all_to_all_single(
@@ -190,30 +192,33 @@ def all_to_all_single(
     timeout_s: float,
     async_op: bool,
 ) -> Started:
-    """Block ``r`` of the input goes to rank ``r``; splits are rows, or empty for equal blocks."""
+    """Block ``r`` of the input goes to rank ``r``; splits are rows, or empty for equal blocks.
+
+    Ranks compare what each pair of them says, however it is said: one rank may give splits, and
+    another leave them out because its blocks happen to be equal.
+    """
     call = "all_to_all_single"
     output, source = plain(call, output, group), plain(call, input, group)
     dtype = movable(call, "input", source, group)
     check_same_kind(call, "output", output, source, group)
+    if not input_splits and not output_splits:
+        check_same_count(call, "output", output, "input", source, group)
     input_counts = _split_counts(call, "input", source, input_splits, group)
     output_counts = _split_counts(call, "output", output, output_splits, group)
     place = Place(call, output, group, row_major=True)
     source = dense(source)
-    even = not input_splits and not output_splits
-    if even:
-        check_same_count(call, "output", output, "input", source, group)
     work = group.all_to_all(
         source.data_ptr(),
         place.address,
-        source.numel() // group.size if even else source.numel(),
+        source.numel(),
         dtype,
-        input_counts=() if even else input_counts,
-        output_counts=() if even else output_counts,
+        input_counts=input_counts,
+        output_counts=output_counts,
         place=place_of(output),
         timeout_s=timeout_s,
         async_op=async_op,
     )
-    return place.written(work, source)
+    return place.settled(work, source)
 
 
 def all_to_all(
@@ -227,7 +232,7 @@ def all_to_all(
     call = "all_to_all"
     like = only_first(call, "inputs", inputs, group)
     sources = blocks_of(call, "inputs", inputs, like, group)
-    parts = blocks_of(call, "outputs", outputs, like, group)
+    parts = outputs_of(call, outputs, like, group)
     dtype = movable(call, "inputs[0]", like, group)
     source = end_to_end(sources)
     output_counts = [part.numel() for part in parts]

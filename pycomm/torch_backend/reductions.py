@@ -30,7 +30,6 @@ from pycomm.torch_backend.tensors import (
     outcome,
     plain,
 )
-from pycomm.work import nothing
 
 
 def all_reduce(
@@ -69,7 +68,7 @@ def all_reduce(
             timeout_s=timeout_s,
         )
         if reduction is not None:
-            return place.written(reduction)
+            return place.settled(reduction)
     work = group.all_reduce(
         place.address,
         place.address,
@@ -83,7 +82,7 @@ def all_reduce(
         timeout_s=timeout_s,
         async_op=async_op,
     )
-    return place.written(work)
+    return place.settled(work)
 
 
 def sparse_all_reduce(
@@ -157,7 +156,7 @@ def reduce(
         return _divided(total, t, group) if group.rank == root else total
     dtype = reducible("reduce", "tensor", t, op, group)
     root = rank_of("reduce", "root", root, group)
-    place = Place("reduce", t, group)
+    place = Place("reduce", t, group, is_written=group.rank == root)
     work = group.reduce(
         place.address,
         place.address if group.rank == root else 0,
@@ -172,7 +171,7 @@ def reduce(
         timeout_s=timeout_s,
         async_op=async_op,
     )
-    return place.written(work) if group.rank == root else outcome(work, place.memory, nothing)
+    return place.settled(work)
 
 
 def reduce_scatter(
@@ -217,7 +216,7 @@ def reduce_scatter(
             async_op=async_op,
         )
         works.append(work)
-    return place.written(joined(works), blocks)
+    return place.settled(joined(works), blocks)
 
 
 def reduce_scatter_single(
@@ -262,7 +261,7 @@ def reduce_scatter_single(
         timeout_s=timeout_s,
         async_op=async_op,
     )
-    return place.written(work, source)
+    return place.settled(work, source)
 
 
 # Tells such a sum from one that is meant to be a sum, so that ranks that differ are told.

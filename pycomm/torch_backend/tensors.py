@@ -136,6 +136,25 @@ def blocks_of(
     return [plain(call, block, group) for block in blocks]
 
 
+def outputs_of(call: str, outputs: Sequence[Tensor], like: Tensor, group: Group) -> list[Tensor]:
+    """The same, of tensors that will be written."""
+    parts = blocks_of(call, "outputs", outputs, like, group)
+    for index, part in enumerate(parts):
+        check_every_element_has_memory(call, f"outputs[{index}]", part, group)
+    return parts
+
+
+def check_every_element_has_memory(call: str, argument: str, t: Tensor, group: Group) -> None:
+    """Refuse to write what ``expand`` returns, whose elements cannot get values of their own."""
+    if any(step == 0 and n > 1 for step, n in zip(t.stride(), t.shape, strict=True)) and t.numel():
+        refuse(
+            call,
+            group,
+            f"{argument} of shape {tuple(t.shape)} has strides {t.stride()}: several of its "
+            f"elements share memory, so it cannot be written.\n  Pass {argument}.clone().",
+        )
+
+
 def check_same_kind(call: str, argument: str, t: Tensor, like: Tensor, group: Group) -> None:
     if not isinstance(t, Tensor):
         refuse(call, group, f"{argument} is a {type(t).__name__}. Pass a torch.Tensor.")
@@ -176,14 +195,29 @@ def spread(flat: Tensor, parts: Sequence[Tensor]) -> None:
 
 
 class Place:
-    """Where the core writes a tensor's values: there, or in a copy if it cannot."""
+    """Where the core reads and writes a tensor's values: there, or in a copy if it cannot."""
 
-    def __init__(self, call: str, t: Tensor, group: Group, *, row_major: bool = False) -> None:
+    def __init__(
+        self,
+        call: str,
+        t: Tensor,
+        group: Group,
+        *,
+        row_major: bool = False,
+        is_written: bool = True,
+    ) -> None:
         """
         Args:
             row_major: the elements must lie in row-major order, so that ranks may hold them in
                 tensors of different shapes.
+            is_written: by this rank, which may be the only one that just reads it.
+
+        Raises:
+            InvalidArgumentError: elements that would be written share memory.
         """
+        if is_written:
+            check_every_element_has_memory(call, "tensor", t, group)
+        self._is_written = is_written
         self._tensor = t
         self.memory_order = ""
         self.memory = t
@@ -196,8 +230,10 @@ class Place:
                 self.memory = t.contiguous()
         self.address = self.memory.data_ptr()
 
-    def written(self, work: CoreWork | None, keep: object = None) -> Started:
-        """The operation, after which the tensor holds what was written."""
+    def settled(self, work: CoreWork | None, keep: object = None) -> Started:
+        """The operation, after which the tensor holds what was written, if it was."""
+        if not self._is_written:
+            return outcome(work, (self.memory, keep), nothing)
         if self.memory is self._tensor:
             increment_version(self._tensor)
             return outcome(work, (self.memory, keep), nothing)
