@@ -202,6 +202,23 @@ def _store(host: str, port: int, is_master: bool, timeout_s: float) -> TCPStore:
 _CHECK_S = 0.25  # between two looks at whether those who are missing can still come
 
 
+@contextlib.contextmanager
+def store_is_there(call: str, rank: int, size: int) -> Iterator[None]:
+    """What torch's store says when it is not becomes an error that names rank, call and remedy."""
+    from torch.distributed import DistError
+
+    try:
+        yield
+    except DistError as error:
+        raise CommError(
+            f"{call} on rank {rank} of {size}: the store in which the ranks meet does not answer: "
+            f"{str(error).splitlines()[0]}\n"
+            "  It is kept by torchrun's agent, else by rank 0: read its log first. Where a group "
+            "was just destroyed, its store may have been found: give the next one another "
+            "MASTER_PORT."
+        ) from error
+
+
 class StoreGather:
     """All-gather through a store of torch's, a key a rank and round: they tell who is missing.
 
@@ -232,12 +249,12 @@ class StoreGather:
         self._timeout_s = timeout_s
         self._call = call
         self._check = check
-        with self._store_is_there():
+        with store_is_there(call, rank, size):
             self.meeting = (store.add("arrivals", 1) - 1) // size
         self._round = 0
 
     def __call__(self, data: bytes) -> list[bytes]:
-        with self._store_is_there():
+        with store_is_there(self._call, self._rank, self._size):
             return self._gather(data)
 
     def _gather(self, data: bytes) -> list[bytes]:
@@ -256,21 +273,6 @@ class StoreGather:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.05)
         return [self._store.get(key) for key in keys]
-
-    @contextlib.contextmanager
-    def _store_is_there(self) -> Iterator[None]:
-        from torch.distributed import DistError
-
-        try:
-            yield
-        except DistError as error:
-            raise CommError(
-                f"{self._call} on rank {self._rank} of {self._size}: the store in which the ranks "
-                f"meet does not answer: {str(error).splitlines()[0]}\n"
-                "  It is kept by torchrun's agent, else by rank 0: read its log first. Where a "
-                "group was just destroyed, its store may have been found: give the next one "
-                "another MASTER_PORT."
-            ) from error
 
     def _missing(self, keys: list[str]) -> list[int]:
         return [rank for rank, key in enumerate(keys) if not self._store.check([key])]

@@ -198,7 +198,10 @@ def _redirect() -> None:
     def make_pycomm_group(
         group_size: int, group_rank: int, global_ranks: Any, backend: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        backend = BACKEND if _is_torchs_own(str(backend)) else backend
+        if _is_torchs_own(str(backend)):
+            backend = BACKEND
+            if "backend_options" in kwargs:  # those of the backend that was asked for
+                kwargs["backend_options"] = None
         return make_group(group_size, group_rank, global_ranks, backend, *args, **kwargs)
 
     setattr(distributed_c10d, make_group.__name__, make_pycomm_group)

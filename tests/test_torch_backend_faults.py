@@ -104,6 +104,13 @@ def test_a_timeout_of_one_group_leaves_the_rest_usable(outcomes: Outcomes, name:
         assert "timeout after 1." in str(report["error"]) and report["destroyed"]
 
 
+def test_a_monitored_barrier_tells_who_let_a_call_time_out(outcomes: Outcomes) -> None:
+    for report in ended(outcomes, "monitored_barrier_after_a_timeout", 0, 0):
+        assert report["reduction type"] == report["error type"] == "CommTimeoutError"
+        assert "Rank 1 failed to pass monitoredBarrier" in str(report["error"])
+        assert "again" not in report and report["destroyed"]
+
+
 def test_a_wait_that_times_out_can_be_repeated(outcomes: Outcomes) -> None:
     first, second = ended(outcomes, "timeout_of_a_wait", 0, 0)
     assert "timed out after 0.5 s" in str(first["error"])

@@ -120,6 +120,10 @@ def test_redirection_replaces_torchs_own_backends_and_no_others():
                     group = dist.new_group([1, 0], backend=inner)
                     assert dist.get_backend(group) == "pycomm", (inner, dist.get_backend(group))
                     check_sum(group)
+                own = dist.ProcessGroupGloo._Options()  # pycomm has none
+                group = dist.new_group(backend="gloo", pg_options=own)
+                assert dist.get_backend(group) == "pycomm"
+                check_sum(group)
                 assert dist.get_backend(dist.new_group(backend="fake")) == "fake"
                 mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "model"))
                 assert dist.get_backend(mesh["data"].get_group()) == "pycomm"
@@ -408,7 +412,9 @@ def test_every_mistake_is_named(tmp_path):
     assert "environment variable MASTER_ADDR expected, but not set" in texts["nowhere to meet"]
     assert "environment variable MASTER_PORT expected, but not set" in texts["no port"]
     assert "rank is 2, and world_size 2.\n  Ranks run from 0 to 1" in texts["rank too high"]
-    assert texts["gloo's options"].startswith("TypeError: pg_options is a _Options, and pycomm has")
+    assert texts["gloo's options"].startswith(
+        "TypeError: pg_options is a ProcessGroupGloo._Options, and"
+    )
     assert "pycom" in texts["a name with a typo"]
 
 

@@ -131,6 +131,10 @@ def _barrier(rank: Rank) -> None:
     dist.barrier()
 
 
+def _monitored_barrier(rank: Rank) -> None:
+    dist.monitored_barrier()
+
+
 def _new_group(rank: Rank) -> None:
     dist.new_group()
 
@@ -147,6 +151,7 @@ WAITING = {
     "recv": _recv,
     "recv_of_any": _recv_of_any,
     "barrier": _barrier,
+    "monitored_barrier": _monitored_barrier,
     "new_group": _new_group,
     "backward": _backward,
 }
@@ -172,7 +177,7 @@ def _peer_goes(wait: Callable[[Rank], None], leave: Callable[[Rank], None]) -> A
 for _wait_name, _wait in WAITING.items():
     for _leave_name, _leave in LEAVING.items():
         if _leave_name in ("killed", "raises") or _wait_name in ("all_reduce", "recv", "new_group"):
-            _size = 3 if _wait_name == "all_reduce" else 2
+            _size = 3 if _wait_name in ("all_reduce", "monitored_barrier") else 2
             SCENARIOS[f"{_leave_name}_during_{_wait_name}"] = Scenario(
                 _peer_goes(_wait, _leave), _size, 60.0
             )
@@ -264,6 +269,19 @@ def timeout_in_backward(rank: Rank) -> None:
         time.sleep(6)
     with reporting(rank):
         model(torch.ones(2, 30)).sum().backward()
+
+
+@scenario()
+def monitored_barrier_after_a_timeout(rank: Rank) -> None:
+    """By which people look for who did not come, when a call has timed out."""
+    begin(rank, timedelta(seconds=1))
+    if rank.rank == 1:
+        time.sleep(4)
+    caught(rank, lambda: dist.all_reduce(torch.ones(3)), "reduction")
+    caught(rank, lambda: dist.monitored_barrier(timeout=timedelta(seconds=1)))
+    caught(rank, lambda: dist.monitored_barrier(timeout=LONG), "again")  # both are there
+    dist.destroy_process_group()
+    rank.report(destroyed=True)
 
 
 @scenario()

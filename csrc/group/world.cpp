@@ -89,7 +89,7 @@ std::shared_ptr<Group> World::make_group(const std::vector<int>& ranks,
 }
 
 void World::check_present(const std::vector<int>& ranks, const std::string& call) const {
-  group_->check_notices();
+  if (process_->job_notice().posted()) process_->job_notice().raise();
   const Placement& placement = process_->placement;
   const auto where = call + " on rank " + std::to_string(process_->rank) + ": rank ";
   for (const int rank : ranks) {

@@ -35,7 +35,8 @@ class World {
                                     const Process::AllGatherBytes& all_gather_bytes,
                                     double timeout_s = 0);
 
-  /// For who waits for these ranks elsewhere than in a call: throws what ends a call.
+  /// For who waits for these ranks elsewhere than in a call: throws if they will not come. That the
+  /// world's group is finished is no reason: its ranks may go on without it.
   /// @throws PeerLostError  one of them, on this host, is gone, or the job was ended.
   /// @throws MismatchError  one of them, on this host, leaves the job.
   void check_present(const std::vector<int>& ranks, const std::string& call) const;

@@ -1,10 +1,9 @@
 """The gloo group behind a pycomm group, for what torch lets no Python class answer.
 
 Torch's C++ code asks a group for the backend of a device in a few places (its device types, its
-name, its sequence number, and collectives for which there is no override), and takes a C++ object
-only. Gloo gives the right answers; a stand-in that does nothing would give wrong data in silence.
-It connects to nobody before it is used; only PyTorch 2.6 knows no such devices, and it connects at
-once there.
+name, and collectives for which there is no override), and takes a C++ object only. Gloo gives the
+right answers; a stand-in that does nothing would give wrong data in silence. It connects to nobody
+before it is used; only PyTorch 2.6 knows no such devices, and it connects at once there.
 """
 
 from __future__ import annotations
@@ -38,12 +37,14 @@ class Fallback(dist.ProcessGroupGloo):
         options._devices = [_device(several_hosts)]
         options._timeout = timeout
         super().__init__(dist.PrefixStore("fallback", store), rank, size, options)
-        self._set_timeout = set_timeout
+        self._set_timeout = weakref.WeakMethod(set_timeout)  # of the group, which has this one
         _fallbacks.add(self)
 
     def _set_default_timeout(self, timeout: timedelta) -> None:
         super()._set_default_timeout(timeout)
-        self._set_timeout(timeout)
+        set_timeout = self._set_timeout()
+        if set_timeout is not None:
+            set_timeout(timeout)
 
 
 _fallbacks: weakref.WeakSet[Fallback] = weakref.WeakSet()

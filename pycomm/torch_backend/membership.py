@@ -37,6 +37,9 @@ _LEAVE_TIMEOUT_S = 30 * 86400.0
 class Membership:
     """A rank's place in a core group; ``leave`` ends it, together with the other members.
 
+    ``check_present`` raises what ends a call, of that name, if one of these members, on this host,
+    is gone or leaves the job.
+
     ``store`` is torch's, without anything in it. Torch gives a new group the name of one that was
     destroyed, and the store of torchrun's agent remembers that one's keys.
     """
@@ -44,6 +47,7 @@ class Membership:
     group: Group
     leave: Callable[[], None]
     store: Any
+    check_present: Callable[[Sequence[int], str], None]
 
 
 # How many default groups met before the present one in its store, whose other groups share it.
@@ -107,11 +111,12 @@ def join(
     if len(jobs) > 1:
         raise MismatchError(_mixed_jobs(rank, cards))
     if jobs != {None}:
-        group = runtime.make_group([card["rank"] for card in cards], gather, timeout_s)
+        members = [card["rank"] for card in cards]
+        group = runtime.make_group(members, gather, timeout_s)
         if not is_default:
-            return Membership(group, lambda: None, empty)
-        _job_ranks[:] = [card["rank"] for card in cards]
-        return Membership(group, _job_ranks.clear, empty)
+            return Membership(group, lambda: None, empty, _check_of(members))
+        _job_ranks[:] = members
+        return Membership(group, _job_ranks.clear, empty, _check_of(members))
     comm = None
     if len({card["host"] for card in cards}) > 1:
         mpi_ranks = [card["mpi_rank"] for card in cards]
@@ -121,9 +126,14 @@ def join(
     if is_default:
         runtime.init_through(meeting, timeout_s=timeout_s, leave_timeout_s=_LEAVE_TIMEOUT_S)
         _job_ranks[:] = range(size)
-        return Membership(runtime.world_group(), _leave_job, empty)
+        return Membership(runtime.world_group(), _leave_job, empty, runtime.check_present)
     world = connect(meeting, read_settings(timeout_s, os.environ)).world
-    return Membership(world.group, _apart(world), empty)
+    return Membership(world.group, _apart(world), empty, world.check_present)
+
+
+def _check_of(members: Sequence[int]) -> Callable[[Sequence[int], str], None]:
+    """Members are ranks of the job."""
+    return lambda ranks, call: runtime.check_present([members[r] for r in ranks], call)
 
 
 def _leave_job() -> None:

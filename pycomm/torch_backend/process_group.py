@@ -38,7 +38,7 @@ from pycomm.errors import NotInitializedError
 from pycomm.torch_backend import membership, messages, moves, reductions
 from pycomm.torch_backend.backward import Backward, is_called_by_reducer
 from pycomm.torch_backend.fallback import Fallback
-from pycomm.torch_backend.monitored_barrier import wait_for_all
+from pycomm.torch_backend.monitored_barrier import MonitoredBarrier
 from pycomm.torch_backend.options import (
     SAYS_ASYNC,
     as_lists,
@@ -56,6 +56,7 @@ _CORE_SUM = ReduceOp.SUM  # looking a member up takes as long as adding
 _all_reduce: Callable[..., bool] = tensor_calls.all_reduce
 _profiler_enabled = torch.autograd._profiler_enabled
 _NO_TIME = timedelta(0)
+_OPTIONS_OF_ANY_BACKEND = dist.ProcessGroupGloo._Options.__bases__[0]
 
 Tensors = Sequence[Tensor]
 Lists = Sequence[Sequence[Tensor]]
@@ -104,10 +105,11 @@ class ProcessGroup(dist.ProcessGroup):
         self._has_own_timeout = False  # another than the core's group, whose it was first
         member = membership.join(store, rank, size, self._timeout_s, torch_ranks)
         self._store = member.store
+        self._check_present = member.check_present
         self._group: Group | None = member.group  # None once it was destroyed
         self._leave = member.leave
         self._backward: Backward | None = None  # the last one with reductions of torch's reducer
-        self._undelivered: list[tuple[set[int], Work]] = []  # and the memory they write
+        self._undelivered: dict[Work, set[int]] = {}  # and the memory they write
         self._barriers = 0
         self._coalesced: list[Work] | None = None  # what was started since _start_coalescing()
         # Kept, or torch would only find the C++ part of it.
@@ -404,7 +406,7 @@ class ProcessGroup(dist.ProcessGroup):
             wait_all_ranks: rank 0 names all that are missing, not the first one alone.
 
         Raises:
-            CommTimeoutError: on every rank that came.
+            CommTimeoutError: on every rank that came. PeerLostError: a rank is gone.
         """
         timeout_s = self._timeout_s
         if isinstance(timeout, timedelta):
@@ -418,7 +420,10 @@ class ProcessGroup(dist.ProcessGroup):
                 f"timeout is {timeout!r}. Pass a datetime.timedelta.",
             )
         number, self._barriers = self._barriers, self._barriers + 1
-        wait_for_all(self._store, self.rank(), self.size(), number, timeout_s, wait_all_ranks)
+        barrier = MonitoredBarrier(
+            self._store, self.rank(), self.size(), number, self._check_present
+        )
+        barrier.wait(timeout_s, wait_all_ranks)
 
     # --- several at once (torch.distributed._coalescing_manager) ---------------------------------
 
@@ -484,18 +489,19 @@ class ProcessGroup(dist.ProcessGroup):
 
     def _deliver_to(self, arguments: Any) -> None:
         """What an operation reads or writes, earlier ones must have written."""
-        self._undelivered = [each for each in self._undelivered if not each[1].is_completed()]
         if self._undelivered:
             memories = _memories(arguments)
-            for written, work in self._undelivered:
-                if written & memories:
+            for work, written in self._undelivered.copy().items():
+                if written & memories and not work.is_completed():
                     work.wait()
 
     def _started(self, work: pycomm_work.Work[Any], result: list[Any]) -> Work:
         started = Work(work, result)
         if isinstance(work, Delivery):
-            started.future()  # which is settled, and the results delivered, if nobody waits
-            self._undelivered.append((_memories(result), started))
+            # Which is settled, and the results delivered, if nobody waits.
+            future = started.future()
+            self._undelivered[started] = _memories(result)
+            future.add_done_callback(functools.partial(_forget, self._undelivered, started))
         if self._coalesced is not None:
             self._coalesced.append(started)
         return started
@@ -541,15 +547,15 @@ def create_process_group(options: Any, backend_options: object) -> ProcessGroup:
 
     Args:
         options: ``_DistributedBackendOptions``: store, rank, size and timeout of the group.
-        backend_options: there are none; None.
+        backend_options: there are none; None, or torch's class that all backends have in common.
 
     Raises:
         TypeError: ``pg_options`` of another backend. Otherwise as ``pycomm.init``.
     """
-    if backend_options is not None and type(backend_options).__name__ != "Options":
+    kind = type(backend_options)
+    if backend_options is not None and kind is not _OPTIONS_OF_ANY_BACKEND:
         raise TypeError(
-            f"pg_options is a {type(backend_options).__name__}, and pycomm has no such options. "
-            "Leave it out."
+            f"pg_options is a {kind.__qualname__}, and pycomm has no such options. Leave it out."
         )
     return ProcessGroup(
         options.store,
@@ -558,6 +564,10 @@ def create_process_group(options: Any, backend_options: object) -> ProcessGroup:
         options.timeout,
         options.global_ranks_in_group,
     )
+
+
+def _forget(undelivered: dict[Work, set[int]], work: Work, future: object) -> None:
+    undelivered.pop(work, None)
 
 
 def _memories(values: Any) -> set[int]:

@@ -195,9 +195,14 @@ class Works(dist.Work):
         self._works = works
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """As each one's."""
+        """As each one's; ``timeout`` is for all of them together."""
+        start = time.monotonic()
         for work in self._works:
-            work.wait(timeout)
+            if timeout is None or timeout <= timedelta(0):
+                work.wait()
+            else:
+                left = timeout - timedelta(seconds=time.monotonic() - start)
+                work.wait(max(left, timedelta.resolution))
         return True
 
     def synchronize(self) -> None:
