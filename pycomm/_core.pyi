@@ -445,10 +445,11 @@ class World:
         True if this host had not been aborted by another rank before.
         """
 
-    def close(self, *, timeout_s: float = 0.0) -> None:
+    def close(self, *, timeout_s: float = 0.0, failure: str = "") -> None:
         """Leave together with all other ranks, then free what can be freed.
 
-        ``timeout_s`` is how long to wait for them; 0: the world's default.
+        ``timeout_s`` is how long to wait for them; 0: the world's default. ``failure`` is why this
+        rank leaves, if for an error; ranks that still call something are told.
         """
 
 def loopback_worlds(

@@ -12,6 +12,8 @@ ranks that wait for it. Instead:
   the job when the first rank has gone, and report that rank's exit code.
 - ``sys.exit(3)`` on one rank is a failure too, with exit code 3, unless every rank has shut down;
   ``sys.exit(0)`` is a normal end. Ctrl-C leaves with 130 and one line from the first rank.
+- Processes of ``multiprocessing`` (torch's ``spawn``) catch everything themselves: they fail if
+  their exit code is not 0.
 - Exceptions that are caught, and those of threads other than the main one, end nothing.
 
 A world of one rank, an interactive session and a forked child fail as Python does.
@@ -29,7 +31,8 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
+from multiprocessing.process import BaseProcess
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from pycomm import _core
@@ -94,6 +97,14 @@ def unwatch() -> None:
     """The job is over: fail as Python does."""
     global _member
     _member = None
+
+
+def being_handled() -> str:
+    """The exception for which this thread is in a ``finally`` or ``except``, in a line; or ""."""
+    error = sys.exc_info()[1]
+    if error is None or (isinstance(error, SystemExit) and not error.code):
+        return ""
+    return _summary(error).splitlines()[0]
 
 
 def abort_mpi(comm: MPI.Intracomm, code: int) -> None:
@@ -185,10 +196,28 @@ def _exit(status: object = None, /) -> NoReturn:
 
 def _on_main_thread_end() -> None:
     member, departure = _member, _left_with
-    if member is None or departure is None or not departure.code:
+    if member is None:
+        return
+    code = _exit_code_of_multiprocessing()
+    if code:
+        summary = f"its process ends with exit code {code}"
+        _end_job(member, code, summary, f"{member}: {summary}\n", 0.0)
+    if departure is None or not departure.code:
         return
     summary = f"sys.exit({departure.code!r})"
     _end_job(member, departure.number(), summary, f"{member}: {summary}\n", departure.head_start_s)
+
+
+def _exit_code_of_multiprocessing() -> int | None:
+    """With which this process ends, if ``multiprocessing`` started it; None elsewhere.
+
+    What its function raised was caught by a frame that is still there: the one that knows.
+    """
+    knows = BaseProcess._bootstrap.__code__  # type: ignore[attr-defined]
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not knows:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get("exitcode")
 
 
 def _end_job(

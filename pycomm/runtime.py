@@ -103,6 +103,8 @@ def shutdown() -> None:
     """Leave the job, together with all ranks. Does nothing when there is none to leave.
 
     Called by itself when the process exits normally. ``init()`` may be called again afterwards.
+    While an exception is being handled (``finally: shutdown()``) ranks that wait for this one are
+    told of it.
 
     Raises:
         MismatchError: another rank still calls something; it raises there as well.
@@ -112,7 +114,7 @@ def shutdown() -> None:
     if session is None:
         return
     try:
-        session.world.close(timeout_s=session.leave_timeout_s)
+        session.world.close(timeout_s=session.leave_timeout_s, failure=failure.being_handled())
     finally:
         _session = None
         tensor_calls.set_world(None)

@@ -158,6 +158,9 @@ def test_who_leaves_while_others_call(outcomes: Outcomes) -> None:
     assert first["error type"] == second["destroy type"] == "MismatchError"
     first, second = ended(outcomes, "one_raises_and_destroys", 1, 1)
     assert first["error type"] == "ValueError" and second["error type"] == "MismatchError"
+    for text in (str(first["destroy"]), str(second["error"])):  # the last thing that is printed
+        assert "rank 0 made shutdown after ValueError: of the user's own" in text
+        assert "The one that leaves has failed: read its log" in text
 
 
 def test_errors_reach_ranks_that_had_no_part(outcomes: Outcomes) -> None:

@@ -99,11 +99,12 @@ void bind_world(py::module_& module) {
            "Make every rank's pending and later calls raise `reason`; True if none was before.")
       .def(
           "close",
-          [](World& world, double timeout_s) {
+          [](World& world, double timeout_s, const std::string& failure) {
             const py::gil_scoped_release no_gil;
-            world.close(interrupt_check(), timeout_s);
+            world.close(interrupt_check(), timeout_s, failure);
           },
-          py::kw_only(), py::arg("timeout_s") = 0.0, "Leave together with all other ranks.");
+          py::kw_only(), py::arg("timeout_s") = 0.0, py::arg("failure") = "",
+          "Leave together with all other ranks.");
   module.def(
       "loopback_worlds",
       [](const std::vector<int>& hosts, double timeout_s, std::size_t piece_bytes,

@@ -89,7 +89,8 @@ void Signature::assign(const Operation& operation, std::uint64_t sequence_in,
   for (int i = 0; i < std::min(operation.shape.count, Shape::kMaxDims); ++i) {
     dims[i] = operation.shape.dims[i];
   }
-  name_hash = hash_of(operation.name);
+  // Why a rank leaves is told, and no difference: others may leave for another reason.
+  name_hash = operation.kind == Kind::kShutdown ? 0 : hash_of(operation.name);
   const std::size_t length = std::min(operation.name.size(), kMaxName);
   if (length > 0) std::memcpy(name.data(), operation.name.data(), length);
   if (length < kMaxName) name[length] = '\0';
@@ -116,6 +117,7 @@ std::uint64_t Signature::hash() const {
 std::string Signature::describe() const {
   std::string text = name_of(kind);
   const std::string given = name_of_call(*this);
+  if (kind == Kind::kShutdown) return given.empty() ? text : text + " after " + given;
   if (!given.empty()) text += " '" + given + "'";
   if (!has_elements(kind)) return text;
   text += counts_hash == 0 ? " of " + std::to_string(count) : " of blocks of different lengths of";
@@ -149,9 +151,13 @@ std::string remedy(const Signature& mine, const Signature& other) {
     return signature.kind == Kind::kShutdown;
   };
   if (has_left(mine) != has_left(other)) {
+    if (!name_of_call(has_left(mine) ? mine : other).empty()) {
+      return "The one that leaves has failed: read its log first.";
+    }
     return "One has finished while the other goes on: every rank must make the same number of "
-           "calls. Give each as many batches, or let pycomm.join() take part for those that end "
-           "early.";
+           "calls. Give each as many batches, or let pycomm.join() (of DistributedDataParallel: "
+           "its "
+           "join()) take part for those that end early.";
   }
   if (is_on_gpus(mine.algorithm) != is_on_gpus(other.algorithm)) {
     return "A call has its tensors on GPUs on every rank, or on none: pass t.cuda(), or t.cpu(), "

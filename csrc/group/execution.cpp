@@ -46,10 +46,8 @@ void Execution::check() {
   if (seconds() > operation_.timeout_s) {
     char waited[32];
     std::snprintf(waited, sizeof(waited), "%.1f s", seconds());
-    throw CommTimeoutError(
-        describe() + ": timeout after " + waited + ", waiting for " + suspension_.wait->describe() +
-        ".\n  Read that rank's log first; if it is only slow, raise the timeout (timeout_s of the "
-        "call or of init, or PYCOMM_TIMEOUT_S).");
+    throw CommTimeoutError(describe() + ": timeout after " + waited + ", waiting for " +
+                           suspension_.wait->describe() + ".\n  " + kTimeoutRemedy);
   }
 }
 

@@ -383,9 +383,7 @@ void PostOffice::check(Item& item) {
                 (sends ? " to receive it" : " to send it");
     }
     throw CommTimeoutError(describe(item) + ": timeout after " + waited + ", waiting for " +
-                           awaited +
-                           ".\n  Read that rank's log first; if it is only slow, raise the timeout "
-                           "(timeout_s of the call or of init, or PYCOMM_TIMEOUT_S).");
+                           awaited + ".\n  " + kTimeoutRemedy);
   }
 }
 

@@ -122,7 +122,8 @@ bool World::abort(const std::string& reason) {
   return first;
 }
 
-void World::close(const InterruptCheck& check_interrupt, double timeout_s) {
+void World::close(const InterruptCheck& check_interrupt, double timeout_s,
+                  const std::string& failure) {
   if (process_->stopped()) return;
   announce_leaving();
   try {
@@ -130,6 +131,7 @@ void World::close(const InterruptCheck& check_interrupt, double timeout_s) {
       group_->check_notices();
       Operation goodbye;
       goodbye.kind = Kind::kShutdown;
+      goodbye.name = failure;
       goodbye.timeout_s = timeout_s;
       group_->run(std::move(goodbye), check_interrupt);
     }

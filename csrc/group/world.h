@@ -50,7 +50,9 @@ class World {
   /// @throws MismatchError  another rank still calls something.
   /// @throws PeerLostError  another rank ended the job.
   /// @param timeout_s  how long to wait for the others; 0: the world's default.
-  void close(const InterruptCheck& check_interrupt, double timeout_s = 0);
+  /// @param failure    why this rank leaves, if for an error, for ranks that still call something.
+  void close(const InterruptCheck& check_interrupt, double timeout_s = 0,
+             const std::string& failure = {});
 
  private:
   World(std::shared_ptr<Process> process, std::shared_ptr<Group> group)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pycomm import runtime
+from pycomm import failure, runtime
 from pycomm._core import Group, World
 from pycomm.connection import connect, host_key, read_settings
 from pycomm.errors import InvalidArgumentError, MismatchError
@@ -175,7 +175,7 @@ def _apart(world: World) -> Callable[[], None]:
     def leave() -> None:
         if world in _worlds:
             _worlds.remove(world)
-        world.close(timeout_s=_LEAVE_TIMEOUT_S)
+        world.close(timeout_s=_LEAVE_TIMEOUT_S, failure=failure.being_handled())
 
     return leave
 

@@ -79,6 +79,23 @@ TEST(every_field_of_a_signature_changes_its_hash) {
   CHECK_EQUAL(hashes.size(), std::size_t{17});
 }
 
+TEST(why_a_rank_leaves_is_told_and_no_difference) {
+  pycomm::Operation failing;
+  failing.kind = pycomm::Kind::kShutdown;
+  failing.name = "ValueError: bad batch";
+  pycomm::Operation leaving;
+  leaving.kind = pycomm::Kind::kShutdown;
+  const auto first = pycomm::Signature::of(failing, 3, 0);
+  CHECK_EQUAL(first.hash(), pycomm::Signature::of(leaving, 3, 0).hash());
+
+  pycomm::Operation calling;
+  calling.kind = pycomm::Kind::kBarrier;
+  CHECK_EQUAL(pycomm::describe_mismatch(0, pycomm::Signature::of(calling, 3, 0), 1, first),
+              std::string("call #3 differs: rank 0 made barrier, rank 1 made shutdown after "
+                          "ValueError: bad batch.\n  The one that leaves has failed: read its log "
+                          "first."));
+}
+
 TEST(a_mismatch_tells_both_sides) {
   pycomm::Operation mine;
   mine.kind = pycomm::Kind::kAllReduce;
