@@ -145,8 +145,8 @@ def _wait(request: MPI.Request, comm: MPI.Intracomm, deadline: float, timeout_s:
             raise CommTimeoutError(
                 f"init on rank {comm.Get_rank()} of {comm.Get_size()}: not all ranks came to meet "
                 f"within {timeout_s:g} s; MPI does not say which.\n"
-                "  A rank that logs nothing is stuck before pycomm.init(); if it is only slow, "
-                "raise init(timeout_s=...) or PYCOMM_TIMEOUT_S."
+                "  A rank that logs nothing is stuck before it gets here; if it is only slow, "
+                "raise init(timeout_s=...), PYCOMM_TIMEOUT_S or init_process_group(timeout=...)."
             )
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 5e-3)

@@ -16,6 +16,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping
+from datetime import timedelta
 from typing import Any
 
 from pycomm_launch.launchers import Launcher, LaunchError, Meeting, detect
@@ -92,15 +93,17 @@ def _let_launchers_meet() -> None:
     through_environment = handlers["env"]
 
     @functools.wraps(through_environment)
-    def meet(url: str, *args: Any, **kwargs: Any) -> Any:
+    def meet(url: str, timeout: timedelta | None = None, **kwargs: Any) -> Any:
         # Where the URL has a rank, the caller says who he is. A port alone is no place: Accelerate
         # sets one, always the same.
         contradicted = "rank=" not in url and warn_of_contradiction(os.environ)
         address = _address()
         unknown = address[0] is None or address == _provided.get(os.getpid())
         if unknown and not contradicted:
-            _provide_address()
-        return through_environment(url, *args, **kwargs)
+            _provide_address(timeout)
+        if timeout is not None:
+            kwargs["timeout"] = timeout
+        return through_environment(url, **kwargs)
 
     handlers["env"] = meet
 
@@ -142,7 +145,7 @@ def _address() -> tuple[str | None, str | None]:
 _provided: dict[int, tuple[str | None, str | None]] = {}
 
 
-def _provide_address() -> None:
+def _provide_address(timeout: timedelta | None) -> None:
     try:
         launch = detect(os.environ)
     except LaunchError:
@@ -151,7 +154,7 @@ def _provide_address() -> None:
     if launch.meeting is not Meeting.STORE and launch.launcher is not Launcher.NONE:
         from pycomm.torch_backend.address import provide_address
 
-        provide_address(os.environ)
+        provide_address(os.environ, timeout.total_seconds() if timeout is not None else None)
         _provided[os.getpid()] = _address()
 
 

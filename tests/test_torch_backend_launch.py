@@ -3,6 +3,7 @@ where the ranks meet, and what is said when something was set wrong.
 """
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -139,11 +140,47 @@ def test_redirection_replaces_torchs_own_backends_and_no_others():
     on_every_rank(done, 2, "redirected")
 
 
+@pytest.mark.timeout(100)
+def test_under_mpirun_who_does_not_come_again_is_waited_for_as_long_as_was_asked():
+    done = mpirun(
+        2,
+        script("""
+            import time
+            from datetime import timedelta
+
+            for life in range(2):
+                began = time.monotonic()
+                try:
+                    dist.init_process_group("pycomm", timeout=timedelta(seconds=3))
+                except RuntimeError as error:
+                    say(f"{type(error).__name__} {time.monotonic() - began < 30} {error}")
+                    sys.exit()
+                dist.destroy_process_group()
+                if os.environ["RANK"] == "1":
+                    break
+        """),
+    )
+    assert "rank 0: CommTimeoutError True init on rank 0 of 2: not all ranks came" in done.out
+    assert "within 3 s" in done.out, done.out + done.err
+
+
+def spawn(folder, text, *args):
+    """A program whose ranks torch.multiprocessing starts; ``text`` has a function ``rank``."""
+    program = folder / "spawned.py"  # children import it
+    start = "torch.multiprocessing.spawn(rank, (sys.argv[1:],), nprocs=2)"
+    program.write_text(script(text) + f'\nif __name__ == "__main__":\n    {start}\n')
+    command = [sys.executable, str(program), *args]
+    done = subprocess.run(command, capture_output=True, timeout=120, **process_options())
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
 @pytest.mark.timeout(150)
 def test_processes_that_were_spawned_meet_where_they_are_told(tmp_path):
-    program = tmp_path / "spawned.py"  # children import it
-    program.write_text(
-        script("""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    done = spawn(
+        tmp_path,
+        """
             def rank(index, places):
                 os.environ["RANK"] = str(index)  # for say()
                 for place in places:
@@ -151,17 +188,38 @@ def test_processes_that_were_spawned_meet_where_they_are_told(tmp_path):
                     check_sum()
                     dist.destroy_process_group()
                 say("met twice")
-
-            if __name__ == "__main__":
-                torch.multiprocessing.spawn(rank, (sys.argv[1:],), nprocs=2)
-        """)
+        """,
+        f"tcp://localhost:{port}",
+        f"file://{tmp_path}/store",
     )
-    with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    places = [f"tcp://localhost:{port}", f"file://{tmp_path}/store"]
-    command = [sys.executable, str(program), *places]
-    done = subprocess.run(command, capture_output=True, timeout=120, **process_options())
-    on_every_rank(Result(done.returncode, done.stdout, done.stderr), 2, "met twice")
+    on_every_rank(done, 2, "met twice")
+
+
+@pytest.mark.timeout(150)
+def test_what_fails_in_a_spawned_process_is_told_to_the_others(tmp_path):
+    """Not that it has made fewer calls: multiprocessing catches what it raises."""
+    done = spawn(
+        tmp_path,
+        """
+            import atexit, time
+
+            def rank(index, places):
+                dist.init_process_group("pycomm", init_method=places[0], rank=index, world_size=2)
+                if index == 1:
+                    atexit.register(time.sleep, 1)  # torch ends the other one afterwards
+                    raise ValueError("of the user's own")
+                try:
+                    dist.barrier()
+                except RuntimeError as error:
+                    sys.stderr.write(f"rank 0: {error}\\n")
+                    raise
+        """,
+        f"file://{tmp_path}/store",
+    )
+    assert done.returncode == 1
+    assert "ValueError: of the user's own" in done.err
+    assert re.search("rank 0: the job was ended by rank 1 of 2 .*ends with exit code 1", done.err)
+    assert "MismatchError" not in done.err
 
 
 def test_ranks_of_pycomm_become_a_torch_group_and_stay_what_they_were():

@@ -19,7 +19,7 @@ _CONNECT_S = 2.0  # to one address
 _SIOCGIFADDR = 0x8915  # <linux/sockios.h>
 
 
-def provide_address(environ: MutableMapping[str, str]) -> None:
+def provide_address(environ: MutableMapping[str, str], timeout_s: float | None = None) -> None:
     """Set ``MASTER_ADDR`` and ``MASTER_PORT`` to an address of rank 0 that every rank reaches.
 
     ``RANK`` and ``WORLD_SIZE`` too, where the launcher did not say them and only MPI knows.
@@ -27,11 +27,16 @@ def provide_address(environ: MutableMapping[str, str]) -> None:
     Collective: the ranks ask each other through MPI. Rank 0 listens on a free port, offers the
     addresses of its host, and every rank tries them; the first that all reached is taken.
 
+    Args:
+        timeout_s: for each time that the ranks tell each other something; pycomm's if None.
+
     Raises:
         CommError: there is none, or MPI does not work; InvalidArgumentError, CommTimeoutError: as
             ``pycomm.init``.
     """
-    rendezvous = meet(detect(environ), environ, attempt=0, timeout_s=DEFAULT_TIMEOUT_S)
+    if timeout_s is None:
+        timeout_s = DEFAULT_TIMEOUT_S
+    rendezvous = meet(detect(environ), environ, attempt=0, timeout_s=timeout_s)
 
     def all_gather(mine: Any) -> list[Any]:
         return [json.loads(data) for data in rendezvous.all_gather_bytes(json.dumps(mine).encode())]
