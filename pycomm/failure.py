@@ -32,7 +32,8 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
-from types import FrameType, TracebackType
+from multiprocessing.spawn import spawn_main
+from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from pycomm import _core
@@ -198,26 +199,36 @@ def _on_main_thread_end() -> None:
     member, departure = _member, _left_with
     if member is None:
         return
-    code = _exit_code_of_multiprocessing()
-    if code:
-        summary = f"its process ends with exit code {code}"
-        _end_job(member, code, summary, f"{member}: {summary}\n", 0.0)
+    worker = _multiprocessing_worker()
+    if worker is not None and worker.exit_code:
+        summary = f"its process ends with exit code {worker.exit_code}"
+        text = f"{member}: {summary}\n"
+        _end_job(member, worker.exit_code, summary, text, 0.0, run_handlers=worker.runs_handlers)
     if departure is None or not departure.code:
         return
     summary = f"sys.exit({departure.code!r})"
     _end_job(member, departure.number(), summary, f"{member}: {summary}\n", departure.head_start_s)
 
 
-def _exit_code_of_multiprocessing() -> int | None:
-    """With which this process ends, if ``multiprocessing`` started it; None elsewhere.
+@dataclass(frozen=True)
+class _Worker:
+    """A process that ``multiprocessing`` started, when its function is over."""
+
+    exit_code: int
+    runs_handlers: bool  # a forked one does not: its handlers are its parent's
+
+
+def _multiprocessing_worker() -> _Worker | None:
+    """This process, if it is one.
 
     What its function raised was caught by a frame that is still there: the one that knows.
     """
     knows = BaseProcess._bootstrap.__code__  # type: ignore[attr-defined]
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not knows:
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals.get("exitcode")
+    frames = {frame.f_code: frame for frame, _ in traceback.walk_stack(sys._getframe())}
+    if knows not in frames:
+        return None
+    exit_code = frames[knows].f_locals.get("exitcode", 0)
+    return _Worker(exit_code, spawn_main.__code__ in frames)
 
 
 def _end_job(

@@ -222,6 +222,33 @@ def test_what_fails_in_a_spawned_process_is_told_to_the_others(tmp_path):
     assert "MismatchError" not in done.err
 
 
+@pytest.mark.timeout(150)
+def test_a_forked_process_that_fails_leaves_the_exit_handlers_to_its_parent(tmp_path):
+    done = alone(
+        script("""
+            import atexit
+            import multiprocessing
+
+            def rank(index):
+                place = f"file://{sys.argv[1]}/store"
+                dist.init_process_group("pycomm", init_method=place, rank=index, world_size=2)
+                sys.exit(7 + index)
+
+            atexit.register(print, "the parent's handler")
+            context = multiprocessing.get_context("fork")
+            ranks = [context.Process(target=rank, args=(index,)) for index in range(2)]
+            for each in ranks:
+                each.start()
+            for each in ranks:
+                each.join()
+            print([each.exitcode for each in ranks])
+        """),
+        str(tmp_path),
+    )
+    assert done.out == "[7, 8]\nthe parent's handler\n", done.out + done.err
+    assert "ends with exit code" in done.err
+
+
 def test_ranks_of_pycomm_become_a_torch_group_and_stay_what_they_were():
     done = mpirun(
         2,
