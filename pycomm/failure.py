@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from multiprocessing.spawn import spawn_main
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from pycomm import _core
 from pycomm.errors import PeerLostError
@@ -223,12 +223,14 @@ def _multiprocessing_worker() -> _Worker | None:
 
     What its function raised was caught by a frame that is still there: the one that knows.
     """
-    knows = BaseProcess._bootstrap.__code__  # type: ignore[attr-defined]
+    # Private, and with a local variable of that name, in Python 3.10 to 3.13. Where they are not,
+    # the rank is told of as one that has made fewer calls.
+    bootstrap = getattr(BaseProcess, "_bootstrap", None)
+    code: Any = getattr(bootstrap, "__code__", None)
     frames = {frame.f_code: frame for frame, _ in traceback.walk_stack(sys._getframe())}
-    if knows not in frames:
+    if code not in frames:
         return None
-    exit_code = frames[knows].f_locals.get("exitcode", 0)
-    return _Worker(exit_code, spawn_main.__code__ in frames)
+    return _Worker(frames[code].f_locals.get("exitcode", 0), spawn_main.__code__ in frames)
 
 
 def _end_job(

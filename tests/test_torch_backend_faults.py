@@ -6,13 +6,17 @@ none is expected: who waits for one of them is late here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import torch_faults_program as program
 from forked_ranks import Outcome, run_program
+
+from pycomm.errors import CommError, PeerLostError
+from pycomm.torch_backend.monitored_barrier import MonitoredBarrier
 
 pytestmark = pytest.mark.timeout(620)
 
@@ -109,6 +113,40 @@ def test_a_monitored_barrier_tells_who_let_a_call_time_out(outcomes: Outcomes) -
         assert report["reduction type"] == report["error type"] == "CommTimeoutError"
         assert "Rank 1 failed to pass monitoredBarrier" in str(report["error"])
         assert "again" not in report and report["destroyed"]
+
+
+def test_a_monitored_barrier_tells_ranks_of_other_hosts_who_is_gone() -> None:
+    """They cannot see it: rank 2's host has nobody else."""
+    store = dist.HashStore()
+
+    def look(ranks: Sequence[int], call: str) -> None:
+        raise PeerLostError(f"{call} on rank 0: rank 1 is gone")
+
+    def see_nobody(ranks: Sequence[int], call: str) -> None:
+        pass
+
+    def wait(rank: int) -> str:
+        barrier = MonitoredBarrier(store, rank, 3, 0, look if rank == 0 else see_nobody)
+        with pytest.raises(PeerLostError) as raised:
+            barrier.wait(30, wait_all_ranks=False)
+        return str(raised.value)
+
+    with ThreadPoolExecutor() as threads:
+        first, third = threads.map(wait, (0, 2))
+    assert first == "monitored_barrier on rank 0: rank 1 is gone"
+    assert third.startswith("monitored_barrier on rank 2: another host's rank") and first in third
+
+
+def test_a_monitored_barrier_names_rank_and_remedy_when_its_store_is_gone() -> None:
+    class Gone:
+        def set(self, key: str, value: bytes) -> None:
+            raise dist.DistNetworkError("Broken pipe")
+
+    looked = []
+    barrier = MonitoredBarrier(Gone(), 1, 3, 0, lambda ranks, call: looked.append(ranks))
+    with pytest.raises(CommError, match=r"monitored_barrier on rank 1 of 3: .*Broken pipe\n.*log"):
+        barrier.wait(30, wait_all_ranks=False)
+    assert looked == [[0, 2]]  # of which none is known to be gone
 
 
 def test_a_wait_that_times_out_can_be_repeated(outcomes: Outcomes) -> None:

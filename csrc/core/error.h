@@ -32,8 +32,7 @@ class CommTimeoutError : public CommError {
 /// What to do when a rank did not come to a call in time.
 inline constexpr const char* kTimeoutRemedy =
     "Read that rank's log first; if it is only slow, raise the timeout: timeout_s of the call or "
-    "of "
-    "init, or PYCOMM_TIMEOUT_S; timeout of init_process_group or new_group.";
+    "of init, or PYCOMM_TIMEOUT_S; timeout of init_process_group or new_group.";
 
 /// A peer's process is gone or has given up. The group is finished.
 class PeerLostError : public CommError {

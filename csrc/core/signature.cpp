@@ -156,8 +156,7 @@ std::string remedy(const Signature& mine, const Signature& other) {
     }
     return "One has finished while the other goes on: every rank must make the same number of "
            "calls. Give each as many batches, or let pycomm.join() (of DistributedDataParallel: "
-           "its "
-           "join()) take part for those that end early.";
+           "its join()) take part for those that end early.";
   }
   if (is_on_gpus(mine.algorithm) != is_on_gpus(other.algorithm)) {
     return "A call has its tensors on GPUs on every rank, or on none: pass t.cuda(), or t.cpu(), "

@@ -498,10 +498,14 @@ class ProcessGroup(dist.ProcessGroup):
     def _started(self, work: pycomm_work.Work[Any], result: list[Any]) -> Work:
         started = Work(work, result)
         if isinstance(work, Delivery):
-            # Which is settled, and the results delivered, if nobody waits.
-            future = started.future()
-            self._undelivered[started] = _memories(result)
-            future.add_done_callback(functools.partial(_forget, self._undelivered, started))
+            future = started.future()  # settled, and the results delivered, if nobody waits, too
+            undelivered = self._undelivered
+            undelivered[started] = _memories(result)
+
+            def forget(_: object) -> None:
+                undelivered.pop(started, None)
+
+            future.add_done_callback(forget)
         if self._coalesced is not None:
             self._coalesced.append(started)
         return started
@@ -564,10 +568,6 @@ def create_process_group(options: Any, backend_options: object) -> ProcessGroup:
         options.timeout,
         options.global_ranks_in_group,
     )
-
-
-def _forget(undelivered: dict[Work, set[int]], work: Work, future: object) -> None:
-    undelivered.pop(work, None)
 
 
 def _memories(values: Any) -> set[int]:

@@ -210,7 +210,7 @@ class Place:
         Args:
             row_major: the elements must lie in row-major order, so that ranks may hold them in
                 tensors of different shapes.
-            is_written: by this rank, which may be the only one that just reads it.
+            is_written: whether this rank writes it; a broadcast's root only reads.
 
         Raises:
             InvalidArgumentError: elements that would be written share memory.
