@@ -412,12 +412,18 @@ class World:
         gpu_places: GpuPlaces = ...,
         gpu_transport: GpuTransport = ...,
         mpi_problem: Callable[[], str] | None = None,
+        host_name: str = "",
+        job: str = "",
+        trace_folder: str = "",
+        warn_after_s: float = 0.0,
     ) -> None:
         """Find the other ranks. ``arena_bytes=0`` reserves as much as the host has memory.
 
         ``cost``, ``algorithm`` (for whatever leaves the choice) and ``gpu_transport`` are the same
         on all ranks. ``mpi_problem`` says why MPI takes no pointers to GPU memory, "" if it does;
-        it is called at most once, by a thread of its own, and may take seconds.
+        it is called at most once, by a thread of its own, and may take seconds. ``trace_folder`` is
+        where what the ranks did last is saved when something fails, "": nowhere; after
+        ``warn_after_s`` a rank that waits says so on stderr, 0: never.
         """
 
     @property
@@ -439,6 +445,8 @@ class World:
 
         For who waits for them elsewhere: ranks of other hosts cannot be seen from here.
         """
+    def offer_stacks(self, signal: int, descriptor: int) -> None:
+        """This process writes the stacks of its threads to ``descriptor`` on ``signal``."""
     def abort(self, reason: str) -> bool:
         """Make every rank's pending and later calls raise ``reason``.
 
@@ -459,6 +467,8 @@ def loopback_worlds(
     piece_bytes: int = 524288,
     gpu_places: GpuPlaces = ...,
     gpu_transport: GpuTransport = ...,
+    trace_folder: str = "",
+    warn_after_s: float = 0.0,
 ) -> list[World]:
     """Worlds whose ranks are threads of this process; rank i lies on pretend host ``hosts[i]``.
 
@@ -600,6 +610,93 @@ class MachineLimit:
 def time_all_reduces(group: Group, addresses: Sequence[int], count: int, dtype: DType) -> float: ...
 def leave_at_end(code: int) -> None:
     """When Python has ended, leave with ``code`` before what other modules do then."""
+
+class OperationState(enum.Enum):
+    QUEUED = 0
+    RUNNING = 1
+    DONE = 2
+    FAILED = 3
+
+class Record:
+    """One operation in a flight recorder; times are of the host's steady clock, 0 for not yet."""
+
+    @property
+    def number(self) -> int:
+        """Among all operations of the process, from 1."""
+    @property
+    def state(self) -> OperationState: ...
+    @property
+    def queued_s(self) -> float: ...
+    @property
+    def started_s(self) -> float:
+        """0 too if it was started as soon as it was queued, and ended within microseconds."""
+    @property
+    def ended_s(self) -> float: ...
+    @property
+    def group(self) -> int:
+        """Equal for the members of a group, and for nobody else."""
+    @property
+    def group_name(self) -> str: ...
+    @property
+    def is_message(self) -> bool: ...
+    @property
+    def sequence(self) -> int:
+        """Of a collective in its group, from 1; 0: not begun."""
+    @property
+    def hash(self) -> int:
+        """Of a collective: equal on two ranks if this call and all before it agree. 0: not told."""
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def call(self) -> str: ...
+    @property
+    def site(self) -> str:
+        """ " at train.py:31", or nothing."""
+
+class RankTrace:
+    """What the flight recorder of one rank holds."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def host(self) -> int: ...
+    @property
+    def process(self) -> int: ...
+    @property
+    def host_name(self) -> str: ...
+    @property
+    def job(self) -> str: ...
+    @property
+    def to_time_of_day_s(self) -> float: ...
+    @property
+    def gone(self) -> bool:
+        """Its process has died."""
+    @property
+    def left(self) -> bool:
+        """Its process has called shutdown()."""
+    @property
+    def records(self) -> list[Record]: ...
+
+class Trace:
+    """The recorders of the ranks of one host at one moment."""
+
+    @property
+    def now_s(self) -> float: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def ranks(self) -> list[RankTrace]: ...
+
+def read_trace(path: str) -> Trace:
+    """A file that was saved upon an error."""
+
+def read_page_at(path: str) -> RankTrace:
+    """The recorder in the memory behind a descriptor of a process: ``/proc/PID/fd/N``."""
+
+def hide_frames_of(folders: list[str]) -> None:
+    """Frames of files below these folders are not where the user's code makes a call."""
 
 def linger(seconds: float) -> None:
     """Keep TCP connections open for ``seconds`` after the end of this process."""

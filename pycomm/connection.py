@@ -10,11 +10,13 @@ import socket
 import uuid
 from collections.abc import Mapping
 
-from pycomm import _core, cost, gpu_libraries, mpi_library
+from pycomm import _core, cost, gpu_libraries, mpi_library, stacks
 from pycomm.errors import CommError, InvalidArgumentError, MismatchError
 from pycomm.rendezvous import Rendezvous
 
 DEFAULT_TIMEOUT_S = 600.0
+DEFAULT_WARN_AFTER_S = 30.0
+DEFAULT_TRACE_FOLDER = "runs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Settings:
     algorithm: _core.Algorithm  # for whatever leaves the choice; AUTO: the cost decides
     cost: cost.CostModel
     gpu_transport: _core.GpuTransport
+    warn_after_s: float  # a rank that waits so long says so; 0: never
+    trace_folder: str  # below which what the ranks did last is saved upon an error; "": nowhere
 
 
 def read_settings(timeout_s: float | None, environ: Mapping[str, str]) -> Settings:
@@ -43,6 +47,8 @@ def read_settings(timeout_s: float | None, environ: Mapping[str, str]) -> Settin
         _algorithm(environ),
         cost.load(environ),
         gpu_libraries.transport(environ),
+        _warn_after_s(environ),
+        environ.get("PYCOMM_TRACE_FOLDER", DEFAULT_TRACE_FOLDER),
     )
 
 
@@ -137,14 +143,47 @@ def connect(rendezvous: Rendezvous, settings: Settings) -> Connection:
         gpu_places=gpu_libraries.places(),
         gpu_transport=settings.gpu_transport,
         mpi_problem=_mpi_problem,
+        host_name=host_name(os.environ),
+        job=cards[0]["job"],
+        trace_folder=_trace_folder(settings, cards[0]["job"]) if rendezvous.size > 1 else "",
+        warn_after_s=settings.warn_after_s,
     )
+    if (offer := stacks.offer()) is not None:
+        world.offer_stacks(*offer)
     return Connection(world, cards[0]["job"])
+
+
+def host_name(environ: Mapping[str, str]) -> str:
+    """What people call this host."""
+    return environ.get("PYCOMM_HOST") or socket.gethostname()
+
+
+def _trace_folder(settings: Settings, job: str) -> str:
+    if not settings.trace_folder:
+        return ""
+    return os.path.abspath(os.path.join(settings.trace_folder, f"pycomm-{job[:8]}"))
 
 
 def _mpi_problem() -> str:
     from pycomm import mpi_cuda  # runs as a program too, which must not find it imported
 
     return mpi_cuda.problem()
+
+
+def _warn_after_s(environ: Mapping[str, str]) -> float:
+    text = environ.get("PYCOMM_WARN_AFTER_S")
+    if text is None:
+        return DEFAULT_WARN_AFTER_S
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not (seconds >= 0 and math.isfinite(seconds)):
+        raise InvalidArgumentError(
+            f"init: PYCOMM_WARN_AFTER_S={text!r} is not a number of seconds.\n"
+            "  Pass one, such as 30, or 0 for no warnings."
+        )
+    return seconds
 
 
 def _timeout_s(argument: float | None, environ: Mapping[str, str]) -> float:

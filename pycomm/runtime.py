@@ -6,13 +6,14 @@ import atexit
 import dataclasses
 import functools
 import os
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+
 from pycomm import _core, failure, tensor_calls
-from pycomm.connection import Settings, connect, read_settings
+from pycomm.connection import Settings, connect, host_name, read_settings
 from pycomm.errors import InvalidArgumentError, NotInitializedError
 from pycomm.launch import detect
 from pycomm.rendezvous import Rendezvous, meet, through_comm
@@ -30,6 +31,9 @@ class _Session:
     timeout_s: float
     leave_timeout_s: float  # how long shutdown() waits for the others; 0: timeout_s
 
+
+# An error that names the place of a call names the user's, not one of these folders.
+_LIBRARIES = [os.path.join(os.path.dirname(file), "") for file in (__file__, torch.__file__)]
 
 _session: _Session | None = None
 _sessions_begun = 0
@@ -63,13 +67,13 @@ def init(*, comm: MPI.Intracomm | None = None, timeout_s: float | None = None) -
         _refuse_second_init(_session, comm, timeout_s)
         return
     launch = detect(os.environ)
-    host_name = os.environ.get("PYCOMM_HOST") or socket.gethostname()
+    name = host_name(os.environ)
     if comm is None and launch.world_size != 1:
         # A rank that fails from here on, by an argument of its own, would otherwise wait in
         # MPI_Finalize (mpi4py may have been imported) for those that wait for it here. Nobody can
         # be told yet, so it just leaves, and the launcher notices.
         size = launch.world_size or launch.rank + 1
-        failure.watch(failure.Member(launch.rank, size, host_name, lambda reason: True))
+        failure.watch(failure.Member(launch.rank, size, name, lambda reason: True))
     settings = read_settings(timeout_s, os.environ)
     _begin_session()
     if comm is None:
@@ -243,11 +247,12 @@ def _enter(
 ) -> None:
     """The ranks have met: from here on this process is one of them."""
     global _session
+    _core.hide_frames_of(_LIBRARIES)
     connection = connect(rendezvous, settings)
     world = connection.world
     if rendezvous.size > 1:
-        host_name = os.environ.get("PYCOMM_HOST") or socket.gethostname()
-        member = failure.Member(rendezvous.rank, rendezvous.size, host_name, world.abort)
+        name = host_name(os.environ)
+        member = failure.Member(rendezvous.rank, rendezvous.size, name, world.abort)
         if rendezvous.comm is not None and len(world.group.hosts) > 1:
             leave = functools.partial(failure.abort_mpi, rendezvous.comm)
             member = dataclasses.replace(member, leave=leave)

@@ -30,6 +30,9 @@ def from_launcher(*names: str) -> str | None:
     )
 
 
+# What every rank did last is saved upon errors, of which tests make many: only where they ask.
+os.environ.setdefault("PYCOMM_TRACE_FOLDER", "")
+
 RANK = int(from_launcher("OMPI_COMM_WORLD_RANK", "PMI_RANK", "RANK") or 0)
 WORLD_SIZE = int(from_launcher("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE") or 1)
 UNDER_MPIRUN = "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ

@@ -35,6 +35,7 @@ PYTHON_LAYERS = [
         "arguments",
         "tensor_calls",
         "cost",
+        "stacks",
     },
     {"memory", "rendezvous", "compressed_exchange"},
     {"connection"},

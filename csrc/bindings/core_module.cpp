@@ -1,11 +1,13 @@
 // The module pycomm._core: everything Python can see of the core. Only this folder knows Python;
 // the GIL is released around everything that can wait.
 
+#include <pybind11/stl.h>
 #include <unistd.h>
 
 #include <cstdio>
 
 #include "bindings/bindings.h"
+#include "bindings/call_site.h"
 #include "core/linger.h"
 #include "kernels/fold.h"
 
@@ -38,10 +40,13 @@ PYBIND11_MODULE(_core, module) {
   pycomm::bind_limits(module);
   pycomm::bind_world(module);
   pycomm::bind_reducer(module);
+  pycomm::bind_trace(module);
   module.def("leave_at_end", &leave_at_end, pybind11::arg("code"),
              "When Python has ended, leave with `code` before what other modules do then.");
   module.def("linger", &pycomm::linger, pybind11::arg("seconds"),
              "Keep TCP connections open for `seconds` after the end of this process.");
+  module.def("hide_frames_of", &pycomm::hide_frames_of, pybind11::arg("folders"),
+             "Frames of files below these folders are not where the user's code makes a call.");
   module.def("simd_level", &pycomm::simd_level,
              "The instruction set the folds use: avx512, avx2 or baseline.");
 }

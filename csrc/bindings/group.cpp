@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "bindings/bindings.h"
+#include "bindings/call_site.h"
 #include "core/error.h"
 #include "group/turn.h"
 
@@ -43,6 +44,7 @@ struct Call {
     operation.kind = kind;
     operation.name = std::move(name);
     operation.timeout_s = timeout_s;
+    operation.site = call_site();
     if (place) std::tie(operation.device, operation.stream) = *place;
     if (shape.is_none()) return;
     const auto dims = py::reinterpret_borrow<py::sequence>(shape);

@@ -7,6 +7,7 @@
 #include <variant>
 
 #include "bindings/bindings.h"
+#include "bindings/call_site.h"
 #include "group/group.h"
 
 namespace pycomm {
@@ -23,6 +24,7 @@ Transfer transfer_of(Transfer::Direction direction, std::uintptr_t address, std:
   transfer.dtype = dtype;
   transfer.count = count;
   transfer.memory = reinterpret_cast<std::byte*>(address);
+  transfer.site = call_site();
   if (place) std::tie(transfer.device, transfer.stream) = *place;
   if (!shape.is_none()) {
     transfer.shape.count = 0;

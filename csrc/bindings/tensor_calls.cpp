@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "bindings/bindings.h"
+#include "bindings/call_site.h"
 #include "bindings/short_call.h"
 #include "bindings/tensor_reader.h"
 #include "core/error.h"
@@ -302,6 +303,7 @@ class TensorCalls {
     transfer.count = tensor->count;
     transfer.shape = tensor->shape();
     transfer.memory = tensor->data;
+    transfer.site = call_site();
     std::optional<py::gil_scoped_release> no_gil;
     const int source = call.group->post_office().run(transfer, /*timeout_s=*/0, interrupt_check(),
                                                      [&no_gil] { no_gil.emplace(); });
@@ -314,6 +316,7 @@ class TensorCalls {
   /// The lock is kept while the operation may end at once: giving it back and taking it again costs
   /// as much as a cache line's way.
   void run(Group& group, Operation operation, py::handle written) const {
+    operation.site = call_site();
     std::optional<py::gil_scoped_release> no_gil;
     group.run(std::move(operation), interrupt_check(), [&no_gil] { no_gil.emplace(); });
     no_gil.reset();

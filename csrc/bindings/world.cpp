@@ -24,16 +24,28 @@ std::size_t default_arena_bytes() {
          static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
 }
 
+/// For whoever looks at the job from outside.
+struct Outside {
+  std::string host_name;
+  std::string job;
+  std::string trace_folder;
+  double warn_after_s;
+};
+
 Process::Options options_of(double timeout_s, std::size_t arena_bytes, const Tuning& tuning,
                             const nccl::Places& gpu_places, nccl::Transport gpu_transport,
-                            nccl::MpiProblem mpi_problem) {
+                            nccl::MpiProblem mpi_problem, const Outside& outside) {
   return {timeout_s,
           arena_bytes > 0 ? arena_bytes : default_arena_bytes(),
           {},
           tuning,
           gpu_places,
           gpu_transport,
-          std::move(mpi_problem)};
+          std::move(mpi_problem),
+          outside.host_name,
+          outside.job,
+          outside.trace_folder,
+          outside.warn_after_s};
 }
 
 /// `ask` is called by a thread that nobody waits for at the end, so it is never given back.
@@ -62,13 +74,16 @@ std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
                                std::shared_ptr<Channel> channel, std::size_t arena_bytes,
                                const CostModel& cost, Algorithm algorithm,
                                const nccl::Places& gpu_places, nccl::Transport gpu_transport,
-                               const py::object& mpi_problem) {
+                               const py::object& mpi_problem, const std::string& host_name,
+                               const std::string& job, const std::string& trace_folder,
+                               double warn_after_s) {
   const auto ask = mpi_problem_of(mpi_problem);
   const auto gather = without_gil(all_gather_bytes);
   const py::gil_scoped_release no_gil;
   return World::connect(
       rank, size, host_key, gather, std::move(channel),
-      options_of(timeout_s, arena_bytes, {cost, algorithm}, gpu_places, gpu_transport, ask));
+      options_of(timeout_s, arena_bytes, {cost, algorithm}, gpu_places, gpu_transport, ask,
+                 {host_name, job, trace_folder, warn_after_s}));
 }
 
 }  // namespace
@@ -80,7 +95,9 @@ void bind_world(py::module_& module) {
            py::arg("all_gather_bytes"), py::kw_only(), py::arg("timeout_s"),
            py::arg("channel") = nullptr, py::arg("arena_bytes") = 0, py::arg("cost") = CostModel(),
            py::arg("algorithm") = Algorithm::kAuto, py::arg("gpu_places") = nccl::Places(),
-           py::arg("gpu_transport") = nccl::Transport::kAuto, py::arg("mpi_problem") = py::none())
+           py::arg("gpu_transport") = nccl::Transport::kAuto, py::arg("mpi_problem") = py::none(),
+           py::arg("host_name") = "", py::arg("job") = "", py::arg("trace_folder") = "",
+           py::arg("warn_after_s") = 0.0)
       .def_property_readonly("group", &World::group)
       .def(
           "make_group",
@@ -95,6 +112,8 @@ void bind_world(py::module_& module) {
       .def("check_present", &World::check_present, py::arg("ranks"), py::arg("call"),
            py::call_guard<py::gil_scoped_release>(),
            "Raise what ends a call if one of these ranks of the world is gone or leaves.")
+      .def("offer_stacks", &World::offer_stacks, py::arg("signal"), py::arg("descriptor"),
+           "This process writes the stacks of its threads to `descriptor` on `signal`.")
       .def("abort", &World::abort, py::arg("reason"), py::call_guard<py::gil_scoped_release>(),
            "Make every rank's pending and later calls raise `reason`; True if none was before.")
       .def(
@@ -108,19 +127,23 @@ void bind_world(py::module_& module) {
   module.def(
       "loopback_worlds",
       [](const std::vector<int>& hosts, double timeout_s, std::size_t piece_bytes,
-         const nccl::Places& gpu_places, nccl::Transport gpu_transport) {
+         const nccl::Places& gpu_places, nccl::Transport gpu_transport,
+         const std::string& trace_folder, double warn_after_s) {
         if (piece_bytes < Staging::kLeastPieceBytes || piece_bytes % 64 != 0) {
           throw InvalidArgumentError("loopback_worlds: piece_bytes is " +
                                      std::to_string(piece_bytes) +
                                      ". Pass a multiple of 64, at least 1024.");
         }
-        return World::loopback(
-            hosts,
-            {timeout_s, std::size_t{1} << 30, Staging{piece_bytes}, {}, gpu_places, gpu_transport});
+        Process::Options options{timeout_s, std::size_t{1} << 30, Staging{piece_bytes},
+                                 {},        gpu_places,           gpu_transport};
+        options.trace_folder = trace_folder;
+        options.warn_after_s = warn_after_s;
+        return World::loopback(hosts, options);
       },
       py::arg("hosts"), py::kw_only(), py::arg("timeout_s") = 60.0,
       py::arg("piece_bytes") = Staging().piece_bytes, py::arg("gpu_places") = nccl::Places(),
-      py::arg("gpu_transport") = nccl::Transport::kAuto,
+      py::arg("gpu_transport") = nccl::Transport::kAuto, py::arg("trace_folder") = "",
+      py::arg("warn_after_s") = 0.0,
       "Worlds whose ranks are threads of this process; rank i lies on pretend host hosts[i]. "
       "Small pieces make small tensors take the way of large ones.");
 }

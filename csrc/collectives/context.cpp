@@ -18,8 +18,8 @@ std::uint64_t Context::arena_offset(const void* buffer, std::size_t bytes) const
 
 std::string describe_call(const Context& context, const Operation& operation) {
   const Signature signature = Signature::of(operation, context.sequence, context.history);
-  return signature.describe() + " (call #" + std::to_string(context.sequence) + ") on rank " +
-         std::to_string(context.rank);
+  return signature.describe() + " (call #" + std::to_string(context.sequence) + signature.place() +
+         ") on rank " + std::to_string(context.rank);
 }
 
 }  // namespace pycomm

@@ -124,8 +124,13 @@ struct Operation {
   Shape shape;
   /// What the user calls it, for errors and signatures: "bucket 3", a parameter. May be empty.
   std::string name;
+  /// Where the user's code made the call, "train.py:31", for errors; null: not known. It lives to
+  /// the end of the process.
+  const char* site = nullptr;
   /// Seconds for the whole operation, from its start; 0 stands for the group's default.
   double timeout_s = 0;
+  /// Seconds after which a rank that waits says so on stderr; 0: never. Set by the group.
+  double warn_after_s = 0;
   /// The GPU, as CUDA numbers them here, in whose memory input and output lie; -1: the host's.
   int device = -1;
   /// What is on this stream when the operation is issued comes before it.

@@ -58,10 +58,20 @@ std::string short_number(double value) {
   return text;
 }
 
-std::string name_of_call(const Signature& signature) {
-  const auto end = std::find(signature.name.begin(), signature.name.end(), '\0');
-  return {signature.name.begin(), end};
+template <std::size_t kSize>
+std::string text_in(const std::array<char, kSize>& field) {
+  return {field.begin(), std::find(field.begin(), field.end(), '\0')};
 }
+
+/// Cut off if need be.
+template <std::size_t kSize>
+void write_text(std::array<char, kSize>& field, std::string_view text) {
+  const std::size_t length = std::min(text.size(), kSize);
+  if (length > 0) std::memcpy(field.data(), text.data(), length);
+  if (length < kSize) field[length] = '\0';
+}
+
+std::string name_of_call(const Signature& signature) { return text_in(signature.name); }
 
 }  // namespace
 
@@ -91,9 +101,8 @@ void Signature::assign(const Operation& operation, std::uint64_t sequence_in,
   }
   // Why a rank leaves is told, and no difference: others may leave for another reason.
   name_hash = operation.kind == Kind::kShutdown ? 0 : hash_of(operation.name);
-  const std::size_t length = std::min(operation.name.size(), kMaxName);
-  if (length > 0) std::memcpy(name.data(), operation.name.data(), length);
-  if (length < kMaxName) name[length] = '\0';
+  write_text(name, operation.name);
+  write_text(site, operation.site == nullptr ? "" : operation.site);
 }
 
 std::uint64_t Signature::hash() const {
@@ -120,16 +129,7 @@ std::string Signature::describe() const {
   if (kind == Kind::kShutdown) return given.empty() ? text : text + " after " + given;
   if (!given.empty()) text += " '" + given + "'";
   if (!has_elements(kind)) return text;
-  text += counts_hash == 0 ? " of " + std::to_string(count) : " of blocks of different lengths of";
-  text += std::string(" ") + name_of(dtype);
-  if (dim_count >= 0) {
-    text += ", shape (";
-    const bool cut = dim_count > Shape::kMaxDims;  // the last entry then stands for several
-    for (int i = 0; i < (cut ? Shape::kMaxDims - 1 : dim_count); ++i) {
-      text += (i > 0 ? ", " : "") + std::to_string(dims[i]);
-    }
-    text += dim_count == 1 ? ",)" : cut ? ", ...)" : ")";
-  }
+  text += " of " + elements();
   if (reduces(kind)) {
     text += std::string(", ") + name_of(op);
     if (divisor > 1) text += " divided by " + std::to_string(divisor);
@@ -142,6 +142,23 @@ std::string Signature::describe() const {
   if (has_root(kind)) text += ", root " + std::to_string(root);
   if (is_on_gpus(algorithm)) text += ", on GPUs";
   return text;
+}
+
+std::string Signature::elements() const {
+  std::string text = (counts_hash == 0 ? std::to_string(count) : "blocks of different lengths of") +
+                     " " + name_of(dtype);
+  if (dim_count < 0) return text;
+  const bool cut = dim_count > Shape::kMaxDims;  // the last entry then stands for several
+  text += ", shape (";
+  for (int i = 0; i < (cut ? Shape::kMaxDims - 1 : dim_count); ++i) {
+    text += (i > 0 ? ", " : "") + std::to_string(dims[i]);
+  }
+  return text + (dim_count == 1 ? ",)" : cut ? ", ...)" : ")");
+}
+
+std::string Signature::place() const {
+  const std::string text = text_in(site);
+  return text.empty() ? "" : " at " + text;
 }
 
 namespace {
@@ -186,8 +203,8 @@ std::string describe_mismatch(int rank, const Signature& mine, int other_rank,
     theirs += same_position ? " after other calls" : " as call #" + std::to_string(other.sequence);
   }
   return "call #" + std::to_string(mine.sequence) + " differs: rank " + std::to_string(rank) +
-         " made " + ours + ", rank " + std::to_string(other_rank) + " made " + theirs + ".\n  " +
-         remedy(mine, other);
+         " made " + ours + mine.place() + ", rank " + std::to_string(other_rank) + " made " +
+         theirs + other.place() + ".\n  " + remedy(mine, other);
 }
 
 }  // namespace pycomm

@@ -11,7 +11,8 @@ namespace pycomm {
 /// What a rank is about to do, in the form in which ranks compare it: plain bytes, no pointers, no
 /// padding. Equal signatures mean the same call at the same position after the same history.
 struct Signature {
-  static constexpr std::size_t kMaxName = 47;
+  static constexpr std::size_t kMaxName = 111;
+  static constexpr std::size_t kMaxSite = 64;
 
   std::uint64_t sequence = 0;
   /// Extends over every earlier signature of the group.
@@ -31,22 +32,31 @@ struct Signature {
   ReduceOp op = ReduceOp::kSum;
   Algorithm algorithm = Algorithm::kAuto;
   std::int8_t dim_count = -1;
-  std::array<char, kMaxName> name{};  // for errors: cut off, ends at the first zero
+  // For errors: cut off, end at the first zero.
+  std::array<char, kMaxName> name{};
+  std::array<char, kMaxSite> site{};
 
   static Signature of(const Operation& operation, std::uint64_t sequence, std::uint64_t history);
 
   /// Becomes the signature of `operation`. Every operation pays for this: only what is read is
-  /// written, so `dims` beyond dim_count and `name` beyond its end keep what was there.
+  /// written, so `dims` beyond dim_count and texts beyond their ends keep what was there.
   void assign(const Operation& operation, std::uint64_t sequence_in, std::uint64_t history_in);
 
-  /// 64 bits over all but `name`. Ranks compare this; the rest is read to explain a difference.
+  /// 64 bits over all but the texts. Ranks compare this; the rest is read to explain a difference.
   std::uint64_t hash() const;
 
   /// "all_reduce of 4096 float32, shape (64, 64), SUM".
   std::string describe() const;
+
+  /// "4096 float32, shape (64, 64)".
+  std::string elements() const;
+
+  /// " at train.py:31", or nothing.
+  std::string place() const;
 };
 
-static_assert(sizeof(Signature) == 8 * 16 + 4 + 5 + Signature::kMaxName, "no padding");
+static_assert(sizeof(Signature) == 8 * 16 + 4 + 5 + Signature::kMaxName + Signature::kMaxSite,
+              "no padding");
 
 constexpr const char* name_of(Kind kind) {
   switch (kind) {

@@ -1,10 +1,13 @@
 #include "group/execution.h"
 
+#include <algorithm>
 #include <cstdio>
+#include <vector>
 
 #include "collectives/run.h"
 #include "core/error.h"
 #include "core/signature.h"
+#include "group/absence.h"
 
 namespace pycomm {
 namespace {
@@ -44,11 +47,34 @@ void Execution::check() {
   check_peers(context_.window, describe());
   check_for_leavers();
   if (seconds() > operation_.timeout_s) {
-    char waited[32];
-    std::snprintf(waited, sizeof(waited), "%.1f s", seconds());
-    throw CommTimeoutError(describe() + ": timeout after " + waited + ", waiting for " +
-                           suspension_.wait->describe() + ".\n  " + kTimeoutRemedy);
+    time_out();
+  } else if (!warned_ && operation_.warn_after_s > 0 && seconds() > operation_.warn_after_s) {
+    warned_ = true;
+    warn();
   }
+}
+
+void Execution::warn() const {
+  const Window& window = context_.window;
+  const std::vector<int> missing = window.missing(context_.sequence);
+  for (int peer = 0; peer < window.local_rank(); ++peer) {
+    if (std::find(missing.begin(), missing.end(), peer) == missing.end()) return;  // it says so
+  }
+  std::string whom = missing.empty() ? suspension_.wait->describe() : "";
+  for (const int peer : missing) whom += (whom.empty() ? "" : "; ") + whereabouts(window, peer);
+  std::fprintf(stderr, "pycomm: %s has waited %s for %s. It waits until %s have passed.\n",
+               describe().c_str(), seconds_text(seconds()).c_str(), whom.c_str(),
+               seconds_text(operation_.timeout_s).c_str());
+}
+
+void Execution::time_out() const {
+  const Window& window = context_.window;
+  if (!window.begin_inquiry() && seconds() < operation_.timeout_s + kLongestInquiry) return;
+  const std::vector<int> missing = window.missing(context_.sequence);
+  throw CommTimeoutError(describe() + ": timeout after " + seconds_text(seconds()) +
+                         ", waiting for " + suspension_.wait->describe() + "." +
+                         describe_present(window, missing) + describe_missing(window, missing) +
+                         "\n  " + kTimeoutRemedy);
 }
 
 void Execution::check_for_leavers() {

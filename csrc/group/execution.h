@@ -45,10 +45,15 @@ class Execution {
  private:
   /// A local rank that has called shutdown() will not come any more.
   void check_for_leavers();
+  /// If this is the first waiting rank of its host: one line on stderr says who is waited for.
+  void warn() const;
+  /// Throws, unless another rank of the host is about to, for all.
+  void time_out() const;
 
   Context& context_;
   const Operation& operation_;
   const Clock::time_point began_ = Clock::now();
+  bool warned_ = false;
   std::optional<Clock::time_point> left_since_;  // a rank that has not announced this operation
   Suspension suspension_;
   Task<> task_;

@@ -52,6 +52,21 @@ NoticeKind kind_of(const std::exception_ptr& error) {
   }
 }
 
+/// The error with another text, if it is one of those that finish a group; else as it is.
+std::exception_ptr with_text(const std::exception_ptr& error, const std::string& text) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const MismatchError&) {
+    return std::make_exception_ptr(MismatchError(text));
+  } catch (const CommTimeoutError&) {
+    return std::make_exception_ptr(CommTimeoutError(text));
+  } catch (const PeerLostError&) {
+    return std::make_exception_ptr(PeerLostError(text));
+  } catch (...) {
+    return error;
+  }
+}
+
 /// For the other ranks: what came out of the call there was not our error.
 std::string interrupted_in(const std::string& call, int rank) {
   return "rank " + std::to_string(rank) + " was interrupted in " + call +
@@ -145,7 +160,8 @@ Group::Group(std::shared_ptr<Process> process, std::vector<int> ranks, int rank,
                process_->options.staging,
                process_->options.tuning,
                rank},
-      timeout_s_(timeout_s) {}
+      timeout_s_(timeout_s),
+      journal_(process_->page().recorder, tag, ranks_, process_->size) {}
 
 Group::~Group() {
   if (in_forked_child()) {
@@ -194,6 +210,7 @@ void Group::prepare(Operation& operation) const {
     }
   }
   if (operation.timeout_s <= 0) operation.timeout_s = timeout_s_;
+  operation.warn_after_s = process_->options.warn_after_s;
   if (operation.device >= 0) process_->gpu_plane().issue(operation);
 }
 
@@ -207,7 +224,8 @@ std::shared_ptr<Work> Group::enqueue(Operation operation) {
   {
     std::lock_guard lock(mutex_);
     if (failure_) std::rethrow_exception(failure_);
-    queue_.push_back({std::move(operation), work});
+    const auto entry = journal_.queue(operation);
+    queue_.push_back({std::move(operation), work, entry});
     // Acquire-release, as all changes: who sees kRunning may leave the queue to that thread.
     if (state_.fetch_or(kQueued, std::memory_order_acq_rel) != 0) return work;
   }
@@ -247,17 +265,18 @@ void Group::run(Operation operation, const InterruptCheck& check_interrupt,
 
 void Group::run_here(const Operation& operation, const InterruptCheck& check_interrupt,
                      const std::function<void()>& before_waiting) {
+  const auto entry = journal_.begin(operation, context_);
   std::exception_ptr error;
   try {
     if (!is_immediate(context_, operation) ||
         !run_immediately(context_, operation, process_->may_spin)) {
       if (before_waiting) before_waiting();
-      drive(operation, check_interrupt);
+      drive(operation, entry, check_interrupt);
     }
   } catch (...) {
-    error = std::current_exception();
-    fail(describe_call(context_, operation));
+    error = fail(describe_call(context_, operation));
   }
+  journal_.end(entry, context_, error != nullptr);
   try {
     end_turn();
   } catch (const CommError&) {
@@ -266,8 +285,10 @@ void Group::run_here(const Operation& operation, const InterruptCheck& check_int
   if (error) std::rethrow_exception(error);
 }
 
-void Group::drive(const Operation& operation, const InterruptCheck& check_interrupt) {
+void Group::drive(const Operation& operation, Journal::Entry entry,
+                  const InterruptCheck& check_interrupt) {
   Execution execution(context_, operation);
+  journal_.start(entry, context_);
   Backoff(window_.doorbell(), process_->may_spin)
       .drive([&] { return execution.done(); }, [&] { return execution.advance(); },
              [&] {
@@ -328,6 +349,7 @@ Progressive::State Group::advance() {
       gpus_ = process_->gpu_plane().join(static_cast<std::uint64_t>(context_.tag));
     }
     current_.emplace(context_, pending_.operation, gpus_.get());
+    journal_.start(pending_.entry, context_);
     if (!current_->done()) return State::kAdvanced;
   }
   try {
@@ -400,11 +422,19 @@ void Group::abandon() {
   if (current_) end_current(error);
   if (gpus_ != nullptr && !has_drained(*gpus_)) gpus_->abort();
   gpus_.reset();
-  for (const Pending& pending : left) pending.work->complete(error, 0);
+  for (const Pending& pending : left) {
+    journal_.end(pending.entry, /*failed=*/true);
+    pending.work->complete(error, 0);
+  }
 }
 
 void Group::end_current(std::exception_ptr error) {
   const double seconds = current_ ? current_->seconds() : 0;
+  if (current_) {
+    journal_.end(pending_.entry, context_, error != nullptr);
+  } else {
+    journal_.end(pending_.entry, /*failed=*/true);  // never begun
+  }
   current_.reset();
   const auto work = std::move(pending_.work);
   pending_.operation.device_memory.reset();
@@ -413,13 +443,13 @@ void Group::end_current(std::exception_ptr error) {
 }
 
 void Group::end_current_with_error() {
-  const auto error = std::current_exception();
+  auto error = std::current_exception();
   try {
     std::rethrow_exception(error);
   } catch (const nccl::RefusedError&) {
     // The group goes on.
   } catch (...) {
-    fail(describe_call(context_, pending_.operation));
+    error = fail(describe_call(context_, pending_.operation));
   }
   end_current(error);
   if (gpus_ != nullptr && failed()) gpus_->abort();
@@ -430,14 +460,19 @@ void Group::finish(std::exception_ptr error) {
   state_.fetch_or(kFinished, std::memory_order_acq_rel);
 }
 
-void Group::fail(const std::string& call) {
-  const std::exception_ptr error = std::current_exception();
+std::exception_ptr Group::fail(const std::string& call) {
+  std::exception_ptr error = std::current_exception();
+  const std::string hint = process_->black_box().hint();
   std::string text = interrupted_in(call, rank());
   std::exception_ptr lasting;
   try {
     std::rethrow_exception(error);
   } catch (const CommError& comm_error) {
     text = comm_error.what();
+    if (!hint.empty() && text.find(hint) == text.npos) {  // as an error that another rank told has
+      text += hint;
+      error = with_text(error, text);
+    }
     lasting = error;
   } catch (...) {
     // Not ours (Ctrl-C in the caller): it ends this call alone, the group ends with our own error.
@@ -447,8 +482,18 @@ void Group::fail(const std::string& call) {
     std::lock_guard lock(mutex_);
     finish(lasting);
   }
-  window_.notice().post(kind_of(lasting), rank(), text);
+  tell(kind_of(lasting), text);
+  return error;
+}
+
+void Group::tell(NoticeKind kind, const std::string& text) {
+  // Before the others hear of it: they still are where they were.
+  BlackBox& black_box = process_->black_box();
+  const bool first = !window_.notice().posted();
+  const Trace trace = first ? black_box.take(text) : Trace();
+  const bool posted = window_.notice().post(kind, rank(), text);
   window_.ring_all();
+  if (first && posted) black_box.save(trace);
 }
 
 void Group::quarantine(std::shared_ptr<ArenaBlock> memory) {
@@ -471,8 +516,7 @@ void Group::abort(const std::string& reason) {
     std::lock_guard lock(mutex_);
     finish(std::make_exception_ptr(PeerLostError(reason)));
   }
-  window_.notice().post(NoticeKind::kPeerLost, rank(), reason);
-  window_.ring_all();
+  tell(NoticeKind::kPeerLost, reason);
 }
 
 void Group::check_notices() const { window_.check_notices(); }

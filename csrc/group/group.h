@@ -15,6 +15,7 @@
 #include "core/operation.h"
 #include "group/engine.h"
 #include "group/execution.h"
+#include "group/journal.h"
 #include "group/post_office.h"
 #include "group/work.h"
 #include "transport/arena.h"
@@ -146,6 +147,7 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   struct Pending {
     Operation operation;
     std::shared_ptr<Work> work;
+    Journal::Entry entry;
   };
 
   Group(std::shared_ptr<Process> process, std::vector<int> ranks, int rank, Placement placement,
@@ -178,11 +180,15 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
                 const std::function<void()>& before_waiting);
   void run_there(Operation operation, const InterruptCheck& check_interrupt);
   /// Drive an operation to its end.
-  void drive(const Operation& operation, const InterruptCheck& check_interrupt);
+  void drive(const Operation& operation, Journal::Entry entry,
+             const InterruptCheck& check_interrupt);
   /// Every later operation raises `error`, unless another one came first. Under `mutex_`.
   void finish(std::exception_ptr error);
   /// The group is finished by the exception being handled; tells the other members why.
-  void fail(const std::string& call);
+  /// @return  what the caller of the operation is to get.
+  std::exception_ptr fail(const std::string& call);
+  /// Tell the other members of this host why the group is finished, and save what all did last.
+  void tell(NoticeKind kind, const std::string& text);
   /// The progress thread's operation is over.
   void end_current(std::exception_ptr error);
   /// The same with the exception being handled: the group is finished, unless all ranks alike were
@@ -202,6 +208,7 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   Window window_;
   Context context_;
   const double timeout_s_;
+  const Journal journal_;
 
   /// Whose turn it is. 0 is an idle group, which a caller's thread takes over, and gives back, by
   /// one atomic operation; all other changes are made under `mutex_`, with what they describe.

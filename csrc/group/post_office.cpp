@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdio>
 #include <new>
 #include <utility>
 
 #include "core/error.h"
 #include "core/fork_guard.h"
+#include "group/absence.h"
 #include "group/backoff.h"
 #include "group/group.h"
 #include "group/process.h"
@@ -140,6 +140,7 @@ std::shared_ptr<PostOffice::Item> PostOffice::accept(const Transfer& transfer,
   }
   item->work = std::make_shared<TransferWork>(group_.process_->page().doorbell, item->device_call);
   item->work->driven_by_waiter = can_be_driven_by_waiter(transfer);
+  item->entry = group_.journal_.queue(transfer);
   return item;
 }
 
@@ -164,6 +165,7 @@ bool PostOffice::run_at_once(const Transfer& transfer) {
             ? exchange_->send_at_once(transfer)
             : exchange_->receive_at_once(transfer, group_.process_->may_spin ? kLooksAtOnce : 1);
     if (over && exchange_->has_unsent()) submit();
+    if (over) group_.journal_.end(group_.journal_.queue(transfer), /*failed=*/false);
     return over;
   } catch (...) {
     fail(first_unfinished());
@@ -215,6 +217,7 @@ void PostOffice::complete_done() {
     item.work->source = item.peer;
     item.work->count = item.count;
     item.work->immediate = item.immediate;
+    group_.journal_.end(item.entry, /*failed=*/item.error != nullptr);
     item.work->complete(std::exchange(item.error, nullptr), item.seconds());
   }
 }
@@ -374,16 +377,20 @@ void PostOffice::check(Item& item) {
   }
   const double seconds = seconds_since(item.awaited_since.value_or(item.began));
   if (seconds > item.timeout_s) {
-    char waited[32];
-    std::snprintf(waited, sizeof(waited), "%.1f s", seconds);
+    std::vector<int> missing;
+    if (item.peer >= 0 && item.peer != group_.rank() && !is_remote(item.peer)) {
+      if (!group_.window_.begin_inquiry() && seconds < item.timeout_s + kLongestInquiry) return;
+      missing.push_back(group_.placement().local_rank_of[static_cast<std::size_t>(item.peer)]);
+    }
     const bool sends = item.direction == Transfer::Direction::kSend;
     std::string awaited = exchange_->gpus().obstacle(item);
     if (awaited.empty()) {
       awaited = (item.peer < 0 ? "any rank" : "rank " + std::to_string(item.peer)) +
                 (sends ? " to receive it" : " to send it");
     }
-    throw CommTimeoutError(describe(item) + ": timeout after " + waited + ", waiting for " +
-                           awaited + ".\n  " + kTimeoutRemedy);
+    throw CommTimeoutError(describe(item) + ": timeout after " + seconds_text(seconds) +
+                           ", waiting for " + awaited + "." +
+                           describe_missing(group_.window_, missing) + "\n  " + kTimeoutRemedy);
   }
 }
 
@@ -419,6 +426,7 @@ void PostOffice::end_all(const std::exception_ptr& error) {
   for (const auto& transfer : unfinished) {
     if (transfer->slot) group_.quarantine(transfer->slot);  // its sender may be writing there
     const auto& item = static_cast<const Item&>(*transfer);
+    group_.journal_.end(item.entry, /*failed=*/true);
     item.work->complete(error, item.seconds());
   }
 }

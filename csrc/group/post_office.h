@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "group/engine.h"
+#include "group/journal.h"
 #include "group/work.h"
 #include "point_to_point/courier.h"
 #include "point_to_point/exchange.h"
@@ -73,6 +74,7 @@ class PostOffice : public Progressive {
 
   struct Item : Transfer {
     std::shared_ptr<TransferWork> work;
+    Journal::Entry entry = 0;
     std::optional<Clock::time_point> left_since;     // its peer has called shutdown()
     std::optional<Clock::time_point> awaited_since;  // in a slot: somebody waits for it
 

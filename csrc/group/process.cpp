@@ -59,7 +59,7 @@ std::size_t parse_bytes(const std::string& text) {
 
 std::shared_ptr<ArenaBlock> make_process_page(Arena& arena) {
   auto block = arena.allocate(sizeof(ProcessPage));
-  new (block->data()) ProcessPage();
+  new (block->data()) ProcessPage;
   return block;
 }
 
@@ -117,7 +117,14 @@ Process::Process(int rank_in, int size_in, Options options_in, Placement placeme
       local_arenas(std::move(local_arenas_in)),
       may_spin(enough_cores(static_cast<int>(local_arenas.size()))),
       page_block_(std::move(page_block)),
-      engine_(std::make_shared<Engine>(page(), channel.get())) {}
+      black_box_(options.trace_folder, placement.host_of[static_cast<std::size_t>(rank)],
+                 local_arenas),
+      engine_(std::make_shared<Engine>(page(), channel.get())) {
+  page().identity =
+      Identity::of_this_process(rank, size, placement.host_of[static_cast<std::size_t>(rank)],
+                                options.host_name, options.job);
+  page().magic.store(Identity::kMagic, std::memory_order_release);
+}
 
 void Process::submit(std::shared_ptr<Progressive> queue) {
   std::lock_guard lock(mutex_);

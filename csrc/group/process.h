@@ -10,6 +10,7 @@
 
 #include "collectives/context.h"
 #include "collectives/placement.h"
+#include "group/black_box.h"
 #include "group/engine.h"
 #include "nccl/plane.h"
 #include "transport/arena.h"
@@ -33,6 +34,13 @@ class Process {
     /// The same on all ranks.
     nccl::Transport gpu_transport = nccl::Transport::kAuto;
     nccl::MpiProblem mpi_problem = {};
+    // For whoever looks at the job from outside.
+    std::string host_name = {};
+    std::string job = {};
+    /// Where what the ranks did last is saved when something fails; empty: nowhere.
+    std::string trace_folder = {};
+    /// See Operation.
+    double warn_after_s = 0;
   };
 
   /// Find the other ranks and map the memory of those on the same host. Collective.
@@ -64,6 +72,9 @@ class Process {
   const std::vector<std::shared_ptr<Arena>> local_arenas;
   /// Whether every rank of this host has a core, so that a short spin robs nobody.
   const bool may_spin;
+
+  /// The flight recorders of this host's ranks.
+  BlackBox& black_box() { return black_box_; }
 
   ProcessPage& page() const { return page_of(*arena); }
   static ProcessPage& page_of(const Arena& of) {
@@ -112,6 +123,7 @@ class Process {
           std::shared_ptr<Channel> channel, std::vector<std::shared_ptr<Arena>> local_arenas);
 
   const std::shared_ptr<ArenaBlock> page_block_;
+  BlackBox black_box_;
   std::mutex making_group_;
   std::mutex mutex_;
   std::vector<Retired> retired_;

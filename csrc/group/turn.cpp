@@ -28,7 +28,8 @@ Turn::~Turn() {
 void Turn::start(Operation operation) {
   group_->prepare(operation);
   if (error_) return;  // wait() tells
-  operations_.push_back(std::move(operation));
+  const auto entry = group_->journal_.queue(operation);
+  operations_.push_back({std::move(operation), entry});
   advance();
 }
 
@@ -52,13 +53,15 @@ void Turn::check() {
 bool Turn::step() {
   if (operations_.empty()) return false;
   if (!execution_) {
-    execution_.emplace(group_->context_, operations_.front());
+    execution_.emplace(group_->context_, operations_.front().operation);
+    group_->journal_.start(operations_.front().entry, group_->context_);
   } else if (!execution_->advance()) {
     return false;
   }
   if (execution_->done()) {
     execution_->finish();
     execution_.reset();
+    group_->journal_.end(operations_.front().entry, group_->context_, /*failed=*/false);
     operations_.pop_front();
   }
   return true;
@@ -79,9 +82,12 @@ void Turn::wait(const InterruptCheck& check_interrupt) {
 }
 
 void Turn::fail() {
-  error_ = std::current_exception();
-  group_->fail(describe_call(group_->context_, operations_.front()));
+  error_ = group_->fail(describe_call(group_->context_, operations_.front().operation));
   execution_.reset();
+  group_->journal_.end(operations_.front().entry, group_->context_, /*failed=*/true);
+  for (std::size_t i = 1; i < operations_.size(); ++i) {
+    group_->journal_.end(operations_[i].entry, /*failed=*/true);
+  }
   operations_.clear();
 }
 

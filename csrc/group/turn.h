@@ -8,6 +8,7 @@
 
 #include "core/operation.h"
 #include "group/execution.h"
+#include "group/journal.h"
 #include "group/work.h"
 
 namespace pycomm {
@@ -56,7 +57,11 @@ class Turn {
   void fail();
 
   const std::shared_ptr<Group> group_;
-  std::deque<Operation> operations_;    // the first is, or will be, the current one
+  struct Issued {
+    Operation operation;
+    Journal::Entry entry;
+  };
+  std::deque<Issued> operations_;       // the first is, or will be, the current one
   std::optional<Execution> execution_;  // of operations_.front()
   std::exception_ptr error_;
 };

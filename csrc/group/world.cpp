@@ -114,6 +114,12 @@ void World::check_present(const std::vector<int>& ranks, const std::string& call
   }
 }
 
+void World::offer_stacks(int signal, int descriptor) {
+  StackOffer& offer = process_->page().stacks;
+  offer.descriptor.store(descriptor, std::memory_order_relaxed);
+  offer.signal.store(signal, std::memory_order_release);
+}
+
 bool World::abort(const std::string& reason) {
   aborted_ = true;
   const bool first = process_->job_notice().post(NoticeKind::kPeerLost, process_->rank, reason);

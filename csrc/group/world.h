@@ -41,6 +41,9 @@ class World {
   /// @throws MismatchError  one of them, on this host, leaves the job.
   void check_present(const std::vector<int>& ranks, const std::string& call) const;
 
+  /// From now on this process writes the stacks of its threads to `descriptor` on `signal`.
+  void offer_stacks(int signal, int descriptor);
+
   /// End the job: every pending and later call of every rank of this host raises PeerLostError
   /// with `reason`. False if another rank was first, whose reason stands.
   bool abort(const std::string& reason);

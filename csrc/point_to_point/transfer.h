@@ -43,6 +43,8 @@ struct Transfer {
   bool in_slot = false;
   /// Goes with a message to a slot, as in an RDMA write with immediate data.
   std::uint64_t immediate = 0;
+  /// As of an Operation.
+  const char* site = nullptr;
   std::shared_ptr<ArenaBlock> slot;  // that memory lies in: a receive's, on the host
 
   // Set by the group.

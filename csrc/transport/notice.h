@@ -27,7 +27,7 @@ class Notice {
  private:
   static constexpr std::uint32_t kWriting = 1;
   static constexpr std::uint32_t kReadable = 2;
-  static constexpr std::size_t kMaxText = 1500;
+  static constexpr std::size_t kMaxText = 8191;
 
   std::atomic<std::uint32_t> state_{0};
   NoticeKind kind_{};

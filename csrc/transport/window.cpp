@@ -110,6 +110,23 @@ int Window::left_peer(std::uint64_t sequence) const {
   return -1;
 }
 
+std::vector<int> Window::missing(std::uint64_t sequence) const {
+  std::vector<int> unannounced;
+  std::vector<int> behind;
+  for (int peer = 0; peer < local_size(); ++peer) {
+    if (slot(peer, sequence).sequence.load(std::memory_order_acquire) < sequence) {
+      unannounced.push_back(peer);
+    } else if (peers_[index(peer)].page->phase.load(std::memory_order_acquire) < phase_) {
+      behind.push_back(peer);
+    }
+  }
+  return unannounced.empty() ? behind : unannounced;
+}
+
+bool Window::begin_inquiry() const {
+  return !peers_.front().page->inquiry.exchange(true, std::memory_order_acq_rel);
+}
+
 void Window::leave() const {
   // Told to every peer, because the one that hears it last frees its page: nobody may ask there.
   for (const Peer& peer : peers_) peer.page->left.fetch_add(1, std::memory_order_acq_rel);

@@ -11,21 +11,10 @@
 #include "core/signature.h"
 #include "core/task.h"
 #include "transport/arena.h"
-#include "transport/doorbell.h"
-#include "transport/liveness.h"
 #include "transport/notice.h"
+#include "transport/process_page.h"
 
 namespace pycomm {
-
-/// What one process shows the others of its host. It lies at the beginning of its arena.
-struct ProcessPage {
-  Doorbell doorbell;
-  alignas(64) LifeWord life;
-  /// Set when the rank has called shutdown(): it starts nothing any more.
-  std::atomic<bool> leaving;
-  /// Posted on the first local rank's page when a rank ends the whole job.
-  alignas(64) Notice notice;
-};
 
 /// What a rank shows the others of its host when it starts an operation.
 ///
@@ -63,6 +52,8 @@ struct GroupPage {
   alignas(128) std::atomic<std::uint64_t> phase;
   /// How many of the host's ranks have destroyed the group and read this page no more.
   std::atomic<int> left;
+  /// On the group's first local rank's page: somebody is asking why a rank does not come.
+  std::atomic<bool> inquiry;
   /// Posted on the group's first local rank's page when the group is finished by an error.
   alignas(128) Notice notice;
 };
@@ -160,6 +151,16 @@ class Window {
   /// Group rank of a local process that has called shutdown() without announcing operation
   /// `sequence`, or -1.
   int left_peer(std::uint64_t sequence) const;
+
+  /// Local ranks that the others wait for in operation `sequence`: they have not announced it or,
+  /// if all have, have completed fewer phases than this one.
+  std::vector<int> missing(std::uint64_t sequence) const;
+
+  const ProcessPage& process_page(int peer) const { return *peers_[index(peer)].process; }
+
+  /// Claim the right to ask those who do not come what they are doing: true for the first rank of
+  /// the host only, once in the group's life, which the answer ends.
+  bool begin_inquiry() const;
 
   /// This rank reads its peers' memory no more.
   void leave() const;

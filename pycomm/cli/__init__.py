@@ -6,7 +6,7 @@ import argparse
 import importlib.metadata as metadata
 from collections.abc import Sequence
 
-from pycomm.cli import bench, info, plan
+from pycomm.cli import bench, info, plan, trace
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,5 +27,8 @@ def main(arguments: Sequence[str]) -> int:
     measurer = commands.add_parser("bench", help="pycomm, its peers and the machine, side by side")
     bench.add_arguments(measurer)
     measurer.set_defaults(run=bench.run)
+    tracer = commands.add_parser("trace", help="what every rank did last, and where they part")
+    trace.add_arguments(tracer)
+    tracer.set_defaults(run=trace.run)
     chosen = parser.parse_args(arguments)
     return int(chosen.run(chosen))

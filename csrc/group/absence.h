@@ -1,0 +1,29 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "transport/window.h"
+
+namespace pycomm {
+
+// What errors and warnings say of ranks that do not come.
+
+/// What another rank may take to ask those who do not come, before this one gives up by itself;
+/// seconds.
+constexpr double kLongestInquiry = 5;
+
+/// "12.3 s"
+std::string seconds_text(double seconds);
+
+/// What a local rank is doing; see describe_whereabouts.
+std::string whereabouts(const Window& window, int peer);
+
+/// Which local ranks are not missing; a line to be added to an error.
+std::string describe_present(const Window& window, const std::vector<int>& missing);
+
+/// What the local ranks `missing` are doing, with their stacks: lines to be added to an error.
+/// Waits up to a second for each.
+std::string describe_missing(const Window& window, const std::vector<int>& missing);
+
+}  // namespace pycomm
