@@ -257,6 +257,7 @@ void Group::run_here(const Operation& operation, const InterruptCheck& check_int
   } catch (...) {
     error = std::current_exception();
     fail(describe_call(context_, operation));
+    keep_output_of(operation);
   }
   try {
     end_turn();
@@ -397,7 +398,15 @@ void Group::abandon() {
     left.swap(queue_);
     state_.fetch_and(~kQueued, std::memory_order_acq_rel);
   }
-  if (current_) end_current(error);
+  if (current_) {
+    // The others have seen it begin: they neither wait for it nor take its buffer for sound.
+    window_.notice().post(NoticeKind::kMismatch, rank(),
+                          current_->describe() + ": called shutdown() before it had ended.\n  Wait "
+                          "for every Work before shutdown().");
+    window_.ring_all();
+    keep_output_of(pending_.operation);
+    end_current(error);
+  }
   if (gpus_ != nullptr && !has_drained(*gpus_)) gpus_->abort();
   gpus_.reset();
   for (const Pending& pending : left) pending.work->complete(error, 0);
@@ -420,6 +429,7 @@ void Group::end_current_with_error() {
     // The group goes on.
   } catch (...) {
     fail(describe_call(context_, pending_.operation));
+    keep_output_of(pending_.operation);
   }
   end_current(error);
   if (gpus_ != nullptr && failed()) gpus_->abort();
@@ -449,6 +459,10 @@ void Group::fail(const std::string& call) {
   }
   window_.notice().post(kind_of(lasting), rank(), text);
   window_.ring_all();
+}
+
+void Group::keep_output_of(const Operation& operation) {
+  if (operation.output != nullptr) process_->arena->quarantine(operation.output);
 }
 
 void Group::quarantine(std::shared_ptr<ArenaBlock> memory) {

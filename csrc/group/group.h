@@ -183,6 +183,8 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   void finish(std::exception_ptr error);
   /// The group is finished by the exception being handled; tells the other members why.
   void fail(const std::string& call);
+  /// A failed operation's output lies where a peer that was only stopped may still write.
+  void keep_output_of(const Operation& operation);
   /// The progress thread's operation is over.
   void end_current(std::exception_ptr error);
   /// The same with the exception being handled: the group is finished, unless all ranks alike were

@@ -81,6 +81,7 @@ void Turn::wait(const InterruptCheck& check_interrupt) {
 void Turn::fail() {
   error_ = std::current_exception();
   group_->fail(describe_call(group_->context_, operations_.front()));
+  group_->keep_output_of(operations_.front());
   execution_.reset();
   operations_.clear();
 }
