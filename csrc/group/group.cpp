@@ -275,6 +275,7 @@ void Group::run_here(const Operation& operation, const InterruptCheck& check_int
     }
   } catch (...) {
     error = fail(describe_call(context_, operation));
+    keep_output_of(operation);
   }
   journal_.end(entry, context_, error != nullptr);
   try {
@@ -419,7 +420,14 @@ void Group::abandon() {
     left.swap(queue_);
     state_.fetch_and(~kQueued, std::memory_order_acq_rel);
   }
-  if (current_) end_current(error);
+  if (current_) {
+    // The others have seen it begin: they neither wait for it nor take its buffer for sound.
+    tell(NoticeKind::kMismatch, current_->describe() +
+                                    ": called shutdown() before it had ended.\n  Wait for every "
+                                    "Work before shutdown().");
+    keep_output_of(pending_.operation);
+    end_current(error);
+  }
   if (gpus_ != nullptr && !has_drained(*gpus_)) gpus_->abort();
   gpus_.reset();
   for (const Pending& pending : left) {
@@ -450,6 +458,7 @@ void Group::end_current_with_error() {
     // The group goes on.
   } catch (...) {
     error = fail(describe_call(context_, pending_.operation));
+    keep_output_of(pending_.operation);
   }
   end_current(error);
   if (gpus_ != nullptr && failed()) gpus_->abort();
@@ -494,6 +503,10 @@ void Group::tell(NoticeKind kind, const std::string& text) {
   const bool posted = window_.notice().post(kind, rank(), text);
   window_.ring_all();
   if (first && posted) black_box.save(trace);
+}
+
+void Group::keep_output_of(const Operation& operation) {
+  if (operation.output != nullptr) process_->arena->quarantine(operation.output);
 }
 
 void Group::quarantine(std::shared_ptr<ArenaBlock> memory) {

@@ -189,6 +189,8 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   std::exception_ptr fail(const std::string& call);
   /// Tell the other members of this host why the group is finished, and save what all did last.
   void tell(NoticeKind kind, const std::string& text);
+  /// A failed operation's output lies where a peer that was only stopped may still write.
+  void keep_output_of(const Operation& operation);
   /// The progress thread's operation is over.
   void end_current(std::exception_ptr error);
   /// The same with the exception being handled: the group is finished, unless all ranks alike were

@@ -83,6 +83,7 @@ void Turn::wait(const InterruptCheck& check_interrupt) {
 
 void Turn::fail() {
   error_ = group_->fail(describe_call(group_->context_, operations_.front().operation));
+  group_->keep_output_of(operations_.front().operation);
   execution_.reset();
   group_->journal_.end(operations_.front().entry, group_->context_, /*failed=*/true);
   for (std::size_t i = 1; i < operations_.size(); ++i) {

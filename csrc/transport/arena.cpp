@@ -110,6 +110,7 @@ std::size_t Arena::reserve(std::size_t bytes) {
 void Arena::release(std::size_t offset) {
   if (in_forked_child()) return;  // the memory is the parent's
   std::lock_guard lock(mutex_);
+  if (quarantined_.contains(offset)) return;
   const auto entry = used_.find(offset);
   std::size_t bytes = entry->second;
   used_.erase(entry);
@@ -127,6 +128,16 @@ void Arena::release(std::size_t offset) {
     }
   }
   free_[offset] = bytes;
+}
+
+void Arena::quarantine(const void* address) {
+  if (!contains(address, 1)) return;
+  std::lock_guard lock(mutex_);
+  const std::size_t offset = offset_of(address);
+  auto block = used_.upper_bound(offset);
+  if (block == used_.begin()) return;
+  --block;
+  if (offset < block->first + block->second) quarantined_.insert(block->first);
 }
 
 void ArenaBlock::quarantine(std::shared_ptr<ArenaBlock> block) {

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 
 namespace pycomm {
 
@@ -43,6 +44,10 @@ class Arena : public std::enable_shared_from_this<Arena> {
   /// @throws CommError  the reservation is exhausted.
   std::shared_ptr<class ArenaBlock> allocate(std::size_t bytes);
 
+  /// Never free the live block that holds `address`, if one of this arena's does: a peer may write
+  /// there at any time.
+  void quarantine(const void* address);
+
   /// From now on freed blocks keep their content until the arena goes: peers may still read it.
   void keep_pages() { keeps_pages_ = true; }
 
@@ -63,6 +68,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   mutable std::mutex mutex_;
   std::map<std::size_t, std::size_t> free_;  // offset -> bytes, neighbours merged
   std::map<std::size_t, std::size_t> used_;
+  std::set<std::size_t> quarantined_;  // offsets of blocks in used_
 };
 
 /// A piece of an arena, freed when the last owner lets go.

@@ -9,14 +9,18 @@ namespace pycomm {
 
 bool Notice::post(NoticeKind kind, int rank, const std::string& text) {
   std::uint32_t expected = 0;
-  if (!state_.compare_exchange_strong(expected, kWriting, std::memory_order_acq_rel)) return false;
-  kind_ = kind;
-  rank_ = rank;
-  const std::size_t length = std::min(text.size(), kMaxText);
-  std::memcpy(text_, text.data(), length);
-  text_[length] = '\0';
-  state_.store(kReadable, std::memory_order_release);
-  return true;
+  const bool first =
+      state_.compare_exchange_strong(expected, kWriting, std::memory_order_acq_rel);
+  if (first) {
+    kind_ = kind;
+    rank_ = rank;
+    const std::size_t length = std::min(text.size(), kMaxText);
+    std::memcpy(text_, text.data(), length);
+    text_[length] = '\0';
+    state_.store(kReadable, std::memory_order_release);
+  }
+  std::atomic_thread_fence(std::memory_order_release);  // before what the caller writes next
+  return first;
 }
 
 void Notice::raise() const {

@@ -14,9 +14,14 @@ enum class NoticeKind : std::uint8_t { kMismatch, kTimeout, kPeerLost };
 class Notice {
  public:
   /// Post the reason. False if somebody else was first; their text stands.
+  ///
+  /// Who finds this rank's memory changed after the call, and fences, does not find silent().
   bool post(NoticeKind kind, int rank, const std::string& text);
 
   bool posted() const { return state_.load(std::memory_order_acquire) == kReadable; }
+
+  /// Whether nobody has even begun to post.
+  bool silent() const { return state_.load(std::memory_order_acquire) == 0; }
 
   /// Who posted; valid once posted().
   int rank() const { return rank_; }

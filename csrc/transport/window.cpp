@@ -81,16 +81,25 @@ bool Window::AllCompleted::poll() {
     const auto& phase = window_.peers_[index(next_)].page->phase;
     if (phase.load(std::memory_order_acquire) < target_) return false;
   }
-  return true;
+  return window_.all_sound();
 }
 
 std::string Window::AllCompleted::describe() const {
+  if (next_ == window_.local_size()) return "a rank that has failed to say why";
   return "rank " + std::to_string(window_.group_rank(next_)) + " to finish its part of this call";
 }
 
 void Window::check_notices() const {
   if (notice().posted()) notice().raise();
   if (job_notice_.posted()) job_notice_.raise();
+}
+
+bool Window::all_sound() const {
+  // Behind whatever this rank has read in the others' arenas.
+  std::atomic_thread_fence(std::memory_order_acquire);
+  if (notice().silent() && job_notice_.silent()) return true;
+  check_notices();
+  return false;
 }
 
 int Window::lost_peer() const {

@@ -129,6 +129,9 @@ class Window {
   void complete_phase();
 
   /// Waits until every local rank has completed as many phases as this one.
+  ///
+  /// It does not end well once a rank has failed, even if all had completed: since its caller has
+  /// its error, it may have changed the buffer that others read in its arena, slower ones just now.
   class AllCompleted final : public Wait {
    public:
     explicit AllCompleted(const Window& window) : window_(window), target_(window.phase_) {}
@@ -171,6 +174,8 @@ class Window {
   void ring_all() const;
 
  private:
+  /// Whether nobody has failed by now; throws what was posted. False: somebody still writes it.
+  bool all_sound() const;
   /// Wake every other local rank: one of its waits may be over.
   void ring_peers() const;
   static std::size_t index(int peer) { return static_cast<std::size_t>(peer); }

@@ -386,6 +386,57 @@ TEST(a_rank_that_does_not_come_is_named) {
   }
 }
 
+TEST(a_failed_reduction_in_the_arena_keeps_its_buffer_from_reuse) {
+  // A peer that was only stopped may still fold into it. Every way of running has its own path.
+  for (const int way : {0, 1, 2}) {
+    const auto errors = run_ranks_catching({0, 0}, [&](Group& group) {
+      const auto other = group.duplicate(kNoInterrupt);
+      if (group.rank() == 1) return std::this_thread::sleep_for(std::chrono::milliseconds(600));
+      const std::size_t bytes = std::size_t{1} << 20;
+      auto block = group.allocate(bytes);
+      const std::size_t offset = block->offset();
+      Operation operation;
+      operation.kind = Kind::kAllReduce;
+      operation.dtype = pycomm::DType::kInt64;
+      operation.count = bytes / sizeof(std::int64_t);
+      operation.input = operation.output = block->data();
+      operation.timeout_s = 0.1;
+      const auto run = [&] {
+        if (way == 0) return other->run(operation, kNoInterrupt);
+        if (way == 1) return other->start(operation)->wait(kNoInterrupt);
+        const auto turn = next_turn(*other);
+        turn->start(operation);
+        turn->wait(kNoInterrupt);
+      };
+      CHECK_THROWS(run(), pycomm::CommTimeoutError, "waiting for rank 1");
+      block.reset();
+      CHECK(group.allocate(bytes)->offset() != offset);
+    });
+    for (const auto& error : errors) CHECK_EQUAL(error, std::string());
+  }
+}
+
+TEST(shutdown_in_the_middle_of_a_call_is_told_to_those_who_come_later) {
+  const auto errors = run_worlds_catching(
+      {0, 0},
+      [](pycomm::World& world) {
+        const auto other = world.group()->duplicate(kNoInterrupt);
+        auto values = contribution(world.group()->rank(), 1000);
+        if (world.group()->rank() == 0) {
+          const auto work = other->start(sum_of(values));
+          CHECK_THROWS(world.close(kNoInterrupt, 0.3), pycomm::CommTimeoutError, "shutdown");
+          CHECK_THROWS(work->wait(kNoInterrupt), pycomm::CommError, "abandoned");
+          return;
+        }
+        std::this_thread::sleep_for(std::chrono::milliseconds(800));
+        // Rank 0 has announced its part, so nothing else would tell that it does not go on.
+        CHECK_THROWS(other->run(sum_of(values), kNoInterrupt), pycomm::MismatchError,
+                     "called shutdown() before it had ended");
+      },
+      {20, std::size_t{64} << 20, {}});
+  CHECK_EQUAL(errors[0], std::string());
+}
+
 TEST(after_an_error_the_group_is_finished) {
   run_ranks_catching({0, 0}, [](Group& group) {
     auto values = contribution(group.rank(), group.rank() == 1 ? 11u : 10u);

@@ -18,11 +18,29 @@
 #include "transport/handover.h"
 #include "transport/liveness.h"
 #include "transport/notice.h"
+#include "transport/window.h"
 
 namespace {
 
 using namespace std::chrono_literals;
 using Clock = std::chrono::steady_clock;
+
+/// Two ranks' views of one group, in one process.
+struct TwoRanks {
+  pycomm::ProcessPage processes[2] = {};
+  pycomm::GroupPage pages[2] = {};
+  pycomm::Notice job;
+  pycomm::Window first{view(0)};
+  pycomm::Window second{view(1)};
+
+  pycomm::Window view(int rank) {
+    std::vector<pycomm::Window::Peer> peers;
+    for (int peer = 0; peer < 2; ++peer) {
+      peers.push_back({&processes[peer], nullptr, &pages[peer], nullptr, nullptr, nullptr, peer});
+    }
+    return {rank, peers, 0, job};
+  }
+};
 
 }  // namespace
 
@@ -196,6 +214,33 @@ TEST(doorbell_never_loses_a_ring) {
   player(0);
   other.join();
   CHECK_EQUAL(turn.load(), kTurns);
+}
+
+TEST(what_was_read_in_the_arena_of_a_rank_that_failed_meanwhile_is_not_taken_for_sound) {
+  // Rank 0 has completed its part, waits, fails, and its caller changes the buffer; rank 1 reads
+  // that, and completes its part too.
+  for (const bool ends_job : {false, true}) {
+    TwoRanks ranks;
+    ranks.first.complete_phase();
+    (ends_job ? ranks.job : ranks.first.notice())
+        .post(pycomm::NoticeKind::kPeerLost, 0, "rank 0 was interrupted");
+    ranks.second.complete_phase();
+    pycomm::Window::AllCompleted completed(ranks.second);
+    CHECK_THROWS(completed.poll(), pycomm::PeerLostError, "rank 0 was interrupted");
+  }
+}
+
+TEST(a_rank_that_has_begun_to_tell_why_it_fails_is_waited_for) {
+  TwoRanks ranks;
+  ranks.first.complete_phase();
+  ranks.second.complete_phase();
+  pycomm::Window::AllCompleted completed(ranks.second);
+  auto& word = reinterpret_cast<std::atomic<std::uint32_t>&>(ranks.first.notice());
+  word.store(1);  // what post() writes first
+  CHECK(!completed.poll());
+  CHECK_EQUAL(completed.describe(), std::string("a rank that has failed to say why"));
+  word.store(0);
+  CHECK(completed.poll());
 }
 
 TEST(notice_keeps_the_first_reason) {
