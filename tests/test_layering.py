@@ -101,6 +101,16 @@ def test_the_core_knows_neither_torch_nor_python() -> None:
                 assert not any(name.startswith(("cuda", "nccl")) for name in includes), path
 
 
+def test_waits_take_time_and_threads_from_where_a_simulation_can_replace_them() -> None:
+    """What tests/simulation could not replay: see csrc/core/simulation.h."""
+    machine = r"steady_clock|sched_yield|std::thread\b|std::condition_variable|sleep_for"
+    outside = {"completions"}  # of threads above the core
+    for folder in ("collectives", "point_to_point", "group"):
+        for path in sorted((ROOT / "csrc" / folder).glob("*.[hc]*")):
+            if path.stem not in outside:
+                assert not re.search(machine, path.read_text()), path
+
+
 def imported_modules(path: Path) -> set[str]:
     """Names of the pycomm modules that a file imports, anywhere in it."""
     names: set[str] = set()

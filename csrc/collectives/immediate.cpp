@@ -1,12 +1,12 @@
 #include "collectives/immediate.h"
 
-#include <sched.h>
-
 #include <chrono>
 
 #include "collectives/all_reduce_window.h"
 #include "collectives/open.h"
+#include "core/clock.h"
 #include "core/pause.h"
+#include "core/thread.h"
 
 namespace pycomm {
 namespace {
@@ -36,11 +36,11 @@ bool poll_spinning(Waiting& wait) {
 template <typename Waiting>
 bool poll_yielding(Waiting& wait) {
   if (wait.poll()) return true;
-  const auto until = std::chrono::steady_clock::now() + kLongestYields;
+  const auto until = Clock::now() + kLongestYields;
   for (int yield = 0; yield < kYields; ++yield) {
-    sched_yield();
+    yield_core();
     if (wait.poll()) return true;
-    if (std::chrono::steady_clock::now() > until) break;
+    if (Clock::now() > until) break;
   }
   return false;
 }

@@ -1,13 +1,15 @@
 #pragma once
 
-#include <sched.h>
 #include <time.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
 
+#include "core/clock.h"
 #include "core/pause.h"
+#include "core/simulation.h"
+#include "core/thread.h"
 #include "transport/doorbell.h"
 
 namespace pycomm {
@@ -26,8 +28,6 @@ namespace pycomm {
 /// has seen it sleeps at once for a while.
 class Backoff {
  public:
-  using Clock = std::chrono::steady_clock;
-
   /// For a thread that drives what it waits for.
   /// @param may_spin  every rank has a core.
   Backoff(Doorbell& doorbell, bool may_spin)
@@ -100,13 +100,13 @@ class Backoff {
   /// Yields, unless a stranger is about. True if one is.
   bool meets_strangers() {
     if (!may_spin_) {
-      sched_yield();
+      yield_core();
       return false;
     }
     thread_local Clock::time_point among_strangers_until;
     const auto before = Clock::now();
     if (before < among_strangers_until) return true;
-    sched_yield();
+    yield_core();
     const auto after = Clock::now();
     if (after - before < kStrangersTurn) return false;
     among_strangers_until = after + kAmongStrangers;
@@ -126,6 +126,7 @@ class Backoff {
 
   /// What this thread has used. A system call that takes as long as a yield to nobody.
   static std::chrono::nanoseconds processor_time() {
+    if (Simulation::current() != nullptr) return Clock::now().time_since_epoch();
     timespec used;
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used);
     return std::chrono::seconds(used.tv_sec) + std::chrono::nanoseconds(used.tv_nsec);

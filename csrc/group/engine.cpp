@@ -1,9 +1,11 @@
 #include "group/engine.h"
 
 #include <algorithm>
+#include <chrono>
 #include <optional>
 #include <utility>
 
+#include "core/clock.h"
 #include "core/error.h"
 #include "core/fork_guard.h"
 #include "group/backoff.h"

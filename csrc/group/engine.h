@@ -1,14 +1,12 @@
 #pragma once
 
 #include <atomic>
-#include <chrono>
-#include <condition_variable>
 #include <exception>
 #include <memory>
 #include <mutex>
-#include <thread>
 #include <vector>
 
+#include "core/thread.h"
 #include "transport/channel.h"
 #include "transport/window.h"
 
@@ -48,8 +46,6 @@ class Engine {
   void submit(std::shared_ptr<Progressive> queue);
 
  private:
-  using Clock = std::chrono::steady_clock;
-
   void run();
   void drive();
   /// Nothing is submitted: wait until something is.
@@ -61,13 +57,13 @@ class Engine {
   std::vector<std::shared_ptr<Progressive>> active_;  // the thread's own
 
   std::mutex mutex_;
-  std::condition_variable wake_;  // from idle()
+  Condition wake_;  // from idle()
   std::vector<std::shared_ptr<Progressive>> submitted_;
   std::atomic<bool> has_submitted_{false};
   std::atomic<bool> stopping_{false};
   std::atomic<bool> started_{false};
   std::exception_ptr startup_error_;
-  std::thread thread_;
+  Thread thread_;
 };
 
 }  // namespace pycomm

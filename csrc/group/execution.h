@@ -5,6 +5,7 @@
 #include <string>
 
 #include "collectives/context.h"
+#include "core/clock.h"
 #include "core/operation.h"
 #include "core/task.h"
 #include "nccl/plane.h"
@@ -18,8 +19,6 @@ void check_peers(const Window& window, const std::string& call);
 /// One operation on its way, driven from outside by whichever thread has it.
 class Execution {
  public:
-  using Clock = std::chrono::steady_clock;
-
   /// Starts the operation, as the group's next one, and its clock. All arguments outlive this.
   /// @param gpus  the group's, for an operation on them.
   Execution(Context& context, const Operation& operation, nccl::GpuGroup* gpus = nullptr);

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "core/clock.h"
 #include "group/engine.h"
 #include "group/journal.h"
 #include "group/work.h"
@@ -66,8 +67,6 @@ class PostOffice : public Progressive {
   void abandon() override;
 
  private:
-  using Clock = std::chrono::steady_clock;
-
   static double seconds_since(Clock::time_point then) {
     return std::chrono::duration<double>(Clock::now() - then).count();
   }

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "core/simulation.h"
 #include "transport/handover.h"
 
 namespace pycomm {
@@ -17,6 +18,7 @@ namespace {
 /// Whether `ranks` processes can all run at once. Bound ranks (one core each) count their cores
 /// together.
 bool enough_cores(int ranks) {
+  if (Simulation::current() != nullptr) return false;  // one thread plays all of them
   cpu_set_t mine;
   const int bound_to = sched_getaffinity(0, sizeof(mine), &mine) == 0 ? CPU_COUNT(&mine) : ranks;
   const long online = sysconf(_SC_NPROCESSORS_ONLN);

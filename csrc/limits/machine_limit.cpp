@@ -10,13 +10,12 @@
 #include <utility>
 
 #include "collectives/partition.h"
+#include "core/clock.h"
 #include "core/error.h"
 #include "kernels/fold.h"
 
 namespace pycomm {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 /// What show() copies at most.
 constexpr std::size_t kShownBytes = 64 << 10;

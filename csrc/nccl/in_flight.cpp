@@ -1,5 +1,6 @@
 #include "nccl/in_flight.h"
 
+#include <chrono>
 #include <cstdio>
 
 #include "core/error.h"

@@ -1,10 +1,10 @@
 #pragma once
 
-#include <chrono>
 #include <deque>
 #include <memory>
 #include <string>
 
+#include "core/clock.h"
 #include "nccl/communicator.h"
 #include "nccl/device.h"
 
@@ -13,8 +13,6 @@ namespace pycomm::nccl {
 /// The calls of a group, or of a pair, that were launched and have not been seen to end.
 class InFlight {
  public:
-  using Clock = std::chrono::steady_clock;
-
   /// @param began  when the call was issued; it may take `timeout_s` from then, GPU and all.
   void add(std::shared_ptr<Call> call, std::string description, Clock::time_point began,
            double timeout_s) {

@@ -69,7 +69,7 @@ class NcclGroup final : public GpuGroup {
 };
 
 Task<> NcclGroup::run(Context& context, const Operation& operation) {
-  const auto began = InFlight::Clock::now();
+  const auto began = Clock::now();
   const auto call = std::static_pointer_cast<Call>(operation.device_call);
   Place place(device_->order, id_);
   const std::string description = describe_call(context, operation);

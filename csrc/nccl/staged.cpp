@@ -57,7 +57,7 @@ class StagedGroup final : public GpuGroup {
 };
 
 Task<> StagedGroup::run(Context& context, const Operation& operation) {
-  const auto began = InFlight::Clock::now();
+  const auto began = Clock::now();
   const auto call = std::static_pointer_cast<Call>(operation.device_call);
   const std::string description = describe_call(context, operation);
   const std::size_t slot_bytes =

@@ -1,7 +1,6 @@
 #include "point_to_point/gpu_mail.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <utility>
 
@@ -132,7 +131,7 @@ void GpuMail::propose(int number, Peer& peer) {
 
 void GpuMail::launch(Peer& peer, Proposal theirs) {
   std::vector<nccl::GpuMessage> messages;
-  const auto now = std::chrono::steady_clock::now();
+  const auto now = Clock::now();
   for (const TransferPtr& half : peer.batch) {
     // A receive into a slot may have been posted long before: the GPU has its time from now on.
     messages.push_back({half->direction == Transfer::Direction::kSend, half->memory, half->bytes(),

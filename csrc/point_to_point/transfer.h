@@ -1,12 +1,12 @@
 #pragma once
 
-#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <memory>
 #include <string>
 
+#include "core/clock.h"
 #include "core/device_call.h"
 #include "core/dtype.h"
 #include "core/operation.h"
@@ -49,7 +49,7 @@ struct Transfer {
 
   // Set by the group.
   std::shared_ptr<DeviceCall> device_call;  // if there is a device
-  std::chrono::steady_clock::time_point began;
+  Clock::time_point began;
   double timeout_s = 0;
 
   // For the exchange.

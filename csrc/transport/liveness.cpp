@@ -3,11 +3,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "core/simulation.h"
 #include "core/system_error.h"
 
 namespace pycomm {
 
 LifeKeeper::LifeKeeper(LifeWord& word) : word_(word) {
+  if (Simulation::current() != nullptr) return;  // its threads are not the kernel's
   entry_.next = &head_.list;
   head_.list.next = &entry_;
   head_.futex_offset = reinterpret_cast<char*>(&word.word_) - reinterpret_cast<char*>(&entry_);
@@ -20,6 +22,7 @@ LifeKeeper::LifeKeeper(LifeWord& word) : word_(word) {
 }
 
 LifeKeeper::~LifeKeeper() {
+  if (Simulation::current() != nullptr) return;
   syscall(SYS_set_robust_list, previous_, previous_bytes_);
   word_.word_.store(0, std::memory_order_release);
 }

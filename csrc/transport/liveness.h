@@ -19,6 +19,9 @@ class LifeWord {
     return (word_.load(std::memory_order_acquire) & FUTEX_OWNER_DIED) != 0;
   }
 
+  /// What the kernel does, for a simulation.
+  void mark_owner_died() { word_.fetch_or(FUTEX_OWNER_DIED, std::memory_order_release); }
+
  private:
   friend class LifeKeeper;
   std::atomic<std::uint32_t> word_{0};

@@ -1,0 +1,25 @@
+#pragma once
+
+#include <chrono>
+
+#include "core/simulation.h"
+
+namespace pycomm {
+
+/// The time by which the core measures its waits: the machine's steady clock, or a simulation's.
+struct Clock {
+  using duration = std::chrono::steady_clock::duration;
+  using rep = duration::rep;
+  using period = duration::period;
+  using time_point = std::chrono::steady_clock::time_point;
+  static constexpr bool is_steady = true;
+
+  static time_point now() {
+    if (auto* const simulation = Simulation::current()) {
+      return time_point(simulation->now());
+    }
+    return std::chrono::steady_clock::now();
+  }
+};
+
+}  // namespace pycomm
