@@ -689,6 +689,16 @@ class Trace:
     @property
     def ranks(self) -> list[RankTrace]: ...
 
+class Watchdog:
+    """A ``with`` block that must end in ``seconds``, or the process ends with ``text`` on stderr.
+
+    By a thread that does not need the GIL, and without clean-up.
+    """
+
+    def __init__(self, seconds: float, text: str, exit_code: int = 1) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
+
 def read_trace(path: str) -> Trace:
     """A file that was saved upon an error."""
 

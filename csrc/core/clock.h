@@ -1,6 +1,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstdint>
 
 #include "core/simulation.h"
 
@@ -19,6 +20,10 @@ struct Clock {
       return time_point(simulation->now());
     }
     return std::chrono::steady_clock::now();
+  }
+  /// In nanoseconds, for records that other processes read.
+  static std::int64_t now_ns() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(now().time_since_epoch()).count();
   }
 };
 

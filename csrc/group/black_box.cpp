@@ -1,10 +1,11 @@
 #include "group/black_box.h"
 
-#include <chrono>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
 #include <utility>
+
+#include "core/clock.h"
 
 namespace pycomm {
 
@@ -19,9 +20,7 @@ std::string BlackBox::hint() const {
 Trace BlackBox::take(const std::string& reason) const {
   Trace trace;
   if (folder_.empty()) return trace;
-  trace.now_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(
-                     std::chrono::steady_clock::now().time_since_epoch())
-                     .count();
+  trace.now_ns = Clock::now_ns();
   trace.reason = reason;
   for (const auto& arena : arenas_) {
     trace.ranks.push_back(read_page(*reinterpret_cast<const ProcessPage*>(arena->base())));

@@ -1,18 +1,13 @@
 #include "group/journal.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <functional>
 
+#include "core/clock.h"
+
 namespace pycomm {
 namespace {
-
-std::int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 /// An operation may be announced a little before it is counted, or after.
 std::uint64_t current(const Context& context) {
@@ -42,7 +37,7 @@ Journal::Journal(Recorder& recorder, int tag, const std::vector<int>& ranks, int
 
 Record Journal::prepared() const {
   Record record;
-  record.queued_ns = now_ns();
+  record.queued_ns = Clock::now_ns();
   record.group = key_;
   std::copy(name_.begin(), name_.end(), record.group_name.begin());
   return record;
@@ -87,13 +82,13 @@ Journal::Entry Journal::queue(const Transfer& transfer) const {
 }
 
 void Journal::start(Entry entry, const Context& context) const {
-  recorder_.start(entry, now_ns(), current(context), hash_of_current(context));
+  recorder_.start(entry, Clock::now_ns(), current(context), hash_of_current(context));
 }
 
 void Journal::end(Entry entry, const Context& context, bool failed) const {
-  recorder_.end(entry, now_ns(), failed, current(context), hash_of_current(context));
+  recorder_.end(entry, Clock::now_ns(), failed, current(context), hash_of_current(context));
 }
 
-void Journal::end(Entry entry, bool failed) const { recorder_.end(entry, now_ns(), failed, 0, 0); }
+void Journal::end(Entry entry, bool failed) const { recorder_.end(entry, Clock::now_ns(), failed, 0, 0); }
 
 }  // namespace pycomm

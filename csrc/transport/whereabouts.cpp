@@ -17,26 +17,19 @@
 #include <thread>
 #include <vector>
 
-#include "core/error.h"
+#include "core/clock.h"
 
 namespace pycomm {
 namespace {
-
-using Clock = std::chrono::steady_clock;
 
 constexpr auto kLongestAnswer = std::chrono::seconds(1);
 constexpr auto kLook = std::chrono::milliseconds(10);
 /// What has not grown for so long is the whole answer.
 constexpr auto kQuiet = std::chrono::milliseconds(50);
 
-std::int64_t now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch())
-      .count();
-}
-
 std::string seconds_since(std::int64_t then_ns) {
   char text[32];
-  std::snprintf(text, sizeof(text), "%.1f s", static_cast<double>(now_ns() - then_ns) * 1e-9);
+  std::snprintf(text, sizeof(text), "%.1f s", static_cast<double>(Clock::now_ns() - then_ns) * 1e-9);
   return text;
 }
 

@@ -1,0 +1,208 @@
+"""The job that is broken: every phase of a training run, each result compared with the exact one.
+
+    mpirun -np 4 python -m chaos.job FOLDER FAULT
+
+Each rank writes what it sees to FOLDER/rank-R.jsonl, a line at a time, with the host's steady
+clock. The victim breaks itself: it knows best when a phase has begun.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, NoReturn
+
+import torch
+from torch import nn
+
+import pycomm
+from chaos.plan import Fault
+
+_PHASE_S = 0.8  # at least, so that faults of any delay find the phase
+
+
+class Journal:
+    """What this rank has to say, for the one who counts."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._file: IO[str] = open(folder / f"rank-{rank}.jsonl", "a")  # noqa: SIM115
+
+    def write(self, event: str, **fields: object) -> None:
+        line = {"event": event, "t": time.monotonic(), "process": os.getpid(), **fields}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+class ChaosError(Exception):
+    """What the victim raises."""
+
+
+class Victim:
+    """Breaks this rank if it is the victim, once the moment has come."""
+
+    def __init__(self, fault: Fault, rank: int, journal: Journal) -> None:
+        self._fault = fault if fault.rank == rank else None
+        self._journal = journal
+        self._due = threading.Event()
+
+    def enter(self, phase: str) -> None:
+        """The phase begins."""
+        self._journal.write("phase", phase=phase)
+        if self._fault is None or self._fault.phase != phase:
+            return
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    def _wait(self) -> None:
+        assert self._fault is not None
+        time.sleep(self._fault.delay_s)
+        if self._fault.kind in ("kill", "stop"):
+            self._journal.write("fault")
+            os.kill(os.getpid(), signal.SIGKILL if self._fault.kind == "kill" else signal.SIGSTOP)
+        elif self._fault.kind in ("raise", "differ", "leave"):
+            self._due.set()
+
+    def here(self) -> None:
+        """Between two calls: what a program does wrong it does here."""
+        if not self._due.is_set():
+            return
+        assert self._fault is not None
+        self._due.clear()
+        self._journal.write("fault")
+        if self._fault.kind == "raise":
+            raise ChaosError("bad batch")
+        if self._fault.kind == "leave":
+            pycomm.shutdown()
+            return
+        pycomm.all_reduce_(torch.zeros(3, dtype=torch.int64))  # which nobody else does
+
+
+def repeat(step: Callable[[int], None], victim: Victim) -> None:
+    """Until the phase is over on rank 0, which decides for all: the same number of steps."""
+    began = time.monotonic()
+    for number in range(10_000):
+        victim.here()
+        step(number)
+        go_on = torch.tensor(int(time.monotonic() - began < _PHASE_S))
+        pycomm.broadcast_(go_on, root=0)
+        if not go_on:
+            break
+    victim.here()
+
+
+def check(journal: Journal, what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    if not torch.equal(found, expected):
+        journal.write("wrong", what=what, found=str(found), expected=str(expected))
+
+
+def train(journal: Journal, victim: Victim) -> None:
+    rank, size = pycomm.rank(), pycomm.size()
+    model = nn.ParameterDict(
+        {f"w{i}": nn.Parameter(torch.zeros(50_000 if i else 7)) for i in range(4)}
+    )
+    optimizer = pycomm.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1.0), model.named_parameters()
+    )
+
+    def step(number: int) -> None:
+        # The gradient of a parameter is what it is multiplied with: small integers, exact sums.
+        scale = float(number % 11)
+        optimizer.zero_grad()
+        loss = torch.zeros(())
+        for weight in model.values():
+            loss = loss + (weight * (scale + rank)).sum()
+        loss.backward()
+        mean = scale + (size - 1) / 2
+        for name, weight in model.items():
+            assert weight.grad is not None
+            check(journal, f"gradient of {name}", weight.grad, torch.full_like(weight, mean))
+        optimizer.step()
+        total = pycomm.all_reduce(torch.full((9,), number + rank))
+        check(journal, "sum", total, torch.full((9,), size * number + size * (size - 1) // 2))
+
+    repeat(step, victim)
+
+
+def run_pipeline(journal: Journal, victim: Victim) -> None:
+    size = pycomm.size()
+    torch.manual_seed(1)
+    layers = nn.Sequential(*(nn.Linear(64, 64) for _ in range(size)))
+    pipeline = pycomm.pipeline.Pipeline(layers, nn.functional.mse_loss, micro_batches=4)
+    x, y = torch.randn(16, 64), torch.randn(16, 64)
+    first: list[torch.Tensor] = []
+
+    def step(number: int) -> None:
+        for param in pipeline.parameters():
+            param.grad = None
+        loss = pipeline.step(x, y).detach()
+        first.append(loss)
+        check(journal, "loss", loss, first[0])
+
+    repeat(step, victim)
+
+
+def save_checkpoints(folder: Path, journal: Journal, victim: Victim) -> None:
+    state = torch.arange(500_000, dtype=torch.float32)
+
+    def step(number: int) -> None:
+        pycomm.checkpoint.save(folder / "checkpoint", {"state": state, "number": number})
+        loaded = pycomm.checkpoint.load(
+            folder / "checkpoint", {"state": torch.zeros_like(state), "number": -1}
+        )
+        check(journal, "checkpoint", loaded["state"], state)
+
+    repeat(step, victim)
+
+
+def main(folder: Path, fault: Fault) -> None:
+    rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
+    journal = Journal(folder, rank)
+    victim = Victim(fault, rank, journal)
+    try:
+        victim.enter("start-up")
+        if fault.phase == "start-up" and fault.rank == rank:
+            time.sleep(fault.delay_s * 0.5)  # so that some faults come before, some in init()
+            victim.here()
+        pycomm.init()
+        victim.here()
+        for phase, work in (
+            ("training", train),
+            ("pipeline", run_pipeline),
+        ):
+            victim.enter(phase)
+            work(journal, victim)
+        victim.enter("checkpoint")
+        save_checkpoints(folder, journal, victim)
+        victim.enter("shutdown")
+        victim.here()
+        pycomm.shutdown()
+        victim.here()
+        journal.write("end")
+    except ChaosError:
+        raise
+    except Exception as error:
+        _tell(journal, error)
+    except KeyboardInterrupt:
+        journal.write("error", type="KeyboardInterrupt", text="")
+        raise
+
+
+def _tell(journal: Journal, error: Exception) -> NoReturn:
+    typed = isinstance(error, pycomm.CommError)
+    journal.write(
+        "error",
+        type=type(error).__name__,
+        typed=typed,
+        text=str(error),
+        usable=getattr(error, "group_usable", None),
+    )
+    raise error
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Fault.decode(sys.argv[2]))
