@@ -169,7 +169,7 @@ def test_what_the_core_and_torch_read():
     assert (done.returncode, done.out.strip()) == (0, "all named"), done.err
 
 
-# ----------------------------------------------------------------------------------------- launchers
+# --------------------------------------------------------------------------------------- launchers
 
 LAUNCHER_VARIABLES = [
     *("TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
