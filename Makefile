@@ -1,5 +1,5 @@
 # `make train` and `make test` are all that a new machine needs; `make help` lists the rest.
-.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi test-sanitizers test-torch-versions test-torch-training test-programs test-torch-suite clean
+.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi test-sanitizers test-torch-versions test-torch-training test-programs test-torch-suite fuzz fuzz-parsers soak clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -25,7 +25,7 @@ export OMP_NUM_THREADS ?= 1
 # cmake, ninja and mpicc are those of the wheels.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-cpp_files = $(shell find csrc tests/cpp tests/double -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+cpp_files = $(shell find csrc tests/cpp tests/double tests/fuzz -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 pytest = python -m pytest
 # Behind the timeouts of the tests themselves (pyproject.toml, tests/conftest.py). In the
 # foreground, so that Ctrl-C reaches what it runs.
@@ -48,6 +48,9 @@ help:
 	@echo 'make test-torch-versions  the torch backend under PyTorch 2.6 and later; VERSIONS="2.6.0 2.8.0"'
 	@echo 'make test-torch-training  what torch builds on a process group, beside gloo; docs/torch-training.md'
 	@echo 'make test-torch-suite  the tests of backends that torch ships, on pycomm; docs/torch-suite.md'
+	@echo 'make fuzz             random programs of collectives and messages; N=100000 operations'
+	@echo 'make fuzz-parsers     libFuzzer (needs clang) on every parser of what peers send; SECONDS_EACH=60'
+	@echo 'make soak             mixed operations for MINUTES=60: memory, descriptors and threads stay flat'
 	@echo 'make clean            remove what was built; .venv and runs/ stay'
 
 # --- set-up: each stamp is newer than what it was made from --------------------------------------
@@ -176,6 +179,35 @@ test-sanitizer-%: $(installed)
 	  -DPYCOMM_BUILD_PYTHON=OFF -DPYCOMM_BUILD_TESTS=ON '-DPYCOMM_SANITIZE=$(sanitizers)'
 	cmake --build build/$* --target cpp_tests
 	ctest --test-dir build/$* --output-on-failure --no-tests=error
+
+# Minutes: random programs of collectives and messages beside NumPy, and random bytes for every parser
+# of what peers send. Both print what to pass to see a failure again; docs/testing.md.
+N ?= 100000
+fuzz: $(built)
+	cd tests && $(time_limit) 7200 python -m fuzz.run --operations $(N) $(ARGS)
+
+SECONDS_EACH ?= 60
+CLANG ?= clang
+parsers = $(basename $(notdir $(filter-out %/main.cpp,$(wildcard tests/fuzz/parsers/*.cpp))))
+fuzz-parsers: $(built)
+	@command -v $(CLANG) $(CLANG)++ > /dev/null \
+	  || { echo 'fuzz-parsers: needs clang, for libFuzzer: apt-get install clang libclang-rt-dev, or CLANG=clang-16.'; exit 1; }
+	cmake -G Ninja -S . -B build/fuzz -DCMAKE_BUILD_TYPE=Debug -DCMAKE_C_COMPILER=$(CLANG) \
+	  -DCMAKE_CXX_COMPILER=$(CLANG)++ -DPYCOMM_BUILD_PYTHON=OFF -DPYCOMM_BUILD_TESTS=ON \
+	  -DPYCOMM_LIBFUZZER=ON '-DPYCOMM_SANITIZE=address;undefined'
+	cmake --build build/fuzz --target fuzz_parsers
+	cmake --build build/dev --target fuzz_parsers
+	for parser in $(parsers); do mkdir -p build/fuzz/corpus/$$parser; \
+	  build/dev/fuzz_$$parser --write-seeds build/fuzz/corpus/$$parser; done
+	for parser in $(parsers); do echo "$$parser:"; \
+	  build/fuzz/fuzz_$$parser -max_total_time=$(SECONDS_EACH) -max_len=65536 -print_final_stats=1 -verbosity=0 \
+	    -artifact_prefix=build/fuzz/$$parser- build/fuzz/corpus/$$parser \
+	    tests/fuzz/parsers/corpus/$$parser || exit 1; done
+
+# By hand: an hour by default. Its last output stands in docs/testing.md.
+MINUTES ?= 60
+soak: $(built)
+	python scripts/soak.py --minutes $(MINUTES) --mpirun '$(MPIRUN) $(mpirun_flags)' $(ARGS)
 
 clean:
 	rm -rf build $(built) .programs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -9,6 +9,7 @@ import os
 import socket
 import uuid
 from collections.abc import Mapping
+from typing import Any
 
 from pycomm import _core, cost, gpu_libraries, mpi_library, stacks
 from pycomm.errors import CommError, InvalidArgumentError, MismatchError
@@ -17,6 +18,8 @@ from pycomm.rendezvous import Rendezvous
 DEFAULT_TIMEOUT_S = 600.0
 DEFAULT_WARN_AFTER_S = 30.0
 DEFAULT_TRACE_FOLDER = "runs"
+# Nanoseconds of it are a 64-bit number.
+MOST_TIMEOUT_S = 9e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,12 @@ def host_key(environ: Mapping[str, str]) -> str:
     out of one machine.
     """
     if environ.get("PYCOMM_HOST"):
-        return f"PYCOMM_HOST={environ['PYCOMM_HOST']}"
+        name = environ["PYCOMM_HOST"]
+        if not name.isprintable():  # os.environ has surrogates for what is not UTF-8
+            raise InvalidArgumentError(
+                f"init: PYCOMM_HOST={name!r} is no name. Pass printable characters, in UTF-8."
+            )
+        return f"PYCOMM_HOST={name}"
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             boot_id = file.read().strip()
@@ -100,7 +108,10 @@ def connect(rendezvous: Rendezvous, settings: Settings) -> Connection:
             "job": uuid.uuid4().hex,
         }
     ).encode()
-    cards = [json.loads(card) for card in rendezvous.all_gather_bytes(mine)]
+    cards = [
+        read_card(card, _CARD, f"init on rank {rendezvous.rank}", other)
+        for other, card in enumerate(rendezvous.all_gather_bytes(mine))
+    ]
     for other, card in enumerate(cards):
         if card["timeout_s"] != cards[0]["timeout_s"]:
             raise MismatchError(
@@ -138,7 +149,7 @@ def connect(rendezvous: Rendezvous, settings: Settings) -> Connection:
         channel=channel,
         arena_bytes=settings.arena_bytes,
         # Rank 0's file counts: all ranks must choose alike.
-        cost=cost.CostModel(**cards[0]["cost"]).to_core(),
+        cost=cost.from_values(cards[0]["cost"], "what rank 0 sent").to_core(),
         algorithm=settings.algorithm,
         gpu_places=gpu_libraries.places(),
         gpu_transport=settings.gpu_transport,
@@ -162,6 +173,42 @@ def _trace_folder(settings: Settings, job: str) -> str:
     if not settings.trace_folder:
         return ""
     return os.path.abspath(os.path.join(settings.trace_folder, f"pycomm-{job[:8]}"))
+
+
+# What a rank says before the world is made: the types of its fields.
+_CARD: Mapping[str, type | tuple[type, ...]] = {
+    "host_key": str,
+    "timeout_s": float,
+    "algorithm": str,
+    "gpu_transport": str,
+    "cost": dict,
+    "job": str,
+}
+
+
+def read_card(
+    data: bytes, fields: Mapping[str, type | tuple[type, ...]], call: str, other: int
+) -> dict[str, Any]:
+    """What rank ``other`` has said, in JSON: an object with exactly these fields.
+
+    Raises:
+        CommError: it is something else.
+    """
+    try:
+        card = json.loads(data)
+    except (ValueError, RecursionError):
+        card = None
+    if (
+        not isinstance(card, dict)
+        or card.keys() != fields.keys()
+        or not all(isinstance(card[name], types) for name, types in fields.items())
+    ):
+        shown = data[:200].decode(errors="backslashreplace")
+        raise CommError(
+            f"{call}: rank {other} sent {shown!r}, which is not what this version of pycomm says.\n"
+            "  All ranks must run the same version of pycomm."
+        )
+    return card
 
 
 def _mpi_problem() -> str:
@@ -195,9 +242,10 @@ def _timeout_s(argument: float | None, environ: Mapping[str, str]) -> float:
         seconds = float(argument if argument is not None else text or "")
     except (TypeError, ValueError):
         seconds = math.nan
-    if not (seconds > 0 and math.isfinite(seconds)):
+    if not 0 < seconds <= MOST_TIMEOUT_S:
         raise InvalidArgumentError(
-            f"init: {source} is not a positive number of seconds. Pass one, such as 600."
+            f"init: {source} is not a positive number of seconds up to {MOST_TIMEOUT_S:g}. "
+            "Pass one, such as 600."
         )
     return seconds
 

@@ -22,6 +22,9 @@ _MESSAGE_BYTES = [8, 1024, 16 << 10, 256 << 10, 1 << 20, 4 << 20]
 _ROUNDS = 7
 
 
+_MOST_S = 1e9
+
+
 @dataclasses.dataclass(frozen=True)
 class CostModel:
     """Constants of the cost functions, in seconds; see ``docs/cost-model.md``.
@@ -41,7 +44,7 @@ class CostModel:
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not (number and math.isfinite(value) and value >= 0):
+            if not (number and 0 <= value <= _MOST_S):
                 raise InvalidArgumentError(
                     f"cost model: {name} is {value!r}. Pass a number of seconds, 0 or more."
                 )
@@ -72,7 +75,10 @@ def load(environ: Mapping[str, str]) -> CostModel:
     Raises:
         InvalidArgumentError: the file holds something else, or ``PYCOMM_COST_FILE`` names none.
     """
-    path = cost_file(environ)
+    try:
+        path = cost_file(environ)
+    except InvalidArgumentError:
+        return CostModel()  # nowhere for a file to be
     remedy = "  Run `python -m pycomm bench calibrate` again, or delete it."
     try:
         text = path.read_text()
@@ -83,30 +89,51 @@ def load(environ: Mapping[str, str]) -> CostModel:
             f"init: PYCOMM_COST_FILE={str(path)!r} does not exist.\n"
             "  `python -m pycomm bench calibrate` writes it; unset it for the defaults."
         ) from None
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgumentError(f"init: cannot read {path}: {error}.\n{remedy}") from error
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidArgumentError(f"init: {path} is not JSON: {error}.\n{remedy}") from error
+    try:
+        return from_values(values, str(path))
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"{error}\n{remedy}") from error
+
+
+def from_values(values: object, source: str) -> CostModel:
+    """A model of what ``source``, a file or a rank, says.
+
+    Raises:
+        InvalidArgumentError: it says something else.
+    """
     names = {field.name for field in dataclasses.fields(CostModel)}
     if not isinstance(values, dict) or set(values) != names:
-        found = sorted(values) if isinstance(values, dict) else type(values).__name__
-        raise InvalidArgumentError(
-            f"init: {path} holds {found} instead of {sorted(names)}.\n{remedy}"
-        )
+        found = sorted(map(str, values)) if isinstance(values, dict) else type(values).__name__
+        raise InvalidArgumentError(f"init: {source} holds {found} instead of {sorted(names)}.")
     try:
         return CostModel(**values)
     except InvalidArgumentError as error:
-        raise InvalidArgumentError(f"init: {path}: {error}\n{remedy}") from error
+        raise InvalidArgumentError(f"init: {source}: {error}") from error
 
 
 def cost_file(environ: Mapping[str, str]) -> Path:
-    """``PYCOMM_COST_FILE``, or ``pycomm/cost.json`` among the user's cached files."""
+    """``PYCOMM_COST_FILE``, or ``pycomm/cost.json`` among the user's cached files.
+
+    Raises:
+        InvalidArgumentError: there is no place for such files.
+    """
     if environ.get("PYCOMM_COST_FILE"):
         return Path(environ["PYCOMM_COST_FILE"])
     cache = environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "pycomm" / "cost.json"
+    try:
+        folder = Path(cache) if cache else Path.home() / ".cache"
+    except RuntimeError as error:  # neither HOME nor an entry in /etc/passwd
+        raise InvalidArgumentError(
+            "this user has no home directory to keep measured costs in.\n"
+            "  Set PYCOMM_COST_FILE, XDG_CACHE_HOME or HOME."
+        ) from error
+    return folder / "pycomm" / "cost.json"
 
 
 def calibrate(group: _core.Group) -> CostModel:

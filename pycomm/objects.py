@@ -79,7 +79,8 @@ def gather_object(obj: Any, root: int = 0, *, group: Group | None = None) -> lis
     """Every rank's ``obj``, by rank, on ``root``; None on the others.
 
     Args:
-        obj: as for ``all_gather_object``.
+        obj: as for ``all_gather_object``. Unpickling runs code that the other ranks chose, so use
+            it only among ranks that trust each other.
         root: a rank of the group.
         group: the ranks taking part, the world if None; every one of them makes this call.
 
@@ -112,6 +113,8 @@ def scatter_object(
 
     Args:
         objects: on the root one for each rank, anything ``pickle`` can handle; ignored elsewhere.
+            Unpickling runs code that the root chose, so use it only among ranks that trust each
+            other.
         root: a rank of the group.
         group: the ranks taking part, the world if None; every one of them makes this call.
 

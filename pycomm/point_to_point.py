@@ -204,6 +204,8 @@ def send_object(
 ) -> None:
     """Send anything ``pickle`` can handle to rank ``dst``, which calls ``recv_object``.
 
+    Unpickling there runs code that the sender chose: ranks trust each other.
+
     Raises:
         InvalidArgumentError: it cannot be pickled; nothing was sent. Otherwise as for ``send``.
     """

@@ -73,6 +73,9 @@ def broadcast_optimizer_state(
     is dropped elsewhere. No step is made, no gradient touched, and step counters keep the type that
     they have on the root.
 
+    Tensors travel as they are, the rest as a pickle: unpickling runs code that the root chose, so
+    use it only among ranks that trust each other.
+
     Args:
         optimizer: over parameters of the same shapes and dtypes, in the same groups, on every rank.
         root: a rank of the group.

@@ -146,7 +146,7 @@ _FIRST_SPECIAL_SLURM_STEP = 0xFFFFFFF0
 
 def _srun(environ: Mapping[str, str]) -> Launch | None:
     step = environ.get("SLURM_STEP_ID", environ.get("SLURM_STEPID", ""))
-    if not step.isdecimal() or int(step) >= _FIRST_SPECIAL_SLURM_STEP:
+    if not _is_number(step) or int(step) >= _FIRST_SPECIAL_SLURM_STEP:
         return None
     return _read(
         environ,
@@ -221,7 +221,7 @@ def _read(
         if name not in environ:
             raise LaunchError(
                 f"init: {launcher.value} left {name} unset"
-                + (f" beside {other}={environ[other]!r}" if other in environ else "")
+                + (f" beside {other}={_shown(environ[other])!r}" if other in environ else "")
                 + f".\n  Set both, or unset {' and '.join(pair)} to run as a world of one."
             )
     world = None if world_size is None else _integer(environ, world_size, at_least=1)
@@ -250,12 +250,25 @@ def _any(environ: Mapping[str, str], *names: str) -> bool:
 
 def _integer(environ: Mapping[str, str], name: str, *, at_least: int) -> int:
     text = environ[name].strip()
-    if not (text.isascii() and text.isdecimal()) or int(text) < at_least:
+    if not _is_number(text) or not at_least <= int(text) <= _MOST:
         raise LaunchError(
-            f"init: {name}={environ[name]!r} is not an integer of at least {at_least}.\n"
+            f"init: {name}={_shown(environ[name])!r} is not an integer from {at_least} to "
+            f"{_MOST}.\n"
             f"  It is the launcher's to set; unset it if no launcher runs."
         )
     return int(text)
+
+
+_MOST = 2**31 - 1  # an int of MPI
+
+
+def _shown(text: str | None) -> str | None:
+    return text if text is None or len(text) <= 40 else text[:37] + "..."
+
+
+def _is_number(text: str) -> bool:
+    """Digits, and no more of them than ``int`` would take."""
+    return text.isascii() and text.isdecimal() and len(text) <= 10
 
 
 def _optional_integer(environ: Mapping[str, str], name: str | None, *, at_least: int) -> int | None:
@@ -269,12 +282,16 @@ def _port_of_store(environ: Mapping[str, str]) -> int:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not environ.get(name):
             raise LaunchError(
-                f"init: RANK={environ.get('RANK')} and WORLD_SIZE={environ.get('WORLD_SIZE')} "
-                f"announce several ranks, but {name} is not set, where they would meet.\n"
+                f"init: RANK={_shown(environ.get('RANK'))} and "
+                f"WORLD_SIZE={_shown(environ.get('WORLD_SIZE'))} announce several "
+                f"ranks, but {name} is not set, where they would meet.\n"
                 "  Start with torchrun or mpirun, or unset RANK and WORLD_SIZE to run as a world "
                 "of one."
             )
     port = _integer(environ, "MASTER_PORT", at_least=1)
     if port > 65535:
-        raise LaunchError(f"init: MASTER_PORT={port} is not a TCP port (1 to 65535).")
+        raise LaunchError(
+            f"init: MASTER_PORT={port} is not a TCP port (1 to 65535).\n"
+            "  Set the one where rank 0, or torchrun's agent, keeps torch's store."
+        )
     return port

@@ -66,9 +66,13 @@ class AllGather {
     }
   }
 
+  const std::byte* announced_buffer(int rank) const {
+    return context_.announced_buffer(rank, layout_.bytes(index(rank)));
+  }
+
   bool all_in_arena() const {
     for (int rank = 0; rank < context_.size(); ++rank) {
-      if (context_.announced_buffer(rank) == nullptr) return false;
+      if (announced_buffer(rank) == nullptr) return false;
     }
     return true;
   }
@@ -77,7 +81,7 @@ class AllGather {
   void copy_from_arenas() const {
     for (int distance = 1; distance < context_.size(); ++distance) {
       const int rank = (context_.rank + distance) % context_.size();
-      std::memcpy(operation_.output + layout_.begin(index(rank)), context_.announced_buffer(rank),
+      std::memcpy(operation_.output + layout_.begin(index(rank)), announced_buffer(rank),
                   layout_.bytes(index(rank)));
     }
   }

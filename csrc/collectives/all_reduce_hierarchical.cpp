@@ -36,8 +36,9 @@ class HierarchicalAllReduce {
                                  std::to_string(context.host_count()) + " hosts by algorithm " +
                                  name_of(algorithm) + ". Use direct or ring.");
     }
+    const std::size_t bytes = operation.count * element_;
     for (int peer = 0; peer < window().local_size(); ++peer) {
-      all_in_arena_ &= window().announced_buffer(peer, context.sequence) != nullptr;
+      all_in_arena_ &= window().announced_buffer(peer, context.sequence, bytes) != nullptr;
     }
     in_place_ = sum_is_input_ && all_in_arena_;
   }
@@ -94,7 +95,8 @@ class HierarchicalAllReduce {
   /// A local rank's input, from the piece's first element on.
   const std::byte* input_of(int peer, std::size_t i) const {
     if (!all_in_arena_) return half(peer, i);
-    return window().announced_buffer(peer, context_.sequence) + piece(i).begin * element_;
+    const std::size_t bytes = operation_.count * element_;
+    return window().announced_buffer(peer, context_.sequence, bytes) + piece(i).begin * element_;
   }
 
   void copy_in(std::size_t i) const {

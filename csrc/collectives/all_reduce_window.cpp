@@ -33,10 +33,14 @@ std::size_t most_shown_bytes(const Context& context) {
   return context.window.local_size() == 2 ? kShownByTwoBytes : Announcement::kEagerBytes;
 }
 
-int count_in_arenas(const Context& context) {
+std::byte* announced_buffer(const Context& context, const Operation& operation, int peer) {
+  return context.window.announced_buffer(peer, context.sequence, bytes_of(operation));
+}
+
+int count_in_arenas(const Context& context, const Operation& operation) {
   int count = 0;
   for (int peer = 0; peer < context.window.local_size(); ++peer) {
-    if (context.window.announced_buffer(peer, context.sequence) != nullptr) ++count;
+    if (announced_buffer(context, operation, peer) != nullptr) ++count;
   }
   return count;
 }
@@ -133,8 +137,7 @@ class StagedReduction {
         continue;
       }
       std::byte* const slot = place(peer, i, mine.begin);
-      source =
-          reads_arenas_ ? context_.window.announced_buffer(peer, context_.sequence) + offset : slot;
+      source = reads_arenas_ ? announced_buffer(context_, operation_, peer) + offset : slot;
       if (wants_result(peer)) context_.destinations[results++] = slot;
     }
     fold_to_all(spec_, std::span(context_.destinations).first(results), context_.sources,
@@ -178,7 +181,7 @@ void announce_all_reduce(Context& context, const Operation& operation) {
 HostWay way_of(const Context& context, const Operation& operation) {
   const std::size_t bytes = bytes_of(operation);
   if (bytes <= most_shown_bytes(context)) return HostWay::kShown;
-  const int in_arenas = count_in_arenas(context);
+  const int in_arenas = count_in_arenas(context, operation);
   if (in_arenas == context.window.local_size()) return HostWay::kInPlace;
   return bytes <= Announcement::kEagerBytes && in_arenas == 0 ? HostWay::kShown : HostWay::kStaged;
 }
@@ -198,8 +201,7 @@ void fold_in_place(Context& context, const Operation& operation) {
                                context.window.local_rank(), kPartGranuleBytes / element);
   for (int peer = 0; peer < context.window.local_size(); ++peer) {
     const auto at = static_cast<std::size_t>(peer);
-    context.destinations[at] =
-        context.window.announced_buffer(peer, context.sequence) + part.begin * element;
+    context.destinations[at] = announced_buffer(context, operation, peer) + part.begin * element;
     context.sources[at] = context.destinations[at];
   }
   fold_to_all(FoldSpecs::of(operation, context.placement).whole, context.destinations,
@@ -222,15 +224,15 @@ Task<> all_reduce_window(Context& context, const Operation& operation) {
     case HostWay::kStaged: {
       StagedReduction staged(context, operation, /*reads_arenas=*/false,
                              StagedReduction::kAllRanks);
-      const bool prepared =
-          bytes_of(operation) > Announcement::kEagerBytes && count_in_arenas(context) == 0;
+      const bool prepared = bytes_of(operation) > Announcement::kEagerBytes &&
+                            count_in_arenas(context, operation) == 0;
       co_await staged.run(prepared);
     }
   }
 }
 
 Task<> reduce_window(Context& context, const Operation& operation) {
-  const bool reads_arenas = count_in_arenas(context) == context.window.local_size();
+  const bool reads_arenas = count_in_arenas(context, operation) == context.window.local_size();
   StagedReduction staged(context, operation, reads_arenas, operation.root);
   co_await staged.run(/*prepared=*/false);
 }

@@ -65,10 +65,10 @@ Task<> all_to_all(Context& context, const Operation& operation) {
   bool in_arena = true;
   std::vector<const std::byte*> readable(input.size());
   for (const int rank : context.ranks_of(context.host())) {
-    const std::byte* const theirs = context.announced_buffer(rank);
+    const auto at = static_cast<std::size_t>(rank);
+    const std::byte* const theirs = context.announced_buffer(rank, begins[at] + output.bytes(at));
     in_arena &= theirs != nullptr;
-    if (in_arena)
-      readable[static_cast<std::size_t>(rank)] = theirs + begins[static_cast<std::size_t>(rank)];
+    if (in_arena) readable[at] = theirs + begins[at];
   }
   if (in_arena) blocks.readable = std::move(readable);
   co_await exchange(context, blocks);

@@ -31,11 +31,14 @@ BlockFold::BlockFold(Context& context, const Operation& operation)
       operation_(operation),
       specs_(FoldSpecs::of(operation, context.placement)),
       element_(size_of(operation.dtype)),
+      input_bytes_(
+          operation.count * element_ *
+          (operation.kind == Kind::kReduceScatter ? static_cast<std::size_t>(context.size()) : 1)),
       wire_(size_of(specs_.wire_dtype)),
       slot_bytes_(context.window.staging_bytes() / (context.host_count() == 1 ? 2 : 4)),
       piece_count_(choose_piece_count(context, slot_bytes_, element_, wire_)) {
   for (const int rank : context.ranks_of(context.host())) {
-    reads_arenas_ &= context.announced_buffer(rank) != nullptr;
+    reads_arenas_ &= context.announced_buffer(rank, input_bytes_) != nullptr;
   }
 }
 
@@ -81,7 +84,8 @@ void BlockFold::fold_host(const FoldSpec& spec, int owner, const Range& block,
     if (peer == context_.window.local_rank()) {
       sources_.push_back(operation_.input + begin);
     } else if (reads_arenas_) {
-      sources_.push_back(context_.window.announced_buffer(peer, context_.sequence) + begin);
+      sources_.push_back(context_.window.announced_buffer(peer, context_.sequence, input_bytes_) +
+                         begin);
     } else {
       sources_.push_back(place(peer, owner));
     }

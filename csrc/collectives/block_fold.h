@@ -59,6 +59,7 @@ class BlockFold {
   const Operation& operation_;
   const FoldSpecs specs_;
   const std::size_t element_;
+  const std::size_t input_bytes_;  // of every rank
   const std::size_t wire_;
   const std::size_t slot_bytes_;
   const std::size_t piece_count_;

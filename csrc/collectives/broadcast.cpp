@@ -90,7 +90,7 @@ Task<> broadcast(Context& context, const Operation& operation) {
                 bytes);
     co_return;
   }
-  const std::byte* const in_arena = context.window.announced_buffer(root, context.sequence);
+  const std::byte* const in_arena = context.window.announced_buffer(root, context.sequence, bytes);
   if (in_arena != nullptr) {
     if (operation.output != in_arena) std::memcpy(operation.output, in_arena, bytes);
     co_await meet(context);  // the root may change its buffer only now

@@ -106,10 +106,10 @@ struct Context {
   std::uint64_t arena_offset(const void* buffer, std::size_t bytes) const;
 
   /// Where a rank of this host announced its buffer of the current operation, in this process's
-  /// addresses; null: not in its arena.
-  std::byte* announced_buffer(int group_rank) const {
+  /// addresses; null: not in its arena. See Window::announced_buffer.
+  std::byte* announced_buffer(int group_rank, std::size_t bytes) const {
     return window.announced_buffer(placement.local_rank_of[static_cast<std::size_t>(group_rank)],
-                                   sequence);
+                                   sequence, bytes);
   }
 };
 

@@ -47,7 +47,7 @@ Task<> gather(Context& context, const Operation& operation) {
       const auto at = static_cast<std::size_t>(rank);
       if (at == root) continue;
       blocks.longest_local = std::max(blocks.longest_local, layout.bytes(at));
-      readable[at] = context.announced_buffer(rank);
+      readable[at] = context.announced_buffer(rank, layout.bytes(at));
       in_arena &= readable[at] != nullptr;
     }
     if (in_arena) blocks.readable = std::move(readable);

@@ -2,29 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
-#include <string>
 
-#include "core/error.h"
+#include "collectives/extremes.h"
 
 namespace pycomm {
 namespace {
-
-/// The two most different signatures seen so far, by hash.
-struct Extremes {
-  struct Entry {
-    std::uint64_t hash;
-    std::int64_t rank;
-    Signature signature;
-  };
-  Entry lowest;
-  Entry highest;
-
-  bool agree() const { return lowest.hash == highest.hash; }
-  void include(const Entry& entry) {
-    if (entry.hash < lowest.hash) lowest = entry;
-    if (entry.hash > highest.hash) highest = entry;
-  }
-};
 
 static_assert(sizeof(Extremes) <= 2 * Staging::kLeastPieceBytes);
 
@@ -60,24 +42,12 @@ Task<const std::byte*> agree_between_hosts(Context& context, const HostSum& sum)
         lane.send(lane.host + distance, {outgoing, mine.agree() ? expected : sizeof(Extremes)});
     co_await until(*received);
     co_await until(*sent);
-    Extremes incoming;
-    if (length < sizeof(incoming)) {
-      throw CommError("all hosts must run the same version of pycomm: an opening message has " +
-                      std::to_string(length) + " bytes instead of " +
-                      std::to_string(sizeof(incoming)) + " or more.");
-    }
-    std::memcpy(&incoming, arriving.data(), sizeof(incoming));
-    mine.include(incoming.lowest);
-    mine.include(incoming.highest);
+    mine.include_message(arriving.first(length), expected);
     if (!mine.agree() || sum.bytes == 0) continue;
     std::memcpy(sums + static_cast<std::size_t>(distance) * sum.bytes,
-                arriving.data() + sizeof(incoming), hosts * sum.bytes);
+                arriving.data() + sizeof(Extremes), hosts * sum.bytes);
   }
-  if (!mine.agree()) {
-    throw MismatchError(describe_mismatch(static_cast<int>(mine.lowest.rank), mine.lowest.signature,
-                                          static_cast<int>(mine.highest.rank),
-                                          mine.highest.signature));
-  }
+  mine.check();
   co_return sums;
 }
 

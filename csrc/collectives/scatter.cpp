@@ -37,7 +37,7 @@ Task<> scatter(Context& context, const Operation& operation) {
   if (context.host() == context.placement.host_of[root] && context.window.local_size() > 1) {
     blocks.longest_local = bytes;
     blocks.fan_out = context.window.local_size();
-    if (const std::byte* const input = context.announced_buffer(operation.root)) {
+    if (const std::byte* const input = context.announced_buffer(operation.root, total)) {
       blocks.readable.resize(blocks.outgoing.size());
       if (!is_root) blocks.readable[root] = input + me * bytes;
     }

@@ -111,12 +111,22 @@ std::shared_ptr<Group> Group::create(
   const auto memory = process->allocate(division.end);
   new (memory->data()) GroupPage();
   PostOffice::prepare_memory(memory->data() + division.mail, local_size);
+  const auto arena_of = [&](int group_rank) -> const Arena& {
+    const int world_rank = ranks[static_cast<std::size_t>(group_rank)];
+    const int local = process->placement.local_rank_of[static_cast<std::size_t>(world_rank)];
+    return *process->local_arenas[static_cast<std::size_t>(local)];
+  };
   std::vector<GroupRecord> records;
   std::int64_t tag = 0;
   {
     const auto only_one = process->begin_group();
     try {
       records = gather({memory->offset(), process->free_tag.load()});
+      for (int rank = 0; rank < static_cast<int>(ranks.size()); ++rank) {
+        const bool is_here = std::find(locals.begin(), locals.end(), rank) != locals.end();
+        records[static_cast<std::size_t>(rank)].check(
+            rank, is_here ? arena_of(rank).reserve_bytes() : 0, division.end);
+      }
     } catch (...) {
       ArenaBlock::quarantine(memory);  // the other members may have built their group on it
       throw;
@@ -128,10 +138,9 @@ std::shared_ptr<Group> Group::create(
   std::vector<Window::Peer> peers;
   for (const int group_rank : locals) {
     const auto at = static_cast<std::size_t>(group_rank);
-    const int local = process->placement.local_rank_of[static_cast<std::size_t>(ranks[at])];
-    const Arena& arena = *process->local_arenas[static_cast<std::size_t>(local)];
+    const Arena& arena = arena_of(group_rank);
     std::byte* const page = arena.base() + records[at].page_offset;
-    peers.push_back({&Process::page_of(arena), arena.base(), reinterpret_cast<GroupPage*>(page),
+    peers.push_back({&Process::page_of(arena), &arena, reinterpret_cast<GroupPage*>(page),
                      page + Division::kStaging, page + division.early, page + division.mail,
                      group_rank});
   }
@@ -517,10 +526,15 @@ std::shared_ptr<ArenaBlock> Group::allocate(std::size_t bytes) { return process_
 
 nccl::Plane& Group::gpu_plane() { return process_->gpu_plane(); }
 
-std::byte* Group::mapped(int rank, std::uint64_t offset) const {
+std::byte* Group::mapped(int rank, std::uint64_t offset, std::size_t bytes) const {
   const int world_rank = ranks_[static_cast<std::size_t>(rank)];
   const int local = process_->placement.local_rank_of[static_cast<std::size_t>(world_rank)];
-  return process_->local_arenas[static_cast<std::size_t>(local)]->base() + offset;
+  const Arena& arena = *process_->local_arenas[static_cast<std::size_t>(local)];
+  if (!arena.holds(offset, bytes)) {
+    throw CommError("rank " + std::to_string(rank) + " has no " + std::to_string(bytes) +
+                    " bytes at " + std::to_string(offset) + " of its shared memory.");
+  }
+  return arena.base() + offset;
 }
 
 void Group::abort(const std::string& reason) {

@@ -15,6 +15,7 @@
 #include "core/operation.h"
 #include "group/engine.h"
 #include "group/execution.h"
+#include "group/group_record.h"
 #include "group/journal.h"
 #include "group/post_office.h"
 #include "group/work.h"
@@ -23,17 +24,6 @@
 namespace pycomm {
 
 class Process;
-
-/// What a rank tells the other members when a group is made.
-struct GroupRecord {
-  /// Where in the rank's arena its page for the group lies.
-  std::uint64_t page_offset;
-  /// The lowest channel tag no group of this rank uses yet.
-  std::int64_t free_tag;
-};
-
-/// A group's collectives use its first channel tag, its point-to-point messages the second.
-constexpr std::int64_t kTagsOfAGroup = 2;
 
 /// Ranks that make collective calls together. Operations run in the order they were issued; a
 /// failed one finishes the group, and every later call raises the same error.
@@ -96,8 +86,9 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   /// What this rank reserves for the group beside its buckets: its page, staging and message slots.
   std::size_t memory_bytes() const { return memory_->bytes(); }
 
-  /// Where the arena of `rank`, which is on this host, has been mapped here, at `offset`.
-  std::byte* mapped(int rank, std::uint64_t offset) const;
+  /// Where `bytes` at `offset` of the arena of `rank`, which is on this host, are mapped here.
+  /// @throws CommError  its arena has none there.
+  std::byte* mapped(int rank, std::uint64_t offset, std::size_t bytes) const;
 
   /// A group of the same ranks with a queue and memory of its own. Collective; a process makes one
   /// group at a time.

@@ -71,7 +71,7 @@ PostOffice::PostOffice(Group& group) : group_(group) {
       const Arena& arena = arena_of(process, world_rank);
       rings_.push_back(std::make_unique<RingLink>(
           ring(window.local_rank(), local), ring(local, window.local_rank()), layout.slot_bytes,
-          *process.arena, arena.base(), Process::page_of(arena).doorbell));
+          *process.arena, arena, Process::page_of(arena).doorbell));
       links.push_back(rings_.back().get());
     }
   }

@@ -10,6 +10,7 @@
 
 #include "core/error.h"
 #include "core/simulation.h"
+#include "group/introduction.h"
 #include "transport/handover.h"
 
 namespace pycomm {
@@ -23,38 +24,6 @@ bool enough_cores(int ranks) {
   const int bound_to = sched_getaffinity(0, sizeof(mine), &mine) == 0 ? CPU_COUNT(&mine) : ranks;
   const long online = sysconf(_SC_NPROCESSORS_ONLN);
   return ranks <= std::min<long>(online, static_cast<long>(ranks) * bound_to);
-}
-
-/// What a rank tells all others when the world is made.
-struct Introduction {
-  std::string address;
-  std::string arena_bytes;
-  std::string token;
-  std::string host_key;  // last: may contain anything
-
-  std::string encode() const {
-    return address + '\n' + arena_bytes + '\n' + token + '\n' + host_key;
-  }
-  static Introduction decode(const std::string& text) {
-    std::string fields[3];
-    std::size_t begin = 0;
-    for (auto& field : fields) {
-      const std::size_t end = text.find('\n', begin);
-      if (end == std::string::npos) throw CommError("init: a rank sent a malformed introduction.");
-      field = text.substr(begin, end - begin);
-      begin = end + 1;
-    }
-    return {fields[0], fields[1], fields[2], text.substr(begin)};
-  }
-};
-
-std::size_t parse_bytes(const std::string& text) {
-  std::size_t value = 0;
-  for (const char digit : text) {
-    if (digit < '0' || digit > '9') throw CommError("init: a rank sent a malformed introduction.");
-    value = value * 10 + static_cast<std::size_t>(digit - '0');
-  }
-  return value;
 }
 
 }  // namespace
@@ -71,12 +40,12 @@ std::shared_ptr<Process> Process::connect(int rank, int size, const std::string&
   auto arena = Arena::create(options.arena_bytes);
   auto page = make_process_page(*arena);
   Handover handover;
-  const Introduction mine{handover.address(), std::to_string(arena->reserve_bytes()),
-                          random_hex(16), host_key};
+  const Introduction mine{handover.address(), arena->reserve_bytes(),
+                          random_hex(Handover::kTokenLength / 2), host_key};
   std::vector<Introduction> all;
   std::vector<std::string> keys;
   for (const std::string& text : all_gather_bytes(mine.encode())) {
-    all.push_back(Introduction::decode(text));
+    all.push_back(Introduction::decode(text, static_cast<int>(all.size())));
     keys.push_back(all.back().host_key);
   }
   if (static_cast<int>(all.size()) != size) {
@@ -95,10 +64,10 @@ std::shared_ptr<Process> Process::connect(int rank, int size, const std::string&
   for (const int peer : locals) addresses.push_back(all[static_cast<std::size_t>(peer)].address);
   const auto descriptors = handover.exchange(
       placement.local_rank_of[me], addresses, locals, all.front().token, arena->descriptor(),
-      std::chrono::nanoseconds(static_cast<std::int64_t>(options.timeout_s * 1e9)));
+      std::chrono::nanoseconds(static_cast<std::int64_t>(std::min(options.timeout_s, 9e9) * 1e9)));
   std::vector<std::shared_ptr<Arena>> local_arenas;
   for (std::size_t i = 0; i < locals.size(); ++i) {
-    const std::size_t bytes = parse_bytes(all[static_cast<std::size_t>(locals[i])].arena_bytes);
+    const std::size_t bytes = all[static_cast<std::size_t>(locals[i])].arena_bytes;
     local_arenas.push_back(descriptors[i] < 0 ? arena : Arena::map(descriptors[i], bytes));
   }
   return std::shared_ptr<Process>(new Process(rank, size, options, std::move(placement),

@@ -1,6 +1,5 @@
 #include "group/world.h"
 
-#include <cstring>
 #include <numeric>
 #include <utility>
 
@@ -22,10 +21,7 @@ auto through(const Process::AllGatherBytes& all_gather_bytes, int size) {
     std::vector<GroupRecord> records;
     const std::string bytes(reinterpret_cast<const char*>(&mine), sizeof(mine));
     for (const std::string& theirs : all_gather_bytes(bytes)) {
-      if (theirs.size() != sizeof(GroupRecord)) {
-        throw CommError("init: a rank sent a malformed group record.");
-      }
-      std::memcpy(&records.emplace_back(), theirs.data(), sizeof(GroupRecord));
+      records.push_back(GroupRecord::decode(theirs));
     }
     if (records.size() != static_cast<std::size_t>(size)) {
       throw CommError("init: " + std::to_string(records.size()) + " group records came of " +

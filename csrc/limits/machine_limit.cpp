@@ -76,8 +76,8 @@ MachineLimit::MachineLimit(Group& group, std::shared_ptr<ArenaBlock> buffer)
   const auto all = exchange(group, {buffer_->offset(), page_->offset()});
   for (int rank = 0; rank < group.size(); ++rank) {
     const Offsets& theirs = all[static_cast<std::size_t>(rank)];
-    buffers_.push_back(group.mapped(rank, theirs.buffer));
-    pages_.push_back(group.mapped(rank, theirs.page));
+    buffers_.push_back(group.mapped(rank, theirs.buffer, buffer_->bytes()));
+    pages_.push_back(group.mapped(rank, theirs.page, page_->bytes()));
   }
 }
 

@@ -29,8 +29,12 @@ void Card::set_problem(const std::string& text) { put(problem, text); }
 
 void Card::set_kernels_problem(const std::string& text) { put(kernels_problem, text); }
 
+void Card::end_texts() { bus_id.back() = problem.back() = kernels_problem.back() = '\0'; }
+
 Task<std::vector<Card>> gather_cards(Context& context, const Card& mine, std::string name) {
-  return everyones(context, mine, std::move(name));
+  auto cards = co_await everyones(context, mine, std::move(name));
+  for (Card& card : cards) card.end_texts();
+  co_return cards;
 }
 
 std::string without_nccl(const std::vector<Card>& cards, const std::vector<int>& ranks) {
@@ -84,8 +88,9 @@ std::string kernels_problem_of(const std::vector<Card>& cards) {
 Task<std::string> first_problem(Context& context, std::string mine, std::string name) {
   std::array<char, 360> field;
   put(field, mine);
-  const auto problems = co_await everyones(context, field, std::move(name));
+  auto problems = co_await everyones(context, field, std::move(name));
   for (std::size_t rank = 0; rank < problems.size(); ++rank) {
+    problems[rank].back() = '\0';
     if (problems[rank][0] == '\0') continue;
     co_return "rank " + std::to_string(rank) + ": " + problems[rank].data();
   }

@@ -11,6 +11,10 @@
 
 namespace pycomm::nccl {
 
+inline constexpr const char* kMalformedProposal =
+    "a peer's proposal for what to launch next has another length than expected.\n  All ranks must "
+    "run the same version of pycomm.";
+
 /// What each rank of a group shows the others before their GPUs are connected. Plain bytes.
 struct Card {
   int nccl_version = 0;
@@ -24,6 +28,8 @@ struct Card {
   void set_bus_id(const std::string& text);
   void set_problem(const std::string& text);
   void set_kernels_problem(const std::string& text);
+  /// Of a card that came from a peer: from here on every text ends with a zero.
+  void end_texts();
 };
 
 /// Every rank's, by rank: an all-gather of the host. `name` is the user's, for errors.

@@ -117,6 +117,7 @@ class ChoosingPair final : public GpuPair {
 
   Task<> launch(std::vector<GpuMessage> batch, std::vector<std::byte> theirs) override {
     if (!has_chosen_) {
+      if (theirs.empty()) throw MismatchError(kMalformedProposal);
       choose(/*they_have_nccl=*/theirs.front() != std::byte{0});
       theirs.erase(theirs.begin());
     }

@@ -36,7 +36,8 @@ void* Library::symbol(const char* name) const { return dlsym(handle_, name); }
 
 Library Library::find(const Search& search) {
   const std::string& variable = search.override_variable;
-  if (const char* const named = std::getenv(variable.c_str())) {
+  const char* const named = std::getenv(variable.c_str());
+  if (named != nullptr && *named != '\0') {  // whose file would be this program itself
     if (void* const handle = dlopen(named, kMode)) return {handle, "named by the environment"};
     throw CommError(search.name + ": " + variable + "=" + named +
                     " cannot be loaded, and nothing else was tried: " + loader_says() +

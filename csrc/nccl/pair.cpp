@@ -70,7 +70,11 @@ Task<> NcclPair::launch(std::vector<GpuMessage> batch, std::vector<std::byte> th
     ~Leaver() { place.reset(); }
   } leaver{place_};
   Proposal other{};
-  std::memcpy(&other, theirs.data(), std::min(theirs.size(), sizeof(other)));
+  if (theirs.size() != (communicator_ == nullptr ? sizeof(other) : sizeof(other.tick))) {
+    throw MismatchError(kMalformedProposal);
+  }
+  std::memcpy(&other, theirs.data(), theirs.size());
+  other.card.end_texts();
   place_->agree(std::max(place_->proposal(), other.tick));
   if (communicator_ == nullptr) co_await connect(other.card);
   Place::Next next(*place_);

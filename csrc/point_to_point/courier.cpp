@@ -23,26 +23,28 @@ class Courier::RemoteLink : public Link {
     return courier_.pack(peer_, frame, payload);
   }
   const Frame* front() override {
-    return arrived_.empty() ? nullptr : reinterpret_cast<const Frame*>(arrived_.front()->data());
+    return arrived_.empty() ? nullptr
+                            : reinterpret_cast<const Frame*>(arrived_.front().memory->data());
   }
-  const std::byte* payload() override { return arrived_.front()->data() + sizeof(Frame); }
+  const std::byte* payload() override { return arrived_.front().memory->data() + sizeof(Frame); }
+  std::size_t payload_room() override { return arrived_.front().bytes - sizeof(Frame); }
   void pop() override {
-    courier_.spare_.push_back(std::move(arrived_.front()));
+    courier_.spare_.push_back(std::move(arrived_.front().memory));
     arrived_.pop_front();
   }
   std::size_t piece_bytes() const override { return kPieceBytes; }
   std::uint64_t address_for_peer(const std::byte*, std::size_t) const override {
     return Frame::kNowhere;
   }
-  std::byte* memory_of_peer(std::uint64_t) const override { return nullptr; }
+  std::byte* memory_of_peer(std::uint64_t, std::size_t) const override { return nullptr; }
   bool shares_memory() const override { return false; }
 
-  void deliver(std::shared_ptr<ArenaBlock> memory) { arrived_.push_back(std::move(memory)); }
+  void deliver(Parcel parcel) { arrived_.push_back(std::move(parcel)); }
 
  private:
   Courier& courier_;
   const int peer_;
-  std::deque<std::shared_ptr<ArenaBlock>> arrived_;
+  std::deque<Parcel> arrived_;
 };
 
 Courier::Courier(Channel& channel, int tag, Allocate allocate, Quarantine quarantine)
@@ -103,7 +105,8 @@ bool Courier::receive() {
   while (arriving_.size() < kMostArriving) {
     const auto coming = channel_.probe(tag_);
     if (!coming) break;
-    if (coming->bytes < sizeof(Frame) || coming->bytes > kParcelBytes) {
+    if (coming->bytes < sizeof(Frame) || coming->bytes > kParcelBytes ||
+        !links_.contains(coming->peer)) {
       throw MismatchError("rank " + std::to_string(coming->peer) + " sent a malformed frame of " +
                           std::to_string(coming->bytes) +
                           " bytes.\n  All ranks must run the same version of pycomm.");
@@ -121,7 +124,7 @@ bool Courier::receive() {
       behind.insert(parcel.peer);
       return false;
     }
-    static_cast<RemoteLink&>(link_to(parcel.peer)).deliver(std::move(parcel.memory));
+    links_.at(parcel.peer)->deliver(std::move(parcel));
     return moved = true;
   });
   return moved;

@@ -20,6 +20,10 @@ void copy_bytes(std::byte* target, const std::byte* source, std::size_t bytes) {
   }
 }
 
+// What is wrong with a frame.
+constexpr const char* kUnknownMessage = "it names a message that there is not";
+constexpr const char* kNotItsMemory = "its address is not in that rank's memory";
+
 }  // namespace
 
 Exchange::Exchange(int rank, std::vector<Link*> links, GpuMail::Connect connect)
@@ -103,8 +107,9 @@ bool Exchange::receive_at_once(const Transfer& transfer, int looks) {
       take_in(transfer.peer, *frame, nullptr);
       peer.link->pop();
     } else if (frame->kind == Frame::Kind::kMessage && frame->eager && frame->tag == transfer.tag &&
+               frame->payload_bytes == transfer.bytes() &&
                transfer.frame(Frame::Kind::kMessage).same_elements(*frame)) {
-      take_eager(peer, transfer.memory, peer.link->payload(), frame->payload_bytes);
+      take_eager(peer, transfer.memory, peer.link->payload(), transfer.bytes());
       peer.link->pop();
       push_outbox(peer);
       return true;
@@ -133,8 +138,31 @@ bool Exchange::advance() {
   return moved;
 }
 
+void Exchange::malformed(int from, const char* problem) const {
+  throw MismatchError("rank " + std::to_string(rank_) + " got a malformed frame from rank " +
+                      std::to_string(from) + ": " + problem +
+                      ".\n  All ranks must run the same version of pycomm. If they do, something "
+                      "has overwritten pycomm's memory on that rank: read its log first.");
+}
+
+Exchange::TransferPtr Exchange::take(Transfers& transfers, std::uint64_t id, int from) const {
+  auto found = transfers.extract(id);
+  if (found.empty()) malformed(from, kUnknownMessage);
+  return std::move(found.mapped());
+}
+
+std::byte* Exchange::memory_of(int from, std::uint64_t address, std::size_t bytes) {
+  std::byte* const memory = at(from).link->memory_of_peer(address, bytes);
+  if (memory == nullptr) malformed(from, kNotItsMemory);
+  return memory;
+}
+
 void Exchange::take_in(int from, const Frame& frame, const std::byte* payload) {
   Peer& peer = at(from);
+  if (const char* const problem =
+          Frame::problem(reinterpret_cast<const std::byte*>(&frame), peer.link->payload_room())) {
+    malformed(from, problem);
+  }
   switch (frame.kind) {
     case Frame::Kind::kMessage: {
       const auto receive = std::find_if(posted_.begin(), posted_.end(), [&](const auto& posted) {
@@ -150,34 +178,47 @@ void Exchange::take_in(int from, const Frame& frame, const std::byte* payload) {
       return;
     }
     case Frame::Kind::kRequest: {
-      const TransferPtr send = peer.sends.extract(frame.id).mapped();
+      const auto found = peer.sends.find(frame.id);
+      if (found == peer.sends.end()) malformed(from, kUnknownMessage);
+      std::byte* const target = frame.address == Frame::kNowhere
+                                    ? nullptr
+                                    : memory_of(from, frame.address, found->second->bytes());
+      const TransferPtr send = take(peer.sends, frame.id, from);
       if (send->device >= 0) {
         gpus_.matched(from, send);
-      } else if (frame.address != Frame::kNowhere) {
-        peer.writings.push_back(
-            {send, peer.link->memory_of_peer(frame.address), send->frame(Frame::Kind::kWritten)});
+      } else if (target != nullptr) {
+        peer.writings.push_back({send, target, send->frame(Frame::Kind::kWritten)});
       } else {
         peer.streams.push_back(send);
       }
       return;
     }
     case Frame::Kind::kData: {
-      const TransferPtr receive = peer.receives.at(frame.id);
+      const auto found = peer.receives.find(frame.id);
+      if (found == peer.receives.end()) malformed(from, kUnknownMessage);
+      const TransferPtr receive = found->second;
+      if (frame.payload_bytes > receive->bytes() - receive->moved_bytes) {
+        malformed(from, "it brings more than its message has");
+      }
       copy_bytes(receive->memory + receive->moved_bytes, payload, frame.payload_bytes);
       receive->moved_bytes += frame.payload_bytes;
       if (receive->moved_bytes < receive->bytes()) return;
-      peer.receives.erase(frame.id);
+      peer.receives.erase(found);
       finish(receive);
       return;
     }
     case Frame::Kind::kWritten:
-      finish(peer.receives.extract(frame.id).mapped());
+      finish(take(peer.receives, frame.id, from));
       return;
     case Frame::Kind::kReady:
+      memory_of(from, frame.address, frame.bytes());
       return take_ready(peer, frame);
     case Frame::Kind::kPlaced: {
-      const auto receive = std::find_if(posted_.begin(), posted_.end(),
-                                        [&](const auto& posted) { return posted->id == frame.id; });
+      const auto receive = std::find_if(posted_.begin(), posted_.end(), [&](const auto& posted) {
+        return posted->id == frame.id && posted->peer == from && posted->in_slot;
+      });
+      if (receive == posted_.end()) malformed(from, kUnknownMessage);
+      if (!(*receive)->takes(frame)) malformed(from, "it is not what its slot was made for");
       const TransferPtr placed = std::move(*receive);
       posted_.erase(receive);
       placed->got(from, frame);
@@ -185,16 +226,18 @@ void Exchange::take_in(int from, const Frame& frame, const std::byte* payload) {
       return;
     }
     case Frame::Kind::kReceived:
-      finish(peer.sends.extract(frame.id).mapped());
+      finish(take(peer.sends, frame.id, from));
       return;
     case Frame::Kind::kRefused:
       throw MismatchError(std::string(reinterpret_cast<const char*>(payload), frame.payload_bytes));
     case Frame::Kind::kCredit:
+      if (frame.count > peer.eager_messages) malformed(from, "it gives credit for nothing");
       peer.eager_messages -= frame.count;
       return;
     case Frame::Kind::kBatch:
       return take_batch(from, frame, payload);
     case Frame::Kind::kProposal:
+      if (!gpus_.awaits_answer(from)) malformed(from, "it answers nothing");
       return gpus_.answered(from, {payload, payload + frame.payload_bytes});
   }
 }
@@ -206,16 +249,24 @@ void Exchange::fulfil(const TransferPtr& receive, int from, const Frame& frame,
     refuse(*receive, from, frame);
   }
   Peer& peer = at(from);
+  const bool lies_there = !frame.on_gpu && !frame.eager && frame.address != Frame::kNowhere;
+  const std::byte* const source =
+      lies_there ? peer.link->memory_of_peer(frame.address, receive->bytes()) : nullptr;
+  const bool is_second = !frame.eager && peer.receives.contains(frame.id);
+  if (is_second || (lies_there && source == nullptr)) {
+    posted_.push_front(receive);
+    malformed(from, is_second ? "it names a message that is under way already" : kNotItsMemory);
+  }
   receive->got(from, frame);
   receive->id = frame.id;
   if (frame.on_gpu && rank_ <= from) {
-    if (from == rank_) gpus_.matched(from, peer.sends.extract(frame.id).mapped());
+    if (from == rank_) gpus_.matched(from, take(peer.sends, frame.id, from));
     gpus_.matched(from, receive);
   } else if (frame.eager) {
     take_eager(peer, receive->memory, payload, frame.payload_bytes);
     finish(receive);
-  } else if (frame.address != Frame::kNowhere) {
-    peer.readings.push_back({receive, peer.link->memory_of_peer(frame.address)});
+  } else if (lies_there) {
+    peer.readings.push_back({receive, source});
   } else {
     peer.receives[frame.id] = receive;
     Frame request = receive->frame(Frame::Kind::kRequest);
@@ -227,11 +278,17 @@ void Exchange::fulfil(const TransferPtr& receive, int from, const Frame& frame,
 }
 
 void Exchange::take_batch(int from, const Frame& frame, const std::byte* payload) {
+  if (!gpus_.may_be_ordered(from)) malformed(from, "its last batch is not under way yet");
   Peer& peer = at(from);
   std::vector<TransferPtr> batch;
   for (std::uint64_t i = 0; i < frame.count; ++i) {
     const auto [id, mine_to_send] = GpuMail::entry(payload, i);
-    batch.push_back((mine_to_send ? peer.sends : peer.receives).extract(id).mapped());
+    Transfers& transfers = mine_to_send ? peer.sends : peer.receives;
+    if (!transfers.contains(id)) {
+      posted_.insert(posted_.end(), batch.begin(), batch.end());  // they end with what is thrown
+      malformed(from, kUnknownMessage);
+    }
+    batch.push_back(take(transfers, id, from));
   }
   gpus_.ordered(from, std::move(batch), GpuMail::proposal(payload, frame));
 }
@@ -308,10 +365,11 @@ bool Exchange::push_outbox(Peer& peer) {
     if (send && send->in_slot && !peer.writings.empty()) return moved;
     if (send && send->device < 0) {
       const auto slot = ready_for(peer, *send);
-      if (slot && send->bytes() <= slot->count * size_of(slot->dtype)) {
+      if (slot && send->bytes() <= slot->bytes()) {
         Frame placed = send->frame(Frame::Kind::kPlaced);
         placed.id = slot->id;
-        peer.writings.push_back({send, peer.link->memory_of_peer(slot->address), placed});
+        peer.writings.push_back(
+            {send, peer.link->memory_of_peer(slot->address, slot->bytes()), placed});
         moved = true;
         continue;
       }

@@ -71,6 +71,7 @@ class Exchange {
 
  private:
   using TransferPtr = std::shared_ptr<Transfer>;
+  using Transfers = std::map<std::uint64_t, TransferPtr>;  // by id
 
   /// Who drives an exchange holds a lock: so long a copy keeps others from it, 50 to 100 us.
   static constexpr std::size_t kCopyBytes = 1 << 20;
@@ -96,14 +97,14 @@ class Exchange {
   struct Peer {
     Link* link = nullptr;
     std::deque<Outgoing> outbox = {};
-    std::deque<TransferPtr> streams = {};                // sends that were asked for, in that order
-    std::map<std::uint64_t, TransferPtr> sends = {};     // announced, not asked for; by id
-    std::map<std::uint64_t, TransferPtr> receives = {};  // asked for; by the sender's id
-    std::deque<Reading> readings = {};                   // receives from the peer's arena
-    std::deque<Writing> writings = {};                   // sends into the peer's arena
-    std::map<int, std::deque<Frame>> ready = {};         // its slots that wait for a send; by tag
-    std::uint64_t eager_messages = 0;                    // sent to the peer and not consumed there
-    std::uint64_t eager_consumed = 0;                    // from the peer, and it was not told
+    std::deque<TransferPtr> streams = {};         // sends that were asked for, in that order
+    Transfers sends = {};                         // announced, not asked for
+    Transfers receives = {};                      // asked for; by the sender's id
+    std::deque<Reading> readings = {};            // receives from the peer's arena
+    std::deque<Writing> writings = {};            // sends into the peer's arena
+    std::map<int, std::deque<Frame>> ready = {};  // its slots that wait for a send; by tag
+    std::uint64_t eager_messages = 0;             // sent to the peer and not consumed there
+    std::uint64_t eager_consumed = 0;             // from the peer, and it was not told
   };
   struct Arrived {
     int peer;
@@ -111,7 +112,13 @@ class Exchange {
     std::vector<std::byte> payload;
   };
 
+  /// @throws MismatchError  nothing of what a peer says is believed before it was checked.
   void take_in(int peer, const Frame& frame, const std::byte* payload);
+  [[noreturn]] void malformed(int from, const char* problem) const;
+  /// The message that a peer's frame names.
+  TransferPtr take(Transfers& transfers, std::uint64_t id, int from) const;
+  /// The memory that it names.
+  std::byte* memory_of(int from, std::uint64_t address, std::size_t bytes);
   /// Give a message to the receive it matches.
   void fulfil(const TransferPtr& receive, int peer, const Frame& frame, const std::byte* payload);
   void take_eager(Peer& peer, std::byte* target, const std::byte* payload, std::size_t bytes);

@@ -73,6 +73,17 @@ struct Frame {
   std::uint64_t immediate = 0;
   std::array<std::int64_t, Shape::kMaxDims> dims{};
 
+  /// What a frame that came from a peer cannot be; null: it can be believed, but for what the
+  /// receiver alone knows (its ids, its peer's arena). It looks at bytes: until they are checked
+  /// they need not hold values of these types.
+  ///
+  /// @param bytes  sizeof(Frame) of them.
+  /// @param room   how many bytes came behind it.
+  static const char* problem(const std::byte* bytes, std::size_t room);
+
+  /// Of `count` elements, which then do not overflow.
+  std::uint64_t bytes() const { return count * size_of(dtype); }
+
   bool same_elements(const Frame& other) const {
     return on_gpu == other.on_gpu && in_slot == other.in_slot && dtype == other.dtype &&
            count == other.count && dim_count == other.dim_count && dims == other.dims;

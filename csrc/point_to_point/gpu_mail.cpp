@@ -94,6 +94,18 @@ void GpuMail::answered(int peer, Proposal theirs) {
   has_news_ = true;
 }
 
+bool GpuMail::awaits_answer(int peer) const {
+  const auto found = peers_.find(peer);
+  if (found == peers_.end()) return false;
+  const Peer& other = found->second;
+  return !other.batch.empty() && other.launch == nullptr && !other.answer;
+}
+
+bool GpuMail::may_be_ordered(int peer) const {
+  const auto found = peers_.find(peer);
+  return found == peers_.end() || found->second.ordered.empty();
+}
+
 // A kBatch's payload is its entries, then the proposal.
 
 std::pair<std::uint64_t, bool> GpuMail::entry(const std::byte* payload, std::uint64_t index) {

@@ -59,10 +59,14 @@ class GpuMail {
 
   /// The other half of this message, too, is ready to be launched. To the lower rank of the two.
   void matched(int peer, TransferPtr half);
-  /// What the lower rank wants to launch next, and its proposal. To the higher one.
+  /// What the lower rank wants to launch next, and its proposal. To the higher one, which must have
+  /// begun the batch before.
   void ordered(int peer, std::vector<TransferPtr> batch, Proposal theirs);
   /// The higher rank's proposal for the batch that was sent to it.
   void answered(int peer, Proposal theirs);
+  /// Whether such a batch is waiting for that.
+  bool awaits_answer(int peer) const;
+  bool may_be_ordered(int peer) const;
   /// Of a kBatch: which message of its sender, and whether the higher rank is that.
   static std::pair<std::uint64_t, bool> entry(const std::byte* payload, std::uint64_t index);
   static Proposal proposal(const std::byte* payload, const Frame& frame);

@@ -21,6 +21,8 @@ class Link {
   /// The oldest frame that came and was not popped, or null. Its payload is valid until then.
   virtual const Frame* front() = 0;
   virtual const std::byte* payload() = 0;
+  /// How many bytes came with it, whatever the frame says.
+  virtual std::size_t payload_room() = 0;
   virtual void pop() = 0;
 
   /// How long the payload of a kData frame may be.
@@ -28,8 +30,8 @@ class Link {
   /// What to call `bytes` at `memory` so that the peer can read or write it there, or
   /// Frame::kNowhere.
   virtual std::uint64_t address_for_peer(const std::byte* memory, std::size_t bytes) const = 0;
-  /// The peer's memory behind an address that it gave.
-  virtual std::byte* memory_of_peer(std::uint64_t address) const = 0;
+  /// The `bytes` of the peer's memory behind an address that it gave; null: it has no such memory.
+  virtual std::byte* memory_of_peer(std::uint64_t address, std::size_t bytes) const = 0;
   /// Whether there can be such addresses.
   virtual bool shares_memory() const = 0;
 };
@@ -43,12 +45,13 @@ class SelfLink : public Link {
   }
   const Frame* front() override { return frames_.empty() ? nullptr : &frames_.front().frame; }
   const std::byte* payload() override { return frames_.front().payload.data(); }
+  std::size_t payload_room() override { return frames_.front().payload.size(); }
   void pop() override { frames_.pop_front(); }
   std::size_t piece_bytes() const override { return std::size_t{1} << 20; }
   std::uint64_t address_for_peer(const std::byte* memory, std::size_t) const override {
     return reinterpret_cast<std::uint64_t>(memory);
   }
-  std::byte* memory_of_peer(std::uint64_t address) const override {
+  std::byte* memory_of_peer(std::uint64_t address, std::size_t) const override {
     return reinterpret_cast<std::byte*>(address);
   }
   bool shares_memory() const override { return true; }

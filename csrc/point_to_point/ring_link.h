@@ -50,9 +50,9 @@ class RingLink : public Link {
  public:
   /// @param mine        what this rank sends goes here, in its own memory.
   /// @param theirs      what the peer sends comes from here, in the peer's memory.
-  /// @param arena       this rank's; @param peer_arena  where the peer's is mapped.
+  /// @param arena       this rank's; @param peer_arena  the peer's, as it is mapped here.
   RingLink(FrameRing* mine, FrameRing* theirs, std::size_t slot_bytes, const Arena& arena,
-           std::byte* peer_arena, Doorbell& peer_doorbell)
+           const Arena& peer_arena, Doorbell& peer_doorbell)
       : mine_(mine),
         theirs_(theirs),
         slot_bytes_(slot_bytes),
@@ -63,12 +63,17 @@ class RingLink : public Link {
   bool push(const Frame& frame, std::span<const std::byte> payload) override;
   const Frame* front() override;
   const std::byte* payload() override;
+  std::size_t payload_room() override {
+    return in_slot(oldest().frame) ? slot_bytes_ : Frame::kEagerBytes;
+  }
   void pop() override;
   std::size_t piece_bytes() const override { return slot_bytes_; }
   std::uint64_t address_for_peer(const std::byte* memory, std::size_t bytes) const override {
     return arena_.contains(memory, bytes) ? arena_.offset_of(memory) : Frame::kNowhere;
   }
-  std::byte* memory_of_peer(std::uint64_t address) const override { return peer_arena_ + address; }
+  std::byte* memory_of_peer(std::uint64_t address, std::size_t bytes) const override {
+    return peer_arena_.holds(address, bytes) ? peer_arena_.base() + address : nullptr;
+  }
   bool shares_memory() const override { return true; }
 
  private:
@@ -82,7 +87,7 @@ class RingLink : public Link {
   FrameRing* const theirs_;
   const std::size_t slot_bytes_;
   const Arena& arena_;
-  std::byte* const peer_arena_;
+  const Arena& peer_arena_;
   Doorbell& peer_doorbell_;
   std::uint64_t pushed_ = 0;
   /// What the receiver had popped when last looked at: its cache line is fetched only when the ring

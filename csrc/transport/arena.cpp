@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -41,6 +42,10 @@ std::shared_ptr<Arena> Arena::create(std::size_t reserve_bytes) {
       throw_system_error("ftruncate to " + std::to_string(reserve_bytes) + " bytes",
                          "Raise the file size limit (ulimit -f unlimited).");
     }
+    // It has no name, but /proc shows it; memfd_create made it for everybody.
+    if (fchmod(descriptor, S_IRUSR | S_IWUSR) != 0) {
+      throw_system_error("fchmod", "The kernel refuses to make shared memory private.");
+    }
     // A peer that could shrink the file would turn every later access into SIGBUS.
     if (fcntl(descriptor, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
       throw_system_error("fcntl(F_ADD_SEALS)", "The kernel refuses to seal shared memory.");
@@ -55,6 +60,14 @@ std::shared_ptr<Arena> Arena::create(std::size_t reserve_bytes) {
 
 std::shared_ptr<Arena> Arena::map(int descriptor, std::size_t reserve_bytes) {
   try {
+    // Access behind its end, now or once it has shrunk, is a SIGBUS.
+    struct stat file;
+    if (fstat(descriptor, &file) != 0 || static_cast<std::size_t>(file.st_size) < reserve_bytes ||
+        (fcntl(descriptor, F_GET_SEALS) & F_SEAL_SHRINK) == 0) {
+      throw CommError(
+          "init: a rank of this host handed over something else than its memory.\n"
+          "  All ranks must run the same version of pycomm.");
+    }
     std::byte* base = map_shared(descriptor, reserve_bytes);
     auto arena = std::shared_ptr<Arena>(new Arena(base, reserve_bytes, descriptor));
     arena->free_.clear();

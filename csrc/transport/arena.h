@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -25,6 +26,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   static std::shared_ptr<Arena> create(std::size_t reserve_bytes);
 
   /// A peer's arena. Takes over `descriptor`; nothing may be allocated in it.
+  /// @throws CommError  it is shorter than that, or could become shorter.
   static std::shared_ptr<Arena> map(int descriptor, std::size_t reserve_bytes);
 
   ~Arena();
@@ -36,6 +38,10 @@ class Arena : public std::enable_shared_from_this<Arena> {
   int descriptor() const { return descriptor_; }
 
   bool contains(const void* address, std::size_t bytes) const;
+  /// Whether there are `bytes` behind an offset, which a peer may have given.
+  bool holds(std::uint64_t offset, std::uint64_t bytes) const {
+    return bytes <= reserve_bytes_ && offset <= reserve_bytes_ - bytes;
+  }
   std::size_t offset_of(const void* address) const {
     return static_cast<std::size_t>(static_cast<const std::byte*>(address) - base_);
   }

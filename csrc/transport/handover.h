@@ -1,19 +1,29 @@
 #pragma once
 
+#include <array>
 #include <chrono>
+#include <cstddef>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace pycomm {
 
 /// Passes descriptors of shared memory between the ranks of one host, over Unix sockets in the
 /// abstract namespace (no file, gone with the process). Both ends check that the other runs as the
-/// same user; who gives a descriptor away checks that the other knows the job's token.
+/// same user; who gives a descriptor away checks that the other knows the job's token. Anybody can
+/// call a socket in that namespace: strangers are hung up on, whatever they send or do not send,
+/// and keep nobody waiting.
 class Handover {
  public:
   /// Opens this rank's socket under a random name.
   Handover();
   ~Handover();
+  /// Characters of a token, hexadecimal digits.
+  static constexpr int kTokenLength = 32;
+  /// Whether a rank can have had this as its address().
+  static bool is_address(std::string_view text);
+
   Handover(const Handover&) = delete;
   Handover& operator=(const Handover&) = delete;
 
@@ -26,12 +36,17 @@ class Handover {
   /// @param world_ranks their ranks in the world, for errors.
   /// @param token       known to the ranks of this job alone.
   /// @return  one descriptor for each rank, owned by the caller; -1 at `local_rank`.
-  /// @throws PeerLostError  a rank did not come within `timeout`.
+  /// @throws PeerLostError  a rank did not come within `timeout`, or has hung up.
+  /// @throws CommError  a rank runs as another user.
   std::vector<int> exchange(int local_rank, const std::vector<std::string>& addresses,
                             const std::vector<int>& world_ranks, const std::string& token,
                             int descriptor, std::chrono::nanoseconds timeout);
 
  private:
+  /// Give `descriptor` to as many callers who know the token.
+  void serve(const std::array<char, kTokenLength>& token, int descriptor, std::size_t ranks,
+             std::chrono::steady_clock::time_point deadline) const;
+
   int listener_;
   std::string address_;
 };

@@ -24,15 +24,16 @@ bool Notice::post(NoticeKind kind, int rank, const std::string& text) {
 }
 
 void Notice::raise() const {
+  const std::string text(text_, strnlen(text_, kMaxText));  // a peer may have left out its end
   switch (kind_) {
     case NoticeKind::kMismatch:
-      throw MismatchError(text_);
+      throw MismatchError(text);
     case NoticeKind::kTimeout:
-      throw CommTimeoutError(text_);
+      throw CommTimeoutError(text);
     case NoticeKind::kPeerLost:
       break;
   }
-  throw PeerLostError(text_);
+  throw PeerLostError(text);
 }
 
 }  // namespace pycomm

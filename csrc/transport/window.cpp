@@ -40,9 +40,17 @@ std::uint64_t Window::announced_hash(int peer, std::uint64_t sequence) const {
   return slot(peer, sequence).hash;
 }
 
-std::byte* Window::announced_buffer(int peer, std::uint64_t sequence) const {
+std::byte* Window::announced_buffer(int peer, std::uint64_t sequence, std::size_t bytes) const {
   const std::uint64_t offset = slot(peer, sequence).buffer_offset;
-  return offset == Announcement::kNotInArena ? nullptr : peers_[index(peer)].arena + offset;
+  const Peer& theirs = peers_[index(peer)];
+  if (theirs.arena->holds(offset, bytes)) return theirs.arena->base() + offset;
+  if (offset == Announcement::kNotInArena) return nullptr;
+  throw MismatchError(
+      "call #" + std::to_string(sequence) + ": rank " + std::to_string(theirs.rank) +
+      " announced " + std::to_string(bytes) + " bytes at " + std::to_string(offset) +
+      " of its shared memory, which has " + std::to_string(theirs.arena->reserve_bytes()) +
+      ".\n  All ranks must run the same version of pycomm. If they do, something has overwritten "
+      "pycomm's memory on that rank: read its log first.");
 }
 
 const std::byte* Window::announced_payload(int peer, std::uint64_t sequence,

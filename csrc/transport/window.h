@@ -65,7 +65,7 @@ class Window {
  public:
   struct Peer {
     ProcessPage* process;
-    std::byte* arena;
+    const Arena* arena;  // which the group's process keeps
     GroupPage* page;
     // The rank's memory for this group, behind the page.
     std::byte* staging;
@@ -104,7 +104,9 @@ class Window {
   std::uint64_t announced_hash(int peer, std::uint64_t sequence) const;
   /// Where a peer announced its buffer, in this process's addresses; null: not in its arena. Only
   /// if it announced no payload of at most kInlineBytes.
-  std::byte* announced_buffer(int peer, std::uint64_t sequence) const;
+  /// @param bytes  what will be touched there.
+  /// @throws MismatchError  they are not in its arena.
+  std::byte* announced_buffer(int peer, std::uint64_t sequence, std::size_t bytes) const;
   const std::byte* announced_payload(int peer, std::uint64_t sequence,
                                      std::size_t payload_bytes) const;
 

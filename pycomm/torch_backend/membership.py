@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from pycomm import failure, runtime
 from pycomm._core import Group, World
-from pycomm.connection import connect, host_key, read_settings
+from pycomm.connection import connect, host_key, read_card, read_settings
 from pycomm.errors import InvalidArgumentError, MismatchError
 from pycomm.launch import Meeting, detect
 from pycomm.rendezvous import Rendezvous, StoreGather, mpi_comm
@@ -31,6 +31,16 @@ from pycomm.rendezvous import Rendezvous, StoreGather, mpi_comm
 # A rank that is through waits for those that are not as long as they live: torch's programs often
 # let rank 0 evaluate or save for hours when the others are done.
 _LEAVE_TIMEOUT_S = 30 * 86400.0
+
+
+# What a rank says of itself in the store: the types of its fields.
+_CARD: dict[str, type | tuple[type, ...]] = {
+    "size": int,
+    "job": (str, type(None)),
+    "rank": (int, type(None)),
+    "host": str,
+    "mpi_rank": (int, type(None)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +110,10 @@ def join(
         "host": host_key(os.environ),
         "mpi_rank": _mpi_rank(),
     }
-    cards = [json.loads(card) for card in gather(json.dumps(mine).encode())]
+    cards = [
+        read_card(card, _CARD, f"{call} on rank {rank}", other)
+        for other, card in enumerate(gather(json.dumps(mine).encode()))
+    ]
     for other, card in enumerate(cards):
         if card["size"] != size:
             raise MismatchError(

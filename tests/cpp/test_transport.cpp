@@ -3,6 +3,9 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -149,21 +152,118 @@ TEST(handover_refuses_a_stranger_and_names_who_did_not_come) {
 
   pycomm::Handover here;
   pycomm::Handover there;
+  std::string told_stranger;
   std::thread stranger([&] {
     try {
       there.exchange(1, {here.address(), there.address()}, {0, 1}, "another token", 0, 2s);
-    } catch (const pycomm::CommError&) {
-      // the other end hangs up
+    } catch (const pycomm::PeerLostError& error) {
+      told_stranger = error.what();
     }
   });
   try {
-    here.exchange(0, {here.address(), there.address()}, {0, 1}, "token", 0, 2s);
+    here.exchange(0, {here.address(), there.address()}, {0, 1}, "token", 0, 500ms);
     text.clear();
-  } catch (const pycomm::CommError& error) {
+  } catch (const pycomm::PeerLostError& error) {
     text = error.what();
   }
   stranger.join();
-  CHECK(text.find("does not belong to this job") != std::string::npos);
+  CHECK(text.find("did not come") != std::string::npos);
+  CHECK(text.find("1 stranger") != std::string::npos);
+  CHECK(told_stranger.find("did not come") != std::string::npos ||
+        told_stranger.find("refused") != std::string::npos);
+}
+
+// The sockets lie in the abstract namespace, which any process of the machine can call.
+TEST(handover_is_held_up_by_no_stranger_whatever_it_says) {
+  pycomm::Handover first;
+  pycomm::Handover second;
+  const auto call = [&] {
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    std::memcpy(address.sun_path + 1, first.address().data(), first.address().size());
+    const int caller = socket(AF_UNIX, SOCK_STREAM, 0);
+    const auto length =
+        static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + first.address().size());
+    CHECK_EQUAL(connect(caller, reinterpret_cast<const sockaddr*>(&address), length), 0);
+    return caller;
+  };
+  const int silent = call();
+  const int slow = call();
+  CHECK_EQUAL(send(slow, "abc", 3, 0), ssize_t{3});
+  const int wrong = call();
+  const std::string guess(pycomm::Handover::kTokenLength, 'a');
+  CHECK_EQUAL(send(wrong, guess.data(), guess.size(), 0), static_cast<ssize_t>(guess.size()));
+  const int gone = call();
+  close(gone);
+
+  const std::string token = pycomm::random_hex(pycomm::Handover::kTokenLength / 2);
+  const std::vector<std::string> addresses{first.address(), second.address()};
+  const auto theirs = pycomm::Arena::create(1 << 20);
+  const auto mine = pycomm::Arena::create(1 << 20);
+  std::vector<int> others;
+  std::thread other(
+      [&] { others = second.exchange(1, addresses, {0, 1}, token, theirs->descriptor(), 10s); });
+  const auto began = Clock::now();
+  const auto descriptors = first.exchange(0, addresses, {0, 1}, token, mine->descriptor(), 10s);
+  other.join();
+  CHECK(Clock::now() - began < 5s);
+  CHECK(descriptors[1] >= 0 && others[0] >= 0);
+  char byte = 0;
+  CHECK_EQUAL(recv(wrong, &byte, 1, 0), ssize_t{0});  // it was hung up on, without a descriptor
+  for (const int descriptor : {silent, slow, wrong, descriptors[1], others[0]}) close(descriptor);
+}
+
+TEST(handover_calls_nothing_that_is_no_rank) {
+  CHECK(pycomm::Handover::is_address(pycomm::Handover().address()));
+  for (const std::string name : {"", "pycomm-", "/run/other", "pycomm-0123456789abcdef"}) {
+    CHECK(!pycomm::Handover::is_address(name));
+  }
+  pycomm::Handover mine;
+  // Longer than the address of any socket: it was once copied over what lies behind one.
+  const std::string endless(4096, 'a');
+  std::string text;
+  try {
+    mine.exchange(0, {mine.address(), endless}, {0, 1}, "token", 0, 100ms);
+  } catch (const pycomm::CommError& error) {
+    text = error.what();
+  }
+  CHECK(text.find("no address") != std::string::npos);
+}
+
+TEST(arena_is_for_its_user_alone) {
+  const auto arena = pycomm::Arena::create(1 << 20);
+  struct stat file;
+  CHECK_EQUAL(fstat(arena->descriptor(), &file), 0);
+  CHECK_EQUAL(file.st_mode & 07777, mode_t{0600});
+  CHECK_EQUAL(file.st_uid, geteuid());
+}
+
+TEST(arena_of_a_peer_is_as_long_as_it_says_and_stays_so) {
+  const auto refused = [](int descriptor, std::size_t bytes) {
+    try {
+      pycomm::Arena::map(descriptor, bytes);
+      return false;
+    } catch (const pycomm::CommError&) {
+      return true;
+    }
+  };
+  const auto arena = pycomm::Arena::create(1 << 20);
+  CHECK(!refused(dup(arena->descriptor()), 1 << 20));
+  CHECK(refused(dup(arena->descriptor()), (1 << 20) + 4096));
+  const int unsealed = memfd_create("unsealed", MFD_CLOEXEC);
+  CHECK_EQUAL(ftruncate(unsealed, 1 << 20), 0);
+  CHECK(refused(unsealed, 1 << 20));
+}
+
+TEST(arena_holds_what_lies_in_it_and_no_more) {
+  const auto arena = pycomm::Arena::create(1 << 20);
+  const std::uint64_t most = ~std::uint64_t{0};
+  CHECK(arena->holds(0, 1 << 20));
+  CHECK(arena->holds(1 << 20, 0));
+  CHECK(!arena->holds(1, 1 << 20));
+  CHECK(!arena->holds(most, 0));
+  CHECK(!arena->holds(most - 4095, 4096));  // whose sum is 0
+  CHECK(!arena->holds(4096, most - 4000));
 }
 
 TEST(life_word_tells_a_killed_process_within_a_second) {
@@ -241,6 +341,19 @@ TEST(a_rank_that_has_begun_to_tell_why_it_fails_is_waited_for) {
   CHECK_EQUAL(completed.describe(), std::string("a rank that has failed to say why"));
   word.store(0);
   CHECK(completed.poll());
+}
+
+TEST(notice_without_an_end_is_cut_off) {
+  std::vector<char> bytes(sizeof(pycomm::Notice), 'x');  // nothing behind it may be read
+  auto* const notice = reinterpret_cast<pycomm::Notice*>(bytes.data());
+  std::string text;
+  try {
+    notice->raise();
+  } catch (const pycomm::PeerLostError& error) {
+    text = error.what();
+  }
+  CHECK(!text.empty());
+  CHECK(text.size() < sizeof(pycomm::Notice));
 }
 
 TEST(notice_keeps_the_first_reason) {

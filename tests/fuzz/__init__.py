@@ -1,0 +1,1 @@
+"""Random programs of collectives and messages, and random bytes for parsers (parsers/)."""
