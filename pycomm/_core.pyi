@@ -675,6 +675,9 @@ class GpuPlaces:
 def gpu_report(places: GpuPlaces) -> GpuReport:
     """Look for CUDA and NCCL; loads the libraries and starts nothing."""
 
+def checksum(address: int, bytes: int) -> int:
+    """XXH64 of some bytes."""
+
 def simd_level() -> str: ...
 def tensor_calls(
     tensor_type: type, is_neg: Callable[..., bool], increment_version: Callable[..., None]

@@ -38,6 +38,7 @@ PYBIND11_MODULE(_core, module) {
   pycomm::bind_limits(module);
   pycomm::bind_world(module);
   pycomm::bind_reducer(module);
+  pycomm::bind_checksum(module);
   module.def("leave_at_end", &leave_at_end, pybind11::arg("code"),
              "When Python has ended, leave with `code` before what other modules do then.");
   module.def("linger", &pycomm::linger, pybind11::arg("seconds"),

@@ -135,8 +135,13 @@ void HostBuckets::launch(std::size_t b, const Contribution& contribution, Operat
   Extent extent = Extent::kSummable;
   for (std::size_t slot = 0; slot < bucket.parameters.size(); ++slot) {
     std::optional<Extent>& brought = state_[b].brought[slot];
+    std::byte* const gradient = element(b, bucket.offsets[slot]);
+    std::byte* const padding = gradient + bytes_of(b, slot);
+    if (exchange_) {  // the last one may have written anything there
+      std::fill(padding, element(b, bucket.end_of(slot)), std::byte{0});
+    }
     if (!contribution.present[slot]) {
-      std::memset(element(b, bucket.offsets[slot]), 0, bytes_of(b, slot));
+      std::fill(gradient, padding, std::byte{0});
       brought = Extent::kSummable;
     }
     if (measures_) {
