@@ -37,8 +37,11 @@ from pycomm.collectives import (
 from pycomm.errors import (
     CommError,
     CommTimeoutError,
+    DriftError,
     InvalidArgumentError,
     MismatchError,
+    NonFiniteError,
+    NonFiniteGradient,
     NotInitializedError,
     PeerLostError,
     StageError,
@@ -59,6 +62,7 @@ from pycomm.point_to_point import (
     send,
     send_object,
 )
+from pycomm.replicas import verify_replicas
 from pycomm.runtime import (
     host_rank,
     host_size,
@@ -83,11 +87,14 @@ __all__ = [
     "CommError",
     "CommTimeoutError",
     "DistributedOptimizer",
+    "DriftError",
     "GradScaler",
     "Group",
     "InvalidArgumentError",
     "Mesh",
     "MismatchError",
+    "NonFiniteError",
+    "NonFiniteGradient",
     "NotInitializedError",
     "P2POp",
     "PeerLostError",
@@ -148,6 +155,7 @@ __all__ = [
     "shutdown",
     "size",
     "tensor_parallel",
+    "verify_replicas",
 ]
 
 

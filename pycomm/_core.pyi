@@ -42,6 +42,17 @@ class Algorithm(enum.Enum):
     GATHER_FOLD = 3
     EXACT_ORDER = 5
 
+class Extent(enum.IntEnum):
+    """Whether some floats can be summed.
+
+    ``SUMMABLE``: they and the sum of as many as there are ranks are finite; ``LARGE``: their sum
+    may overflow; ``NON_FINITE``: one is NaN or infinite.
+    """
+
+    SUMMABLE = 0
+    LARGE = 1
+    NON_FINITE = 2
+
 class CostModel:
     """What the machine costs, in seconds."""
 
@@ -520,8 +531,22 @@ class HostBuckets(BucketStore):
         buckets: Sequence[Bucket],
         counts: Sequence[int],
         exchange: _Exchange | None = None,
-    ) -> None: ...
+        measures: bool = False,
+    ) -> None:
+        """``measures``: each gradient while it is copied, on all ranks or on none."""
+
     def memory(self, bucket: int) -> Buffer: ...
+    def worst(self) -> Extent:
+        """The largest of what all ranks have brought in the last pass, the same on every rank.
+
+        With an exchange ``LARGE`` at least if its result is not finite.
+        """
+
+    def brought(self) -> list[Extent]:
+        """By this rank in the last pass, for each parameter."""
+
+    def extent(self, parameter: int) -> Extent:
+        """Of what lies in a parameter's place now."""
 
 class DeviceMemory:
     """Memory on a GPU, with the ``__cuda_array_interface__`` of an array of bytes."""
@@ -756,6 +781,9 @@ class GpuPlaces:
 
 def gpu_report(places: GpuPlaces) -> GpuReport:
     """Look for CUDA and NCCL; loads the libraries and starts nothing."""
+
+def checksum(address: int, bytes: int) -> int:
+    """XXH64 of some bytes."""
 
 def simd_level() -> str: ...
 def tensor_calls(

@@ -90,13 +90,18 @@ def lay_out(
     overlap: bool,
     algorithm: _core.Algorithm = _core.Algorithm.AUTO,
     compressor: Compressor | None = None,
-) -> _core.Reducer:
+    measures: bool = False,
+) -> tuple[_core.Reducer, _core.HostBuckets | _core.GpuBuckets]:
     """Agree on buckets and give each slot its view of its own. Collective.
 
     Args:
         slots: the parameters to be reduced, the same on every rank; ``firings`` counted.
         order: those this rank has used, as their gradients arrived. Rank 0's counts, or, if it
             used nothing, that of the first rank that did.
+        measures: the buckets, in the host's memory, find what is not finite.
+
+    Returns:
+        What reduces the buckets, and what has their memory.
 
     Raises:
         MismatchError: ranks train different parameters; on every rank.
@@ -123,7 +128,7 @@ def lay_out(
         dtypes, counts, chosen.order, bucket_cap_bytes, first_bucket_cap_bytes
     )
     exchange = None if compressor is None else CompressedExchange(compressor, group)
-    store = _store(slots, group, buckets, counts, exchange)
+    store = _store(slots, group, buckets, counts, exchange, measures)
     reducer = _core.Reducer(
         group,
         names=mine.trained,
@@ -145,7 +150,7 @@ def lay_out(
             param = slots[index].param
             offset_bytes = offset * param.element_size() // core[index][1]
             slots[index].view = _view(memory, offset_bytes, param, chosen.strides[index])
-    return reducer
+    return reducer, store
 
 
 def _keep_heap() -> None:
@@ -190,12 +195,14 @@ def _store(
     buckets: Sequence[_core.Bucket],
     counts: Sequence[int],
     exchange: CompressedExchange | None,
+    measures: bool,
 ) -> _core.HostBuckets | _core.GpuBuckets:
     """Memory for the buckets, where the parameters are."""
     place = device.place_of(slots[0].param) if slots else None
     functions = None if exchange is None else (exchange.launch, exchange.finish)
     if place is None:
-        return _core.HostBuckets(group, buckets, counts, functions)
+        return _core.HostBuckets(group, buckets, counts, functions, measures)
+    assert not measures  # refused by OwnedParameters
     return _core.GpuBuckets(group, buckets, counts, *place, functions)
 
 

@@ -7,7 +7,7 @@ import itertools
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from typing import NoReturn, Protocol
+from typing import Literal, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -17,14 +17,18 @@ from pycomm import _core, device
 from pycomm.arguments import Precision, reduction_algorithm
 from pycomm.compression.protocol import Compressor, described
 from pycomm.end_of_backward import EndOfBackward, no_backward
-from pycomm.errors import CommError, InvalidArgumentError
+from pycomm.errors import CommError, InvalidArgumentError, NonFiniteError, NonFiniteGradient
+from pycomm.finite_check import find_nonfinite, nonfinite_error
 from pycomm.gradient_layout import DEFAULT_BUCKET_CAP_BYTES, Slot, lay_out
 from pycomm.memory import lies_like
 
 
 @dataclasses.dataclass(frozen=True)
 class SyncOptions:
-    """How gradients are reduced; the same on all ranks. ``DistributedOptimizer`` documents them."""
+    """How gradients are reduced, and what is checked; the same on all ranks.
+
+    ``DistributedOptimizer`` documents them.
+    """
 
     op: _core.ReduceOp = _core.ReduceOp.AVG
     bucket_cap_bytes: int = DEFAULT_BUCKET_CAP_BYTES
@@ -33,6 +37,9 @@ class SyncOptions:
     sparse_as_dense: bool = False
     overlap: bool = True
     precision: Precision | None = None
+    check_finite: Literal["error", "skip"] | None = None
+    verify: Literal["checksum"] | None = None
+    verify_every: int = 100
     compressor: Compressor | None = dataclasses.field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -44,7 +51,7 @@ class SyncOptions:
             raise InvalidArgumentError(
                 f"op is {self.op!r}. Gradients are averaged or summed: pass AVG or SUM."
             )
-        for name in ("bucket_cap_bytes", "backward_passes_per_step"):
+        for name in ("bucket_cap_bytes", "backward_passes_per_step", "verify_every"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise InvalidArgumentError(f"{name} is {value!r}. Pass a positive integer.")
@@ -52,6 +59,12 @@ class SyncOptions:
             raise InvalidArgumentError(
                 f'precision is {self.precision!r}. Pass "exact_order", or None.'
             )
+        if self.check_finite not in (None, "error", "skip"):
+            raise InvalidArgumentError(
+                f'check_finite is {self.check_finite!r}. Pass "error", "skip", or None.'
+            )
+        if self.verify not in (None, "checksum"):
+            raise InvalidArgumentError(f'verify is {self.verify!r}. Pass "checksum", or None.')
         if self.compressor is None:
             return
         for method in ("compress", "decompress"):
@@ -108,15 +121,22 @@ class GradientSync:
     ) -> None:
         self.group = group
         self.options = options
+        # A rank that is alone has nobody to send to.
+        self._compressor = options.compressor if group.size > 1 else None
         self.wait_seconds = 0.0
         """Time this rank's training thread has spent waiting for gradients."""
         self.passes = 0
         """Synchronised passes begun so far."""
+        self.steps = 0
+        """Steps made so far, or skipped."""
+        self.nonfinite: tuple[NonFiniteGradient, ...] = ()
+        """What ``check_finite`` has found in the last synchronised pass: the same on every rank."""
         self._announce = announce
         self._slots: list[Slot] = []
         self._planned: list[Slot] = []
         self._unplanned: list[Slot] = []  # frozen so far, or added
         self._reducer: _core.Reducer | None = None  # None: the next pass records
+        self._store: _core.HostBuckets | _core.GpuBuckets | None = None  # the reducer's
         self._gpu: int | None = None  # that the buckets lie on
         self._by_bucket: list[list[Slot]] = []  # planned
         self._handed_over = 0  # buckets of the pass in progress
@@ -190,6 +210,7 @@ class GradientSync:
         self._final = False
 
     def step_done(self) -> None:
+        self.steps += 1
         self.release()
         self._final = False
         self._accumulated_passes = 0
@@ -267,7 +288,7 @@ class GradientSync:
             stream = self._stream()
             if not in_place:
                 self._stage(slot, grad, stream)
-            elif self._gpu is not None:
+            elif self._gpu is not None or self.options.check_finite is not None:
                 reducer.fill(slot.index, 0, stream)
             slot.pending = False
             slot.last_pass = self.passes
@@ -374,6 +395,33 @@ class GradientSync:
                 slot.version = slot.view._version
         self._accumulated_passes = 0
         self._final = True
+        if self.options.check_finite is not None:
+            self._check_finite(reducer)
+
+    def _check_finite(self, reducer: _core.Reducer) -> None:
+        """Learn what of the pass is not finite, and whose fault that is.
+
+        Every pass looks at all there is: what a pass before has left in ``.grad`` of a parameter
+        that this one has not used lies in the bucket too.
+        """
+        store = self._store
+        assert isinstance(store, _core.HostBuckets)
+        self.nonfinite = ()
+        if store.worst() is _core.Extent.SUMMABLE:
+            return
+        bucket_of = {i: number for number, b in enumerate(reducer.buckets) for i in b.parameters}
+        self.nonfinite = find_nonfinite(
+            [(slot.name, bucket_of[slot.index]) for slot in self._planned],
+            store.brought(),
+            lambda index: reducer.used(index) and store.extent(index) is _core.Extent.NON_FINITE,
+            self.group,
+            summed=self._compressor is None,
+        )
+        if self.nonfinite and self.options.check_finite == "error":
+            raise self.nonfinite_error()
+
+    def nonfinite_error(self) -> NonFiniteError:
+        return nonfinite_error(self.nonfinite, self.steps + 1, self.group)
 
     def _brings_gradient(self, slot: Slot) -> bool:
         """Whether .grad of a parameter that has not fired holds what was never reduced.
@@ -483,7 +531,7 @@ class GradientSync:
         planned = [
             slot for slot in self._slots if slot.view is not None or slot.param.requires_grad
         ]
-        reducer = lay_out(
+        reducer, self._store = lay_out(
             planned,
             self._order,
             self.group,
@@ -492,7 +540,8 @@ class GradientSync:
             algorithm=reduction_algorithm(
                 "DistributedOptimizer", self.options.precision, self.group
             ),
-            compressor=self.options.compressor,
+            compressor=self._compressor,
+            measures=self.options.check_finite is not None,
         )
         place = device.place_of(planned[0].param) if planned else None
         self._gpu = None if place is None else place[0]

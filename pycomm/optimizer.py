@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -15,11 +14,12 @@ from torch.optim import Optimizer
 from pycomm import _core
 from pycomm.arguments import Precision, reducible
 from pycomm.compression.protocol import Compressor
-from pycomm.errors import CommError, InvalidArgumentError
+from pycomm.errors import CommError, InvalidArgumentError, NonFiniteGradient
 from pycomm.gradient_layout import DEFAULT_BUCKET_CAP_BYTES
 from pycomm.gradient_sync import GradientSync, SyncOptions
 from pycomm.join import Announcement, Event, roster_of
 from pycomm.owned_parameters import OwnedParameters
+from pycomm.replicas import compare_replicas
 from pycomm.runtime import group_of
 from pycomm.state import broadcast_optimizer_state, broadcast_parameters
 
@@ -33,6 +33,14 @@ def optimizers_of(parameters: Iterable[Tensor]) -> list[DistributedOptimizer]:
     """The optimizers that reduce the gradients of these, each once, in their order."""
     found = (_by_parameter.get(id(param)) for param in parameters)
     return list(dict.fromkeys(optimizer for optimizer in found if optimizer is not None))
+
+
+class _SkippedStepError(Exception):
+    """Leads out of the wrapped optimizer's step, before it has changed anything."""
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self.loss = loss
 
 
 def _of_wrapped(name: str) -> property:
@@ -100,14 +108,30 @@ class DistributedOptimizer(Optimizer):
             ``all_reduce``.
         compressor: sends the gradients in fewer bytes, such as ``pycomm.compression.Float16()``,
             and changes them; docs/compression.md tells how.
+        check_finite: look for NaN and infinity in the gradients of each synchronised pass, and find
+            the parameters and the ranks that brought them. "error": ``backward()`` raises on every
+            rank, and so does a ``step()`` with such gradients. "skip": ``step()`` does nothing, on
+            any rank of the group, and counts (``skipped_steps``); ``nonfinite_gradients`` tells
+            what it was. For parameters on the CPU. Where ``GradScaler`` skips steps it is the one
+            that counts, and infinities are its business: pass "skip" or None then. With parts of a
+            model on other ranks (pipelines, split layers) each group would skip for itself: pass
+            "error", or scale with ``pycomm.GradScaler``.
+        verify: "checksum" compares the parameters between the ranks, bit by bit, as
+            ``verify_replicas`` does: after the first step, and after every ``verify_every``-th from
+            there. Steps inside ``pycomm.join()`` do not count.
 
     Raises:
         InvalidArgumentError: a parameter without a name or two with the same, on an unsupported
             device or dtype, or in another DistributedOptimizer; none that requires a gradient.
         MismatchError: ranks have different parameters or arguments; on every rank.
+        NonFiniteError: raised by ``backward()`` and ``step()``, see ``check_finite``; the group and
+            the optimizer stay usable.
+        DriftError: raised by ``step()``, see ``verify``; likewise.
 
     Cost: one copy of each gradient into its bucket; memory for one set of gradients; nothing in a
-    group of one rank.
+    group of one rank. ``check_finite`` looks while it copies, and sends one element more a bucket;
+    a gradient that autograd has added to where it lies (``zero_grad(set_to_none=False)``) and what
+    a compressor makes are read once for it, and so is a gradient whose sum might have overflowed.
     """
 
     def __init__(
@@ -124,6 +148,9 @@ class DistributedOptimizer(Optimizer):
         overlap: bool = True,
         precision: Precision | None = None,
         compressor: Compressor | None = None,
+        check_finite: Literal["error", "skip"] | None = None,
+        verify: Literal["checksum"] | None = None,
+        verify_every: int = 100,
     ) -> None:
         # Optimizer.__init__ is not called: it would make param_groups and state of its own.
         if not isinstance(optimizer, Optimizer) or isinstance(optimizer, DistributedOptimizer):
@@ -142,13 +169,19 @@ class DistributedOptimizer(Optimizer):
             overlap=overlap,
             precision=precision,
             compressor=compressor,
+            check_finite=check_finite,
+            verify=verify,
+            verify_every=verify_every,
         )
+        self._skipped_steps = 0
+        self._steps_to_verify = 1
         self._parameters = OwnedParameters()
         self._sync: GradientSync | None = None
 
         parameters = self._take_new("DistributedOptimizer", named_parameters)
-        # A group of one needs no hooks, except to count the passes it divides by.
-        if self._group.size > 1 or (average_accumulated and backward_passes_per_step > 1):
+        # A group of one needs no hooks, except to count the passes it divides by, or to check.
+        divides = average_accumulated and backward_passes_per_step > 1
+        if self._group.size > 1 or divides or check_finite is not None:
             roster = roster_of(self._group)
             self._roster = roster
             self._number = roster.enrol(self)
@@ -171,17 +204,64 @@ class DistributedOptimizer(Optimizer):
         Args:
             closure: computes the loss and its gradients, as often as the wrapped optimizer asks.
                 The loss is averaged over the ranks, so that all take the same decisions.
+
+        Raises:
+            NonFiniteError: the gradients are, and ``check_finite`` is "error"; or it is "skip", and
+                the wrapped optimizer has asked the closure more than once (L-BFGS), so that the
+                parameters are on their way already.
+            DriftError: the ranks' parameters differ, see ``verify``; the step was made.
         """
         sync = self._sync
         if sync is None:
             return self._inner.step() if closure is None else self._inner.step(closure)
-        if closure is None:
-            sync.synchronize()
-            result: Any = self._inner.step()
+        result: Any = None
+        if closure is not None:
+            result = self._step_with(sync, closure)
         else:
-            result = self._inner.step(functools.partial(self._evaluate, sync, closure))
+            sync.synchronize()
+            if not sync.nonfinite:
+                result = self._inner.step()
+            elif self._options.check_finite == "error":
+                raise sync.nonfinite_error()
+            else:
+                self._skipped_steps += 1
         sync.step_done()
+        if self._options.verify is not None:
+            self._verify_now_and_then(sync)
         return result
+
+    def _step_with(self, sync: GradientSync, closure: Callable[[], Any]) -> Any:
+        evaluated = False
+
+        def evaluate() -> Any:
+            nonlocal evaluated
+            loss = self._evaluate(sync, closure)
+            if sync.nonfinite:
+                if evaluated or self._options.check_finite == "error":
+                    raise sync.nonfinite_error()
+                raise _SkippedStepError(loss)
+            evaluated = True
+            return loss
+
+        try:
+            return self._inner.step(evaluate)
+        except _SkippedStepError as skipped:
+            self._skipped_steps += 1
+            return skipped.loss
+
+    def _verify_now_and_then(self, sync: GradientSync) -> None:
+        if self._roster.session is not None:
+            return  # ranks without batches do not step, and take the others' parameters at the end
+        self._steps_to_verify -= 1
+        if self._steps_to_verify == 0:
+            self._steps_to_verify = self._options.verify_every
+            compare_replicas(
+                'verify="checksum"',
+                self._parameters.named,
+                False,
+                sync.group,
+                f", after its step {sync.steps}",
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, accumulated ones too."""
@@ -238,6 +318,16 @@ class DistributedOptimizer(Optimizer):
     def wait_seconds(self) -> float:
         """Seconds this rank has spent waiting for gradients so far."""
         return 0.0 if self._sync is None else self._sync.wait_seconds
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``check_finite="skip"`` has skipped so far, on every rank."""
+        return self._skipped_steps
+
+    @property
+    def nonfinite_gradients(self) -> tuple[NonFiniteGradient, ...]:
+        """What ``check_finite`` has found in the last synchronised pass: the same on every rank."""
+        return () if self._sync is None else self._sync.nonfinite
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in the wrapped optimizer. All ranks call it, with the same parameters."""

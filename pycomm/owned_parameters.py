@@ -143,6 +143,13 @@ def _check_parameter(name: str, param: Tensor, options: SyncOptions) -> None:
             "reduced dense, in the memory of a CPU or a CUDA GPU.\n"
             "  Move the model with model.cpu() or model.cuda() first."
         )
+    if options.check_finite is not None and not param.is_cpu:
+        raise InvalidArgumentError(
+            f"parameter '{name}' is on {param.device}, and check_finite looks at gradients while "
+            "the processor copies them.\n"
+            "  Pass check_finite=None; on GPUs torch.amp.GradScaler skips such steps, and "
+            "clip_grad_norm_(..., error_if_nonfinite=True) raises."
+        )
     if param.requires_grad:
         check_gradient_dtype(name, param, options.compressor)
     if id(param) in _owners:

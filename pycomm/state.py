@@ -55,11 +55,11 @@ def broadcast_parameters(
     tensors: dict[str, Tensor] = {}
     mistake = None
     try:
-        tensors = _distinct(_named_tensors(parameters, group))
+        tensors = distinct(named_tensors(parameters, group))
     except InvalidArgumentError as error:
         mistake = error
     raise_together(call, mistake, group)
-    _require_same(call, {name: _describe(t) for name, t in tensors.items()}, group)
+    require_same(call, {name: describe(t) for name, t in tensors.items()}, group)
     for tensor in tensors.values():
         _broadcast_any_strides(tensor, root, group)
 
@@ -98,7 +98,7 @@ def broadcast_optimizer_state(
     except InvalidArgumentError as error:
         mistake = error
     raise_together(call, mistake, group)
-    _require_same(call, described, group)
+    require_same(call, described, group)
 
     structure = b""
     tensors: list[Tensor] = []
@@ -126,7 +126,7 @@ def broadcast_optimizer_state(
     raise_together(call, mistake, group)
 
 
-def _named_tensors(
+def named_tensors(
     parameters: nn.Module | Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], group: Group
 ) -> list[tuple[str, Tensor]]:
     if isinstance(parameters, nn.Module):
@@ -170,7 +170,7 @@ def _split_over(module: nn.Module, group: Group) -> set[int]:
     return own
 
 
-def _distinct(pairs: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def distinct(pairs: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Tensors by name, without those that are the same memory as an earlier one."""
     tensors: dict[str, Tensor] = {}
     seen_names: set[str] = set()
@@ -204,7 +204,7 @@ def _is_movable(tensor: Tensor) -> bool:
     return device.supported(tensor) and tensor.layout is torch.strided and tensor.dtype in MOVABLE
 
 
-def _describe(tensor: Tensor) -> str:
+def describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 
@@ -214,13 +214,13 @@ def _describe_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, str]:
             f"optimizer is {optimizer!r}. Pass a torch.optim.Optimizer, wrapped or not."
         )
     return {
-        f"parameter {position} of group {index}": _describe(param)
+        f"parameter {position} of group {index}": describe(param)
         for index, param_group in enumerate(optimizer.param_groups)
         for position, param in enumerate(param_group["params"])
     }
 
 
-def _require_same(call: str, described: dict[str, str], group: Group) -> None:
+def require_same(call: str, described: dict[str, str], group: Group) -> None:
     """Raise on every rank, naming the first difference, unless all ranks describe the same.
 
     Digests are compared first, so that equal lists, the usual case, cost 32 bytes a rank.

@@ -484,6 +484,42 @@ def test_double_compressed_gradients_are_those_of_the_host(starved):
     torch.testing.assert_close(on_double, on_host, rtol=0, atol=0)
 
 
+class OnlyNan(Halves):
+    """Writes NaN everywhere, between the gradients too, and remembers whether it was given any."""
+
+    def __init__(self):
+        self.were_finite = []
+
+    def __repr__(self):
+        return "OnlyNan()"
+
+    def compress(self, bucket):
+        self.were_finite.append(bool(from_gpu(bucket.values).isfinite().all()))
+        return super().compress(bucket)
+
+    def decompress(self, payloads, bucket):
+        bucket.values.fill_(float("nan"))
+
+
+def test_double_what_a_compressor_left_between_gradients_is_gone_in_the_next_pass():
+    def body(group):
+        compressor = OnlyNan()
+        net = module_on_gpu(model(), group.rank)
+        train(net, group, functools.partial(on_gpu, gpu=group.rank), compressor=compressor)
+        return compressor.were_finite
+
+    assert run_double_gpu_ranks(2, body) == [[True] * 3] * 2
+
+
+def test_double_check_finite_is_refused():
+    def body(group):
+        net = module_on_gpu(model(), group.rank)
+        with pytest.raises(InvalidArgumentError, match=r"is on cuda:\d.*\n.*GradScaler"):
+            train(net, group, lambda t: t, check_finite="skip")
+
+    run_double_gpu_ranks(2, body)
+
+
 def test_double_a_pass_that_an_exception_ended_leaves_nothing_behind(monkeypatch):
     armed: dict[int, Tensor] = {}  # by rank: the gradient at which Ctrl-C comes
 

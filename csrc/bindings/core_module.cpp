@@ -42,6 +42,7 @@ PYBIND11_MODULE(_core, module) {
   pycomm::bind_reducer(module);
   pycomm::bind_trace(module);
   pycomm::bind_watchdog(module);
+  pycomm::bind_checksum(module);
   module.def("leave_at_end", &leave_at_end, pybind11::arg("code"),
              "When Python has ended, leave with `code` before what other modules do then.");
   module.def("linger", &pycomm::linger, pybind11::arg("seconds"),

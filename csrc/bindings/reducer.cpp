@@ -71,9 +71,10 @@ std::optional<BucketExchange> exchange_of(std::optional<PythonExchange> function
 std::shared_ptr<HostBuckets> make_host_buckets(std::shared_ptr<Group> group,
                                                const std::vector<Bucket>& buckets,
                                                const std::vector<std::size_t>& counts,
-                                               std::optional<PythonExchange> exchange) {
+                                               std::optional<PythonExchange> exchange,
+                                               bool measures) {
   return std::make_shared<HostBuckets>(std::move(group), buckets, counts,
-                                       exchange_of(std::move(exchange)));
+                                       exchange_of(std::move(exchange)), measures);
 }
 
 std::shared_ptr<GpuBuckets> make_gpu_buckets(std::shared_ptr<Group> group,
@@ -123,7 +124,10 @@ void bind_reducer(py::module_& module) {
   py::class_<HostBuckets, BucketStore, std::shared_ptr<HostBuckets>>(
       module, "HostBuckets", "Buckets in this rank's arena.")
       .def(py::init(&make_host_buckets), py::arg("group"), py::arg("buckets"), py::arg("counts"),
-           exchange)
+           exchange, py::arg("measures") = false)
+      .def("worst", &HostBuckets::worst, py::call_guard<py::gil_scoped_release>())
+      .def("brought", &HostBuckets::brought)
+      .def("extent", &HostBuckets::extent, py::arg("parameter"))
       .def(
           "memory",
           [](const HostBuckets& store, std::size_t bucket) { return Buffer{store.memory(bucket)}; },

@@ -28,6 +28,11 @@ struct Bucket {
   std::vector<std::size_t> offsets;     // in elements, of each parameter
   std::size_t flags_offset = 0;         // in elements
   std::size_t count = 0;                // elements in all
+
+  /// Where the gradient of a slot (a position in `parameters`) ends with its padding.
+  std::size_t end_of(std::size_t slot) const {
+    return slot + 1 < offsets.size() ? offsets[slot + 1] : flags_offset;
+  }
 };
 
 /// Cut the parameters into buckets of one dtype each, in the order of their reduction.

@@ -61,6 +61,12 @@ void GpuBuckets::launch(std::size_t b, const Contribution& contribution, Operati
   std::vector<cuda::Segment> segments;
   for (std::size_t slot = 0; slot < bucket.parameters.size(); ++slot) {
     const std::byte* const gradient = contribution.present[slot] ? state.gradients[slot] : nullptr;
+    const std::size_t padding = bucket.offsets[slot] + counts_[bucket.parameters[slot]];
+    if (exchange_ &&
+        padding < bucket.end_of(slot)) {  // the last one may have written anything there
+      segments.push_back({nullptr, state.memory->data() + padding * size_of(bucket.dtype),
+                          bucket.end_of(slot) - padding});
+    }
     if (gradient == nullptr && contribution.present[slot]) continue;  // it lies there
     segments.push_back({gradient,
                         state.memory->data() + bucket.offsets[slot] * size_of(bucket.dtype),

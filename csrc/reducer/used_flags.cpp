@@ -11,9 +11,10 @@ UsedFlags::UsedFlags(std::shared_ptr<Group> group, const std::vector<Bucket>& bu
     : group_(std::move(group)) {
   for (const Bucket& bucket : buckets) {
     begins_.push_back(count_);
-    count_ += bucket.parameters.size();
+    count_ += 1 + bucket.parameters.size();
   }
   memory_ = group_->allocate(std::max<std::size_t>(count_, 1));
+  for (std::size_t b = 0; b < buckets.size(); ++b) set_extent(b, Extent::kSummable);
 }
 
 UsedFlags::~UsedFlags() {
@@ -25,6 +26,10 @@ void UsedFlags::set(std::size_t bucket, const std::vector<bool>& used) {
   for (std::size_t slot = 0; slot < used.size(); ++slot) {
     *flag(bucket, slot) = std::byte{used[slot]};
   }
+}
+
+void UsedFlags::set_extent(std::size_t bucket, Extent extent) {
+  memory_->data()[begins_[bucket]] = static_cast<std::byte>(extent);
 }
 
 void UsedFlags::launch(const std::string& pass) {
@@ -42,6 +47,10 @@ void UsedFlags::wait(const InterruptCheck& check_interrupt) { work_->wait(check_
 
 bool UsedFlags::get(std::size_t bucket, std::size_t slot) const {
   return *flag(bucket, slot) != std::byte{0};
+}
+
+Extent UsedFlags::extent(std::size_t bucket) const {
+  return static_cast<Extent>(memory_->data()[begins_[bucket]]);
 }
 
 }  // namespace pycomm
