@@ -19,6 +19,9 @@ MPIRUN ?= $(if $(filter site,$(MPI)),$(dir $(site_mpicc)),.venv/bin/)mpirun
 is_open_mpi = $(findstring Open MPI,$(shell $(MPIRUN) --version 2>/dev/null))
 open_mpi_flags = $(if $(filter 0,$(shell id -u)),--allow-run-as-root) --map-by :OVERSUBSCRIBE --bind-to none
 mpirun_flags = $(if $(is_open_mpi),$(open_mpi_flags))
+# So that mpirun leaves the other ranks alone when one was killed: they say which, and can go on
+# without it (docs/elastic.md). Tests are ended as a whole.
+ft_flags = $(if $(findstring FT MPI support: yes,$(shell $(dir $(MPIRUN))ompi_info 2>/dev/null)),--with-ft ulfm)
 export OMPI_MCA_mpi_yield_when_idle := 1
 export OMP_NUM_THREADS ?= 1
 
@@ -88,7 +91,7 @@ $(built): $(installed) pyproject.toml CMakeLists.txt $(shell find cmake csrc)
 build: $(built)
 
 train: $(built)
-	$(MPIRUN) -np $(NP) $(mpirun_flags) python examples/train.py $(ARGS)
+	$(MPIRUN) -np $(NP) $(mpirun_flags) $(ft_flags) python examples/train.py $(ARGS)
 
 # --- tests ---------------------------------------------------------------------------------------
 

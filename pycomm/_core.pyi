@@ -458,6 +458,16 @@ class World:
         """
     def offer_stacks(self, signal: int, descriptor: int) -> None:
         """This process writes the stacks of its threads to ``descriptor`` on ``signal``."""
+    def lost(self) -> list[int]:
+        """The ranks of this host whose processes have ended without leaving the job.
+
+        Of those on other hosts this one knows nothing.
+        """
+    def withdraw(self) -> None:
+        """This rank makes no more calls: who waits for it, in any group, hears of it.
+
+        Until ``close()`` it still hears of the others.
+        """
     def abort(self, reason: str) -> bool:
         """Make every rank's pending and later calls raise ``reason``.
 
@@ -633,8 +643,11 @@ class MachineLimit:
         """A cache line from rank 0 to rank 1 and back; 0 on other ranks."""
 
 def time_all_reduces(group: Group, addresses: Sequence[int], count: int, dtype: DType) -> float: ...
-def leave_at_end(code: int) -> None:
-    """When Python has ended, leave with ``code`` before what other modules do then."""
+def leave_at_end(code: int, grace_s: int = 0) -> None:
+    """When Python has ended, leave with ``code`` before what other modules do then.
+
+    Or, with ``grace_s``, while they do it, if that takes longer than so many seconds.
+    """
 
 class OperationState(enum.Enum):
     QUEUED = 0

@@ -1,10 +1,12 @@
 """Everything pycomm raises. The C++ core's errors of the same names arrive as these classes.
 
-All derive from ``RuntimeError``, which training frameworks catch. After ``InvalidArgumentError``
-and ``NotInitializedError`` nothing was sent and the group is as usable as before. So it is after
-``NonFiniteError`` and ``DriftError``, which are about data, and which every rank raises. After
-``MismatchError``, ``CommTimeoutError`` and ``PeerLostError`` the group is finished and every later
-call on it raises the same error.
+All derive from ``RuntimeError``, which training frameworks catch. ``error.group_usable`` says
+whether the group that made the call can go on. After ``InvalidArgumentError`` and
+``NotInitializedError`` nothing was sent and the group is as usable as before; so it is after
+``NonFiniteError`` and ``DriftError``, which are about data, and which every rank raises. After the
+others it is finished, unless they say otherwise: every later call on it raises the same error, and
+``shutdown()`` and ``init()`` start over (without the lost rank, where one is lost: see
+``pycomm.elastic``).
 """
 
 from __future__ import annotations
@@ -17,7 +19,19 @@ class CommError(RuntimeError):
     """Root of the tree. Raised itself when the machine or the installation does not play along.
 
     The group, if there is one already, stays usable.
+
+    Args:
+        text: what, where, and what next.
+        group_usable: if it is otherwise than after most errors of the class.
     """
+
+    group_usable = True
+    """Whether the group that made the call can make others."""
+
+    def __init__(self, text: str = "", *, group_usable: bool | None = None) -> None:
+        super().__init__(text)
+        if group_usable is not None:
+            self.group_usable = group_usable
 
 
 class InvalidArgumentError(CommError, ValueError):
@@ -29,15 +43,25 @@ class NotInitializedError(CommError):
 
 
 class MismatchError(CommError):
-    """Ranks made different calls at the same position. The group is finished."""
+    """Ranks made different calls at the same position. The group is finished.
+
+    It stays usable where ranks compared what they were given before they began
+    (``broadcast_parameters``, ``DistributedOptimizer``, ``checkpoint.save`` and the like).
+    """
+
+    group_usable = False
 
 
 class CommTimeoutError(CommError, TimeoutError):
     """A peer did not come in time. The group is finished."""
 
+    group_usable = False
+
 
 class PeerLostError(CommError):
     """A peer's process is gone or has given up. The group is finished."""
+
+    group_usable = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,3 +101,5 @@ class StageError(CommError):
 
     The other ranks of the pipeline get a PeerLostError that quotes it. The pipeline is finished.
     """
+
+    group_usable = False

@@ -185,7 +185,8 @@ def _check_same_trained(recordings: list[_Recording]) -> None:
             trained, frozen = (rank, 0) if name in recording.trained else (0, rank)
             raise MismatchError(
                 f"parameter '{name}' requires a gradient on rank {trained} and is frozen on "
-                f"rank {frozen}.\n  Freeze and unfreeze the same parameters on every rank."
+                f"rank {frozen}.\n  Freeze and unfreeze the same parameters on every rank.",
+                group_usable=True,
             )
 
 

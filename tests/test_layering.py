@@ -28,6 +28,7 @@ PYTHON_LAYERS = [
     {"device", "compression", "gpu_libraries"},
     {
         "launch",
+        "ulfm",
         "mpi_library",
         "mpi_cuda",
         "failure",

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <csignal>
 #include <cstdio>
 
 #include "bindings/bindings.h"
@@ -14,13 +15,17 @@
 namespace {
 
 int exit_code = 0;
+unsigned seconds_for_others = 0;
 
 /// Python runs these functions last, with everything of its own gone, the latest one first.
-void leave_at_end(int code) {
+void leave_at_end(int code, unsigned grace_s) {
   exit_code = code;
+  seconds_for_others = grace_s;
   const int failed = Py_AtExit([] {
     std::fflush(nullptr);
-    _exit(exit_code);
+    if (seconds_for_others == 0) _exit(exit_code);
+    std::signal(SIGALRM, [](int) { _exit(exit_code); });
+    alarm(seconds_for_others);
   });
   if (failed) _exit(code);  // all 32 places are taken
 }
@@ -43,8 +48,9 @@ PYBIND11_MODULE(_core, module) {
   pycomm::bind_trace(module);
   pycomm::bind_watchdog(module);
   pycomm::bind_checksum(module);
-  module.def("leave_at_end", &leave_at_end, pybind11::arg("code"),
-             "When Python has ended, leave with `code` before what other modules do then.");
+  module.def("leave_at_end", &leave_at_end, pybind11::arg("code"), pybind11::arg("grace_s") = 0,
+             "When Python has ended, leave with `code` before what other modules do then, or while "
+             "they do it, after `grace_s`.");
   module.def("linger", &pycomm::linger, pybind11::arg("seconds"),
              "Keep TCP connections open for `seconds` after the end of this process.");
   module.def("hide_frames_of", &pycomm::hide_frames_of, pybind11::arg("folders"),

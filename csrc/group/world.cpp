@@ -127,7 +127,7 @@ bool World::abort(const std::string& reason) {
 void World::close(const InterruptCheck& check_interrupt, double timeout_s,
                   const std::string& failure) {
   if (process_->stopped()) return;
-  announce_leaving();
+  withdraw();
   try {
     if (!aborted_ && !group_->failed()) {
       group_->check_notices();
@@ -144,13 +144,28 @@ void World::close(const InterruptCheck& check_interrupt, double timeout_s,
   leave();
 }
 
-void World::announce_leaving() {
+std::vector<int> World::lost() const {
+  std::vector<int> ranks;
+  const Placement& placement = process_->placement;
+  const auto host = placement.host_of[static_cast<std::size_t>(process_->rank)];
+  for (const int rank : placement.hosts[static_cast<std::size_t>(host)]) {
+    const auto local =
+        static_cast<std::size_t>(placement.local_rank_of[static_cast<std::size_t>(rank)]);
+    const ProcessPage& page = Process::page_of(*process_->local_arenas[local]);
+    if (page.life.owner_died() && !page.leaving.load(std::memory_order_acquire)) {
+      ranks.push_back(rank);
+    }
+  }
+  return ranks;
+}
+
+void World::withdraw() {
   process_->page().leaving.store(true, std::memory_order_release);
   process_->ring_all();
 }
 
 void World::leave() {
-  announce_leaving();
+  withdraw();
   process_->stop();
 }
 

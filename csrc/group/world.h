@@ -44,6 +44,14 @@ class World {
   /// From now on this process writes the stacks of its threads to `descriptor` on `signal`.
   void offer_stacks(int signal, int descriptor);
 
+  /// The ranks of this host whose processes have ended without leaving the job. Of those on other
+  /// hosts this one knows nothing.
+  std::vector<int> lost() const;
+
+  /// This rank will make no more calls: who waits for it, in any group, hears of it. Until close()
+  /// it still hears of the others.
+  void withdraw();
+
   /// End the job: every pending and later call of every rank of this host raises PeerLostError
   /// with `reason`. False if another rank was first, whose reason stands.
   bool abort(const std::string& reason);
@@ -61,8 +69,6 @@ class World {
   World(std::shared_ptr<Process> process, std::shared_ptr<Group> group)
       : process_(std::move(process)), group_(std::move(group)) {}
 
-  /// Ranks that wait for this one in any group must not wait in vain.
-  void announce_leaving();
   void leave();
 
   std::shared_ptr<Process> process_;

@@ -111,7 +111,8 @@ def agree(call: str, path: Path, things: list[Thing], group: Group) -> None:
             raise MismatchError(
                 f"{call} on rank {group.rank}: path is {first_path} on rank 0 ({first_host}) and "
                 f"{its_path} on rank {rank} ({its_host}).\n  Pass the same on every rank; a "
-                "relative one depends on the working directory."
+                "relative one depends on the working directory.",
+                group_usable=True,
             )
         if its_things != first:
             different = [
@@ -122,7 +123,8 @@ def agree(call: str, path: Path, things: list[Thing], group: Group) -> None:
             raise MismatchError(
                 f"{call} on rank {group.rank}: ranks 0 and {rank} pass different things: "
                 f"{listed(different)}.\n  Pass the same names on every rank; a value that only one "
-                "rank has goes to the others with broadcast_object."
+                "rank has goes to the others with broadcast_object.",
+                group_usable=True,
             )
     for optimizer in optimizers:
         used = set().union(*(its_modules[optimizer.name] for _, _, its_modules, _ in everyones))

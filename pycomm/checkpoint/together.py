@@ -51,4 +51,5 @@ def naming(call: str, consequence: str) -> Iterator[None]:
     try:
         yield
     except (CommTimeoutError, MismatchError, PeerLostError) as error:
-        raise type(error)(f"{call}: {error}\n  {consequence}") from error
+        text = f"{call}: {error}\n  {consequence}"
+        raise type(error)(text, group_usable=error.group_usable) from error

@@ -406,7 +406,8 @@ def _check_same(group: Group, arguments: dict[str, object]) -> None:
             if theirs[name] != value:
                 raise MismatchError(
                     f"Pipeline: {name} is {value!r} on rank {group.rank} and {theirs[name]!r} on "
-                    f"rank {rank}.\n  Give every rank the same arguments."
+                    f"rank {rank}.\n  Give every rank the same arguments.",
+                    group_usable=True,
                 )
 
 

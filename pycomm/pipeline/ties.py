@@ -55,7 +55,8 @@ class Ties:
                 raise MismatchError(
                     f"Pipeline: stages share {_listed(ties)} on rank {group.rank} and "
                     f"{_listed(theirs)} on rank {rank}.\n  Where ranks are not given all stages, "
-                    "pass the same ties= on all of them."
+                    "pass the same ties= on all of them.",
+                    group_usable=True,
                 )
         for tie, param in zip(ties, mine, strict=True):
             ranks = sorted({rank_of(stage) for stage, _ in tie})

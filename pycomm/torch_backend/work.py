@@ -182,7 +182,8 @@ class Work(dist.Work):
             if time.monotonic() > deadline:
                 raise CommTimeoutError(
                     f"wait: timed out after {timeout_s:g} s; the operation goes on.\n"
-                    "  Wait again, or give wait() no timeout: the operation has its own."
+                    "  Wait again, or give wait() no timeout: the operation has its own.",
+                    group_usable=True,
                 )
             time.sleep(_POLL_S)
 

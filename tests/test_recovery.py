@@ -1,0 +1,154 @@
+"""What survivors of a lost rank can still do, and everybody after any other error."""
+
+import pickle
+import re
+
+import pytest
+from launchers import mpirun, mpirun_ft
+
+from pycomm import errors
+
+# Rank 1 is killed while the others are in a call, or compute and come to it later.
+KILLED = """
+    import os, signal, sys, time
+    import pycomm, torch
+
+    assert signal.getsignal(signal.SIGPIPE) is signal.SIG_IGN  # a survivor may write to the dead
+    pycomm.init()
+    rank = pycomm.rank()
+    pycomm.barrier()
+    if rank == 1:
+        print("killed at", time.time(), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 2:
+        time.sleep(0.5)
+    called = time.time()
+    try:
+        pycomm.all_reduce_(torch.ones(8))
+    except pycomm.PeerLostError as error:
+        seconds = time.time() - called
+        print(f"pid {os.getpid()}: rank {rank} after {seconds:.3f} s: {error}", flush=True)
+        if sys.argv[1] == "raise":
+            raise
+    sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("end", ["raise", "0"])
+def test_three_survivors_of_a_kill_say_so_and_leave(end):
+    done = mpirun_ft(4, KILLED, end)
+    found = re.findall(r"rank (\d) after ([\d.]+) s: .*rank 1 is gone", done.out)
+    assert sorted(rank for rank, _ in found) == ["0", "2", "3"], done.out + done.err
+    assert all(float(seconds) < 1 for _, seconds in found)
+    # With "0" nobody has ended badly but the rank that is gone, and MPI has finalised or was left.
+    assert done.returncode == {"raise": 1, "0": 0}[end]
+    if end == "raise":
+        assert len(set(re.findall(r"rank (\d) of 4 on .*: Traceback", done.err))) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "usable"),
+    [
+        (errors.CommError("no"), True),
+        (errors.InvalidArgumentError("no"), True),
+        (errors.NotInitializedError("no"), True),
+        (errors.MismatchError("no"), False),
+        (errors.MismatchError("no", group_usable=True), True),
+        (errors.CommTimeoutError("no"), False),
+        (errors.PeerLostError("no"), False),
+        (errors.StageError("no"), False),
+    ],
+)
+def test_an_error_says_whether_its_group_is_usable(error, usable):
+    copy = pickle.loads(pickle.dumps(error))
+    assert (error.group_usable, copy.group_usable, str(copy)) == (usable, usable, "no")
+
+
+# Each turn makes one error on both ranks. Afterwards the group goes on if the error said so, else
+# it raises again; and in either case init() after shutdown() begins anew.
+START_OVER = """
+    import os, signal, threading, time
+    import pycomm, torch
+
+    def mismatch(rank):
+        pycomm.all_reduce(torch.ones(3 + rank))
+
+    def compared_first(rank):
+        pycomm.broadcast_parameters({"w": torch.ones(3 + rank)})
+
+    def timeout(rank):
+        if rank == 1:
+            time.sleep(0.5)
+        pycomm.barrier(timeout_s=0.2)
+
+    def interrupt(rank):
+        if rank == 1:
+            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            pycomm.recv(torch.empty(1), 1 - rank)
+        except KeyboardInterrupt:
+            time.sleep(0.2)
+            pycomm.barrier()
+
+    def invalid(rank):
+        pycomm.all_reduce(torch.ones(3), "SUM")
+
+    for fail in (mismatch, compared_first, timeout, interrupt, invalid):
+        pycomm.init()
+        rank = pycomm.rank()
+        pycomm.barrier()
+        try:
+            fail(rank)
+        except pycomm.CommError as error:
+            print(rank, fail.__name__, type(error).__name__, error.group_usable, flush=True)
+            usable = error.group_usable
+        try:
+            pycomm.barrier()
+            assert usable
+        except pycomm.CommError:
+            assert not usable
+        pycomm.shutdown()
+"""
+
+
+def test_starting_over_after_every_error():
+    done = mpirun(2, START_OVER)
+    assert done.returncode == 0, done.out + done.err
+    for rank in range(2):
+        for line in (
+            "mismatch MismatchError False",
+            "compared_first MismatchError True",
+            "timeout CommTimeoutError False",
+            "interrupt PeerLostError False",
+            "invalid InvalidArgumentError True",
+        ):
+            assert f"{rank} {line}" in done.out
+
+
+# Two ranks are killed, one after the other; the second was rank 0 of those left.
+SHRINK = """
+    import os, signal
+    from mpi4py import MPI
+    import pycomm, torch
+
+    comm = MPI.COMM_WORLD
+    for victim in (2, 0, None):
+        pycomm.init(comm=comm)
+        if pycomm.rank() == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            total = pycomm.all_reduce(torch.tensor([pycomm.size()]))
+            assert victim is None
+        except pycomm.PeerLostError as error:
+            assert not error.group_usable
+            comm.Revoke()
+            comm = comm.Shrink()
+            pycomm.shutdown()
+    print(f"rank {pycomm.rank()} has {total.tolist()}", flush=True)
+"""
+
+
+def test_starting_over_on_the_shrunk_communicator():
+    done = mpirun_ft(4, SHRINK)
+    assert done.returncode == 0, done.out + done.err
+    assert sorted(re.findall(r"rank . has .*", done.out)) == ["rank 0 has [4]", "rank 1 has [4]"]
