@@ -16,14 +16,14 @@ constexpr double kLongestInquiry = 5;
 /// "12.3 s"
 std::string seconds_text(double seconds);
 
-/// What a local rank is doing; see describe_whereabouts.
-std::string whereabouts(const Window& window, int peer);
+/// What the local ranks `missing` are doing, in a line; see describe_whereabouts.
+std::string describe_awaited(const Window& window, const std::vector<int>& missing);
 
 /// Which local ranks are not missing; a line to be added to an error.
 std::string describe_present(const Window& window, const std::vector<int>& missing);
 
 /// What the local ranks `missing` are doing, with their stacks: lines to be added to an error.
-/// Waits up to a second for each.
+/// Waits up to a second for each of the first four.
 std::string describe_missing(const Window& window, const std::vector<int>& missing);
 
 }  // namespace pycomm

@@ -60,8 +60,8 @@ void Execution::warn() const {
   for (int peer = 0; peer < window.local_rank(); ++peer) {
     if (std::find(missing.begin(), missing.end(), peer) == missing.end()) return;  // it says so
   }
-  std::string whom = missing.empty() ? suspension_.wait->describe() : "";
-  for (const int peer : missing) whom += (whom.empty() ? "" : "; ") + whereabouts(window, peer);
+  const std::string whom =
+      missing.empty() ? suspension_.wait->describe() : describe_awaited(window, missing);
   std::fprintf(stderr, "pycomm: %s has waited %s for %s. It waits until %s have passed.\n",
                describe().c_str(), seconds_text(seconds()).c_str(), whom.c_str(),
                seconds_text(operation_.timeout_s).c_str());

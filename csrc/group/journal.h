@@ -18,7 +18,7 @@ class Journal {
   using Entry = std::uint64_t;
 
   /// @param tag    of the group.
-  /// @param ranks  of the world, by group rank; all of `world_size` are called "world".
+  /// @param ranks  of the world, by group rank; all of `world_size` are not listed.
   Journal(Recorder& recorder, int tag, const std::vector<int>& ranks, int world_size);
 
   Entry queue(const Operation& operation) const;

@@ -31,8 +31,9 @@ class RankView:
 
     def is_in(self, row: Row) -> bool:
         """Whether the rank is known to be in the group: it has called something, or is named."""
-        named = row.group_name.removeprefix("ranks ").split(", ")
-        return row.group in self._latest or row.group_name == "world" or str(self.rank) in named
+        if row.group in self._latest or not row.group_name.startswith("ranks "):
+            return True
+        return str(self.rank) in row.group_name.removeprefix("ranks ").split(", ")
 
     def progress(self, record: _core.Record) -> str:
         """What has become of a call."""

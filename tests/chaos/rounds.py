@@ -104,7 +104,7 @@ def _judge(
         ended = any(line["event"] == "end" for line in lines)
         for error in errors:
             _judge_error(outcome, fault, rank, error, bool(broke))
-            if broke:
+            if broke and error["t"] is not None:
                 outcome.seconds_to_error.append(float(str(error["t"])) - float(str(broke[0]["t"])))
         if not errors and not ended and broke:
             outcome.count("silent ranks", f"rank {rank} ended without an error")
@@ -124,6 +124,8 @@ def _judge_error(
         outcome.count("untyped errors", f"rank {rank}: {kind}: {text[:300]}")
     elif not broke:
         outcome.count("wrong names", f"rank {rank}: an error without a fault: {kind}: {text[:300]}")
+    elif kind == "Watchdog":
+        pass  # MPI has not told who is missing
     elif kind not in _EXPECTED[fault.kind]:
         outcome.count("wrong names", f"rank {rank}: {kind}: {text[:300]}")
     elif not re.search(rf"rank {fault.rank}\b", text):
@@ -136,6 +138,12 @@ def _reports(folder: Path) -> dict[int, list[dict[str, object]]]:
         path = folder / f"rank-{rank}.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         found[rank] = [json.loads(line) for line in lines if line.endswith("}")]
+    # A rank that MPI_Init holds cannot write anything: it ends with words of the core.
+    output = (folder / "output").read_text(errors="replace")
+    for match in re.finditer(r"init on rank (\d+) of \d+: MPI has not started within.*", output):
+        found[int(match[1])].append(
+            {"event": "error", "type": "Watchdog", "typed": True, "text": match[0], "t": None}
+        )
     return found
 
 
