@@ -29,6 +29,7 @@ PYBIND11_MODULE(_core, module) {
   module.doc() = "The C++ core of pycomm. Tensors cross as address, element count and dtype.";
   pycomm::bind_errors();
   pycomm::bind_types(module);
+  pycomm::bind_bits(module);
   pycomm::bind_work(module);
   pycomm::bind_group(module);
   pycomm::bind_cost(module);
@@ -38,7 +39,6 @@ PYBIND11_MODULE(_core, module) {
   pycomm::bind_limits(module);
   pycomm::bind_world(module);
   pycomm::bind_reducer(module);
-  pycomm::bind_checksum(module);
   module.def("leave_at_end", &leave_at_end, pybind11::arg("code"),
              "When Python has ended, leave with `code` before what other modules do then.");
   module.def("linger", &pycomm::linger, pybind11::arg("seconds"),
