@@ -795,6 +795,12 @@ class GpuPlaces:
 def gpu_report(places: GpuPlaces) -> GpuReport:
     """Look for CUDA and NCCL; loads the libraries and starts nothing."""
 
+def extent(dtype: DType, address: int, bytes: int, ranks: int) -> Extent:
+    """Of some floats, of as many ranks."""
+
+def copy_measured(dtype: DType, to: int, from_: int, bytes: int, ranks: int) -> Extent:
+    """Copy some floats past the caches; their extent, of as many ranks."""
+
 def checksum(address: int, bytes: int) -> int:
     """XXH64 of some bytes."""
 

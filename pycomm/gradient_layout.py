@@ -25,7 +25,7 @@ FIRST_BUCKET_CAP_BYTES = 1 << 20
 _LARGEST_TEMPORARY_BYTES = 31 << 20
 
 # What a gradient is to the core: elements of a dtype, and how many of them make one of its own.
-_GRADIENT_DTYPES = {
+GRADIENT_DTYPES = {
     torch.float16: (_core.DType.FLOAT16, 1),
     torch.bfloat16: (_core.DType.BFLOAT16, 1),
     torch.float32: (_core.DType.FLOAT32, 1),
@@ -120,7 +120,7 @@ def lay_out(
     _check_same_trained(recordings)
     chosen = next((recording for recording in recordings if recording.order), recordings[0])
 
-    core = [_GRADIENT_DTYPES[slot.param.dtype] for slot in slots]
+    core = [GRADIENT_DTYPES[slot.param.dtype] for slot in slots]
     dtypes = [dtype for dtype, _ in core]
     counts = [slot.param.numel() * scalars for slot, (_, scalars) in zip(slots, core, strict=True)]
     first_bucket_cap_bytes = min(bucket_cap_bytes, FIRST_BUCKET_CAP_BYTES)
@@ -167,7 +167,7 @@ def _keep_heap() -> None:
 
 
 def check_gradient_dtype(name: str, param: Tensor, compressor: Compressor | None) -> None:
-    allowed = _GRADIENT_DTYPES if compressor is None else _COMPRESSIBLE
+    allowed = GRADIENT_DTYPES if compressor is None else _COMPRESSIBLE
     if param.dtype not in allowed:
         done = "reduced as" if compressor is None else "compressed from"
         supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)

@@ -479,6 +479,8 @@ class GradientSync:
             torch.autograd.graph.increment_version(view)
         else:
             view.copy_(grad)
+            if self.options.check_finite is not None:
+                reducer.fill(slot.index, 0)
         slot.param.grad = view
 
     def _hand_over(self, reducer: _core.Reducer) -> None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pycomm._core import Group, ReduceOp
+from pycomm import _core
+from pycomm._core import Extent, Group, ReduceOp
 from pycomm.clipping import Spread, SpreadModel, scale_to_norm, spreads_of, total_norm
 from pycomm.collectives import all_gather_into, all_reduce_, reduce_scatter_into
-from pycomm.errors import InvalidArgumentError
+from pycomm.errors import InvalidArgumentError, NonFiniteGradient
+from pycomm.finite_check import find_nonfinite, nonfinite_error
+from pycomm.gradient_layout import GRADIENT_DTYPES
 from pycomm.gradient_sync import SyncOptions
-from pycomm.memory import dense_strides
+from pycomm.memory import dense_strides, lies_like
 from pycomm.objects import all_gather_object
 from pycomm.optimizer_state import install_state, options_of
 from pycomm.owned_parameters import OwnedParameters
@@ -57,12 +60,15 @@ class ShardedOptimizer(Optimizer):
         params: parameters, named or not, or param groups, as for ``optimizer_class``.
         group: the ranks that share the model, the world if None; every one of them makes this call.
         op: ``AVG``, or ``SUM``.
+        check_finite: "error" or "skip", as in ``DistributedOptimizer``, where gradients are
+            reduced: in ``step()``, or ``clip_grad_norm_()`` before it.
         options: for ``optimizer_class``, such as ``lr``.
 
     Raises:
         InvalidArgumentError: an optimizer that looks at whole tensors; a parameter that cannot be
             reduced, or that another wrapped optimizer has; on every rank.
         MismatchError: ranks have different parameters or arguments; on every rank.
+        NonFiniteError: raised by ``step()`` and what else reduces, see ``check_finite``.
 
     Memory for n parameter bytes, p ranks and k state values an element (Adam: 2): k n/p of state,
     and n for the reduction beside ``.grad``. Cost of a step: the bytes of one all-reduce.
@@ -77,6 +83,7 @@ class ShardedOptimizer(Optimizer):
         *,
         group: Group | None = None,
         op: ReduceOp = ReduceOp.AVG,
+        check_finite: Literal["error", "skip"] | None = None,
         **options: Any,
     ) -> None:
         _check_class(optimizer_class)
@@ -87,9 +94,9 @@ class ShardedOptimizer(Optimizer):
         super().__init__(model.param_groups, model.defaults)
         self._op = op
         self._owned = OwnedParameters()
-        self._owned.take_new(
-            "ShardedOptimizer", self.param_groups, None, SyncOptions(op=op), self._group
-        )
+        self._check_finite = check_finite
+        sync_options = SyncOptions(op=op, check_finite=check_finite)
+        self._owned.take_new("ShardedOptimizer", self.param_groups, None, sync_options, self._group)
         self._flats: list[_Flat] = []
         for number, param_group in enumerate(self.param_groups):
             by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -108,6 +115,9 @@ class ShardedOptimizer(Optimizer):
             ]
         )
         self._is_reduced = False
+        self._steps = 0
+        self._skipped_steps = 0
+        self._nonfinite: tuple[NonFiniteGradient, ...] = ()
         self._wait_seconds = 0.0
 
     @property
@@ -133,6 +143,11 @@ class ShardedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.synchronize()
+        self._steps += 1
+        self._is_reduced = False
+        if self._nonfinite:
+            self._skipped_steps += 1
+            return loss
         for own, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             inner.update(options_of(own))
         self._inner.step()
@@ -140,7 +155,6 @@ class ShardedOptimizer(Optimizer):
         for flat in self._flats:
             flat.share_parameters(self._group)
         self._wait_seconds += time.perf_counter() - started
-        self._is_reduced = False
         return loss
 
     def synchronize(self) -> None:
@@ -148,19 +162,56 @@ class ShardedOptimizer(Optimizer):
 
         ``step()`` and ``clip_grad_norm_()`` do; no backward pass may come between.
         """
-        if self._is_reduced:
-            return
-        started = time.perf_counter()
+        if not self._is_reduced:
+            started = time.perf_counter()
+            self._reduce()
+            self._wait_seconds += time.perf_counter() - started
+            self._is_reduced = True
+        if self._nonfinite and self._check_finite == "error":
+            raise nonfinite_error(self._nonfinite, self._steps + 1, self._group)
+
+    def _reduce(self) -> None:
+        measures = self._check_finite is not None
         params = [param for flat in self._flats for param in flat.params]
-        used = torch.tensor([param.grad is not None for param in params], dtype=torch.uint8)
-        all_reduce_(used, ReduceOp.MAX, group=self._group)
-        by_param = {id(p): bool(u) for p, u in zip(params, used.tolist(), strict=True)}
+        brought = [e for flat in self._flats for e in flat.take_gradients(self._group, measures)]
+        flags = [int(param.grad is not None) for param in params]
+        # Of each parameter whether a rank has used it, and the largest extent of all.
+        told = torch.tensor([*flags, max(brought)], dtype=torch.uint8)
+        all_reduce_(told, ReduceOp.MAX, group=self._group)
+        *used, worst = told.tolist()
+        by_param = {id(p): bool(u) for p, u in zip(params, used, strict=True)}
         for flat in self._flats:
             flat.reduce_gradients(self._op, self._group)
-            for piece in flat.pieces:
-                piece.shard.grad = piece.gradient if by_param[id(piece.param)] else None
-        self._wait_seconds += time.perf_counter() - started
-        self._is_reduced = True
+        for piece in self._pieces:
+            piece.shard.grad = piece.gradient if by_param[id(piece.param)] else None
+        self._nonfinite = ()
+        if worst != Extent.SUMMABLE:
+            self._nonfinite = self._find_nonfinite(params, brought)
+
+    def _find_nonfinite(
+        self, params: Sequence[Tensor], brought: Sequence[Extent]
+    ) -> tuple[NonFiniteGradient, ...]:
+        names = {id(param): name for name, param in self._owned.named}
+        pieces = {id(piece.param): piece for piece in self._pieces}
+
+        def is_nonfinite_here(index: int) -> bool:
+            piece = pieces.get(id(params[index]))
+            if piece is None or piece.shard.grad is None:
+                return False
+            return _extent(piece.shard.grad, self._group) == Extent.NON_FINITE
+
+        named: list[tuple[str, int | None]] = [(names[id(param)], None) for param in params]
+        return find_nonfinite(named, brought, is_nonfinite_here, self._group)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``check_finite="skip"`` has skipped so far, on every rank."""
+        return self._skipped_steps
+
+    @property
+    def nonfinite_gradients(self) -> tuple[NonFiniteGradient, ...]:
+        """What ``check_finite`` has found when gradients were last reduced; the same everywhere."""
+        return self._nonfinite
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, reduced ones too."""
@@ -428,8 +479,9 @@ class _Flat:
                 )
             offset += _aligned(length)
 
-    def reduce_gradients(self, op: ReduceOp, group: Group) -> None:
-        """Leave this rank its share of all ranks' gradients."""
+    def take_gradients(self, group: Group, measures: bool) -> list[Extent]:
+        """Copy this rank's gradients, and measure them meanwhile if asked to."""
+        extents = []
         for param, view, address in zip(self.params, self._views, self._addresses, strict=True):
             if param.data_ptr() != address:
                 raise InvalidArgumentError(
@@ -437,15 +489,31 @@ class _Flat:
                     f"{tuple(param.shape)} has got other memory since the optimizer was made.\n"
                     "  Move or convert the model (model.to(), model.half()) before."
                 )
+            extent = Extent.SUMMABLE
             if param.grad is None:
                 view.zero_()
+            elif measures and param.grad.layout is torch.strided and lies_like(param.grad, view):
+                dtype, nbytes = GRADIENT_DTYPES[param.dtype][0], param.numel() * param.itemsize
+                addresses = view.data_ptr(), param.grad.data_ptr()
+                extent = _core.copy_measured(dtype, *addresses, nbytes, group.size)
             else:
                 view.copy_(param.grad)
+                extent = _extent(view, group) if measures else extent
+            extents.append(extent)
+        return extents
+
+    def reduce_gradients(self, op: ReduceOp, group: Group) -> None:
+        """Leave this rank its share of all ranks' gradients."""
         reduce_scatter_into(self._my_gradients, self._gradients, op, group=group)
 
     def share_parameters(self, group: Group) -> None:
         """Give every rank all shares."""
         all_gather_into(self._values, self._my_values, group=group)
+
+
+def _extent(dense: Tensor, group: Group) -> Extent:
+    dtype, nbytes = GRADIENT_DTYPES[dense.dtype][0], dense.numel() * dense.itemsize
+    return _core.extent(dtype, dense.data_ptr(), nbytes, group.size)
 
 
 def _aligned(count: int) -> int:

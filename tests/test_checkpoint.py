@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from pycomm import (
     DistributedOptimizer,
+    InvalidArgumentError,
     Mesh,
     ReduceOp,
     ShardedOptimizer,
     _core,
+    broadcast_optimizer_state,
+    broadcast_parameters,
     checkpoint,
 )
 from pycomm.pipeline import Pipeline
@@ -242,3 +245,33 @@ def test_each_element_is_written_once(folders: dict[Layout, Path]) -> None:
     assert len(four) == 4
     assert sum(four) == pytest.approx(once, rel=0.01)
     assert max(four) < 0.35 * once
+
+
+def test_replicas_that_differ_are_refused_unless_one_of_each_is_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    models = [nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)) for _ in range(3)]
+    for model in models:
+        model.load_state_dict(models[0].state_dict())
+
+    def save(group: _core.Group) -> None:
+        model = models[group.rank]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for step in range(2):
+            optimizer.zero_grad()
+            factor = group.rank if step else 1
+            (model[0].weight * factor).sum().backward()
+            optimizer.step()
+        state = {"model": model, "optimizer": optimizer}
+        model[1].running_mean += group.rank  # that of the lowest rank is saved
+        with pytest.raises(InvalidArgumentError) as error:
+            checkpoint.save(path, state, group=group)
+        text = str(error.value)
+        assert "'model.0.weight' (ranks 0 and " in text, text
+        assert "0.weight.momentum_buffer' (ranks 0 and " in text, text
+        assert "bias" not in text and "running_mean" not in text and "verify=False" in text, text
+        checkpoint.save(path, state, group=group, verify=False)
+        broadcast_parameters(model, group=group)
+        broadcast_optimizer_state(optimizer, group=group)
+        checkpoint.save(path, state, group=group)
+
+    run_ranks(3, save)

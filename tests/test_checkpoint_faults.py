@@ -807,11 +807,12 @@ def test_a_rank_that_dies_while_it_writes(tmp_path: Path) -> None:
     result = mpirun(
         2,
         """
-        import os, signal, sys, pycomm
+        import os, signal, sys, torch, pycomm
         from pycomm.checkpoint import saving
         from torch import nn
 
         pycomm.init()
+        torch.manual_seed(0)
         class Writer(saving.FileSystemWriter):
             def write_data(self, plan, planner):
                 if pycomm.rank() == 1:

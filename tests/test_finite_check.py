@@ -114,6 +114,7 @@ def test_what_is_not_finite_is_named_on_every_rank(hosts, dtype, overlap) -> Non
 
 @pytest.mark.mpi
 def test_what_is_not_finite_is_named_between_processes() -> None:
+    pycomm.init()
     check_that_they_are_named(world_group(), torch.float32, True)
 
 
@@ -504,6 +505,80 @@ def test_a_compressor_that_overflows() -> None:
         assert found(error) == {"a": (), "b": (), "c": (), "e": ()}
 
     run_ranks(2, rank)
+
+
+# --- ShardedOptimizer -----------------------------------------------------------------------------
+
+
+class Sharded:
+    """Parameters with given gradients, whose optimizer is shared out."""
+
+    def __init__(self, group: Group, dtype: torch.dtype = torch.float32, **options: object) -> None:
+        self.last = group.rank == group.size - 1
+        self.params = [
+            nn.Parameter(torch.ones(n, dtype=dtype)) for n in [(3,), (40, 30), (0,), (7, 5)]
+        ]
+        self.params[3] = nn.Parameter(torch.ones(5, 7, dtype=dtype).t())
+        self.optimizer = pycomm.ShardedOptimizer(
+            torch.optim.SGD, self.params, lr=0.25, momentum=0.5, group=group, **options
+        )
+
+    def give(self, places: dict[int, float]) -> None:
+        """Ones, but for the last element of some; row by row, as autograd has them at times."""
+        for number, param in enumerate(self.params):
+            param.grad = torch.ones(param.shape, dtype=param.dtype)
+            if number in places:
+                param.grad.view(-1)[-1] = places[number]
+
+    def found(self) -> dict[str, tuple[int, ...]]:
+        return {g.name: g.ranks for g in self.optimizer.nonfinite_gradients}
+
+
+@pytest.mark.parametrize("hosts", HOSTS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_shared_out_optimizers_name_them_and_skip_alike(hosts, dtype) -> None:
+    def rank(group: Group) -> None:
+        first = "param_groups[0][0]"
+        last = "param_groups[0][3]"
+        run = Sharded(group, dtype, check_finite="skip")
+        for step in range(4):
+            before = [param.detach().clone() for param in run.params]
+            bad = {0: NAN} if group.rank == 0 else {}
+            bad |= {3: -INF} if run.last else {}
+            run.give(bad if step in (0, 2) else {})
+            run.optimizer.step()
+            assert run.found() == ({first: (0,), last: (group.size - 1,)} if step % 2 == 0 else {})
+            assert same_bits(before, [p.detach() for p in run.params]) == (step % 2 == 0)
+            assert run.optimizer.skipped_steps == step // 2 + 1
+            run.optimizer.zero_grad()
+        loud = Sharded(group, dtype, check_finite="error")
+        for _ in range(2):
+            loud.give({1: INF} if run.last else {})
+            for call in (loud.optimizer.step, lambda: loud.optimizer.clip_grad_norm_(1.0)):
+                with pytest.raises(
+                    NonFiniteError, match=r"step 1 .*\n  'param_groups\[0\]\[1\]': rank"
+                ):
+                    call()
+            loud.optimizer.zero_grad()
+        loud.give({})
+        loud.optimizer.step()
+
+    run_ranks(len(hosts), rank, hosts=hosts)
+
+
+@pytest.mark.parametrize("element", [0, -1])
+def test_shared_out_sums_that_overflow(element) -> None:
+    """One rank alone has the element that did."""
+
+    def rank(group: Group) -> None:
+        run = Sharded(group, check_finite="skip", op=ReduceOp.SUM)
+        run.give({})
+        run.params[1].grad.view(-1)[element] = 3e38
+        run.optimizer.step()
+        assert run.found() == {"param_groups[0][1]": ()}
+        assert run.optimizer.skipped_steps == 1
+
+    run_ranks(3, rank)
 
 
 # --- any gradients --------------------------------------------------------------------------------

@@ -87,6 +87,7 @@ def test_one_bit_on_one_rank_is_named_everywhere_and_can_be_mended(hosts, name) 
 
 @pytest.mark.mpi
 def test_drift_between_processes() -> None:
+    pycomm.init()
     group = world_group()
     model = copy.deepcopy(MODEL)
     verify_replicas(model)

@@ -34,7 +34,7 @@ void bind_world(pybind11::module_& module);
 void bind_reducer(pybind11::module_& module);
 void bind_trace(pybind11::module_& module);
 void bind_watchdog(pybind11::module_& module);
-void bind_checksum(pybind11::module_& module);
+void bind_bits(pybind11::module_& module);
 
 /// Turns the exception being handled into a Python error, in functions that pybind11 does not wrap.
 void set_python_error();

@@ -36,6 +36,7 @@ PYBIND11_MODULE(_core, module) {
   module.doc() = "The C++ core of pycomm. Tensors cross as address, element count and dtype.";
   pycomm::bind_errors();
   pycomm::bind_types(module);
+  pycomm::bind_bits(module);
   pycomm::bind_work(module);
   pycomm::bind_group(module);
   pycomm::bind_cost(module);
@@ -47,7 +48,6 @@ PYBIND11_MODULE(_core, module) {
   pycomm::bind_reducer(module);
   pycomm::bind_trace(module);
   pycomm::bind_watchdog(module);
-  pycomm::bind_checksum(module);
   module.def("leave_at_end", &leave_at_end, pybind11::arg("code"), pybind11::arg("grace_s") = 0,
              "When Python has ended, leave with `code` before what other modules do then, or while "
              "they do it, after `grace_s`.");

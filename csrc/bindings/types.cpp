@@ -4,7 +4,6 @@
 #include "core/dtype.h"
 #include "core/operation.h"
 #include "core/reduce_op.h"
-#include "kernels/extent.h"
 #include "transport/channel.h"
 
 namespace pycomm {
@@ -54,15 +53,6 @@ void bind_types(py::module_& module) {
       .value("RING", Algorithm::kRing)
       .value("GATHER_FOLD", Algorithm::kGatherFold)
       .value("EXACT_ORDER", Algorithm::kExactOrder)
-      .finalize();
-  py::native_enum<Extent>(
-      module, "Extent", "enum.IntEnum",
-      "Whether some floats can be summed: SUMMABLE, they and the sum of as many "
-      "as there are ranks are finite; LARGE, their sum may overflow; NON_FINITE, "
-      "one is NaN or infinite.")
-      .value("SUMMABLE", Extent::kSummable)
-      .value("LARGE", Extent::kLarge)
-      .value("NON_FINITE", Extent::kNonFinite)
       .finalize();
   py::class_<Channel, std::shared_ptr<Channel>>(
       module, "Channel", "Point-to-point messages between hosts; made by pycomm._mpi.");

@@ -32,6 +32,7 @@ from pycomm.checkpoint.contents import Contents, TensorEntry, listed, path_of
 from pycomm.checkpoint.record import OptimizerRecord
 from pycomm.checkpoint.values import entry_of
 from pycomm.errors import InvalidArgumentError
+from pycomm.replicas import checksum_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,7 @@ class _Notes:
     digests: dict[str, str]  # of values that must be equal
     value_bytes: dict[str, int]
     lowest_rank_wins: set[str]
+    checksums: dict[tuple[str, Box], int]  # of parts of tensors that must be equal
     optimizers: Mapping[str, OptimizerRecord]
 
 
@@ -56,7 +58,10 @@ class Planner(SavePlanner):
         contents: Contents,
         kinds: Mapping[str, str],
         optimizers: Mapping[str, OptimizerRecord],
+        *,
+        verify: bool,
     ) -> None:
+        self._verify = verify
         self._contents = contents
         self._kinds = kinds
         self._optimizers = optimizers
@@ -84,9 +89,18 @@ class Planner(SavePlanner):
             {entry.name: entry.digest for entry in values if entry.digest is not None},
             {entry.name: len(entry.payload) for entry in values},
             pinned | {entry.name for entry in values if entry.digest is None},
+            self._checksums() if self._verify else {},
             self._optimizers,
         )
         return SavePlan(items, planner_data=notes)
+
+    def _checksums(self) -> dict[tuple[str, Box], int]:
+        return {
+            (entry.name, part.box): checksum_of(part.tensor)
+            for entry in self._contents.tensors
+            if not entry.lowest_rank_wins
+            for part in entry.parts
+        }
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """What each rank does write.
@@ -105,7 +119,9 @@ class Planner(SavePlanner):
         for note in notes:
             value_bytes.update(note.value_bytes)
         pinned = set().union(*(note.lowest_rank_wins for note in notes))
-        return share_out(all_plans, pinned, value_bytes)
+        shared_out = share_out(all_plans, pinned, value_bytes)
+        _check_replicas(notes)
+        return shared_out
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         """As it is."""
@@ -182,6 +198,24 @@ def _check_values(notes: Sequence[_Notes]) -> None:
             f"{listed(list(different.values()))}.\n"
             "  Make them equal, schedulers by the same param groups and options on every rank; or "
             "save what each rank has of its own as one value: pycomm.all_gather_object(value)."
+        )
+
+
+def _check_replicas(notes: Sequence[_Notes]) -> None:
+    known: dict[tuple[str, Box], tuple[int, int]] = {}
+    different: dict[str, str] = {}
+    for rank, note in enumerate(notes):
+        for part, checksum in note.checksums.items():
+            first, its_checksum = known.setdefault(part, (rank, checksum))
+            if its_checksum != checksum:
+                name = part[0]
+                different.setdefault(name, f"'{name}' (ranks {first} and {rank})")
+    if different:
+        raise InvalidArgumentError(
+            f"ranks have replicas that are not the same: {listed(list(different.values()))}.\n"
+            "  Make them the same with pycomm.broadcast_parameters(model) and "
+            "pycomm.broadcast_optimizer_state(optimizer), and look for what made them differ "
+            "(pycomm.verify_replicas); or pass verify=False, and one of each is saved."
         )
 
 

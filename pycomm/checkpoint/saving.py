@@ -28,7 +28,11 @@ from pycomm.runtime import group_of
 
 
 def save(
-    path: str | os.PathLike[str], state: Mapping[str, Any], *, group: Group | None = None
+    path: str | os.PathLike[str],
+    state: Mapping[str, Any],
+    *,
+    group: Group | None = None,
+    verify: bool = True,
 ) -> None:
     """Write a checkpoint that loads into any layout: other ``dp``, ``pp``, ``tp``, or one process.
 
@@ -52,6 +56,8 @@ def save(
             dicts. Objects and values are the same on every rank.
         group: the ranks that share the state, the world if None; every one of them makes this call.
             All that have a part of a pipeline, of split layers or of a divided optimizer are in it.
+        verify: refuse replicas of parameters and of optimizer state that are not the same, bit by
+            bit. If False, one of each is written.
 
     Raises:
         InvalidArgumentError: on every rank, if one cannot write, does not see what the others
@@ -62,11 +68,12 @@ def save(
         PeerLostError, CommTimeoutError: a rank ended, or took longer than the deadline. The next
             ``save`` removes what is left of this one.
 
-    Replicas are not compared. Of buffers, such as the averages of a BatchNorm, which data-parallel
-    replicas have each of their own, the lowest rank's are written.
+    Of buffers, such as the averages of a BatchNorm, which data-parallel replicas have each of their
+    own, the lowest rank's are written.
 
     Cost: each rank writes about its share of all bytes, waits until they are on the disk, and reads
-    them from the system's cache for their checksums.
+    them from the system's cache for their checksums. With ``verify`` it reads all that it has
+    before, at the speed of memory.
     Memory: no second copy of what lies on the CPU in one piece; else of one tensor at a time.
     """
     call = "checkpoint.save"
@@ -75,7 +82,7 @@ def save(
     call = f"checkpoint.save({str(place)!r})"
     place = Path(os.path.realpath(place))
     with naming(call, "What was there before is as it was, unless the new one is whole and there."):
-        planner = together(call, group, lambda: _planner(things))
+        planner = together(call, group, lambda: _planner(things, verify))
         claim = together(call, group, lambda: folder.prepare(place), root=0)  # None on the others
         try:
             token = broadcast_object(claim and claim.token, group=group)
@@ -92,7 +99,7 @@ def save(
                 claim.release()
 
 
-def _planner(things: list[Thing]) -> Planner:
+def _planner(things: list[Thing], verify: bool) -> Planner:
     contents = Contents()
     for thing in things:
         contents.add(thing.contents())
@@ -100,6 +107,7 @@ def _planner(things: list[Thing]) -> Planner:
         contents,
         {thing.name: thing.kind for thing in things},
         {thing.name: thing.record() for thing in things if isinstance(thing, OptimizerThing)},
+        verify=verify,
     )
 
 
