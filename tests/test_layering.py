@@ -43,6 +43,7 @@ PYTHON_LAYERS = [
     {"collectives", "point_to_point", "groups", "mesh"},
     {"shares"},
     {"objects", "clipping", "grad_scaler"},
+    {"structures"},
     {"state", "end_of_backward", "gradient_layout", "optimizer_state"},
     {"gradient_sync"},
     {"owned_parameters", "join"},
