@@ -80,7 +80,7 @@ from pycomm.state import broadcast_optimizer_state, broadcast_parameters
 from pycomm.work import Work
 
 if TYPE_CHECKING:
-    from pycomm import checkpoint
+    from pycomm import checkpoint, elastic
 
 __all__ = [
     "Algorithm",
@@ -124,6 +124,7 @@ __all__ = [
     "checkpoint",
     "clip_grad_norm_",
     "compression",
+    "elastic",
     "gather",
     "gather_list",
     "gather_object",
@@ -160,7 +161,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``checkpoint``, when it is first asked for: torch's part of it takes half a second."""
-    if name == "checkpoint":
-        return importlib.import_module("pycomm.checkpoint")
+    """These two, when they are first asked for: torch's part of them takes half a second."""
+    if name in ("checkpoint", "elastic"):
+        return importlib.import_module(f"pycomm.{name}")
     raise AttributeError(f"module 'pycomm' has no attribute {name!r}")

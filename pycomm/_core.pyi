@@ -466,7 +466,7 @@ class World:
     def withdraw(self) -> None:
         """This rank makes no more calls: who waits for it, in any group, hears of it.
 
-        Until ``close()`` it still hears of the others.
+        Until ``close()``, which waits for nobody then, it still hears of the others.
         """
     def abort(self, reason: str) -> bool:
         """Make every rank's pending and later calls raise ``reason``.

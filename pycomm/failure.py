@@ -138,9 +138,10 @@ def note_loss() -> None:
     Seen in about 5 % of such ends with Open MPI 5.0.11.
     """
     global _leaves_by_itself
-    if "mpi4py.MPI" in sys.modules:
+    if "mpi4py.MPI" in sys.modules and not _leaves_by_itself:
         _install_hooks()  # they note the exit code
         _leaves_by_itself = True
+        atexit.register(leave_at_end)  # unless the handlers run already: see runtime
 
 
 def leave_at_end(grace_s: int = _FINALISE_S) -> None:
@@ -151,6 +152,21 @@ def leave_at_end(grace_s: int = _FINALISE_S) -> None:
     """
     if _leaves_by_itself:
         _core.leave_at_end(0 if _left_with is None else _left_with.number(), grace_s)
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether the lost peer of ``error`` had ended the job, or was interrupted."""
+    return any(echo in str(error) for echo in _ECHOES)
+
+
+def leave_job(code: int, reason: str) -> NoReturn:
+    """End the job with ``code``, all ranks for the same reason; the first one prints it."""
+    member = _member
+    if member is None:
+        _say(f"{reason}\n")
+        _flush()
+        os._exit(code)
+    _end_job(member, code, reason, f"{member}: {reason}\n", 0.0)
 
 
 def end_job_at_exit(error: BaseException) -> None:
@@ -301,8 +317,7 @@ def _head_start_s(error: BaseException | None) -> float:
     while error is not None:
         if isinstance(error, PeerLostError):
             # An interrupted rank may still be on its way to the end, or have caught it.
-            is_echo = any(echo in str(error) for echo in _ECHOES)
-            seconds = max(seconds, _HEAD_START_S if is_echo else _LAUNCHER_S)
+            seconds = max(seconds, _HEAD_START_S if is_echo(error) else _LAUNCHER_S)
         error = error.__cause__ or error.__context__
     return seconds
 

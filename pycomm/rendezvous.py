@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from pycomm import _core
-from pycomm.errors import CommError, CommTimeoutError, InvalidArgumentError
+from pycomm.errors import CommError, CommTimeoutError, InvalidArgumentError, PeerLostError
 from pycomm.launch import Launch, Launcher, Meeting
 
 if TYPE_CHECKING:
@@ -138,6 +138,23 @@ def _import_mpi(reason: str) -> ModuleType:
 def _all_gather_mpi(
     mpi: ModuleType, comm: MPI.Intracomm, timeout_s: float, data: bytes
 ) -> list[bytes]:
+    try:
+        return _gathered(mpi, comm, timeout_s, data)
+    except mpi.Exception as error:
+        where = f"init on rank {comm.Get_rank()} of {comm.Get_size()}"
+        if error.Get_error_class() not in (
+            mpi.ERR_PROC_FAILED,
+            mpi.ERR_PROC_FAILED_PENDING,
+            mpi.ERR_REVOKED,
+        ):
+            raise CommError(f"{where}: MPI failed while the ranks met: {error}") from error
+        raise PeerLostError(
+            f"{where}: a rank was lost before all had met ({error}).\n"
+            "  Read the other ranks' logs; MPI does not say which."
+        ) from error
+
+
+def _gathered(mpi: ModuleType, comm: MPI.Intracomm, timeout_s: float, data: bytes) -> list[bytes]:
     deadline = time.monotonic() + timeout_s
     lengths = array.array("q", bytes(8 * comm.Get_size()))
     request = comm.Iallgather(array.array("q", [len(data)]), lengths)

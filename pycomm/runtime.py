@@ -162,7 +162,7 @@ def lost_ranks() -> list[int]:
 
 
 def withdraw() -> None:
-    """Make no more calls before ``shutdown()``.
+    """Make no more calls before ``shutdown()``, which then waits for nobody.
 
     Ranks that wait for this one, in any group, raise a MismatchError after a second.
     """

@@ -1,8 +1,6 @@
 """The same model and optimizer on every rank."""
 
 import hashlib
-import io
-import pickle
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,20 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pycomm import device
 from pycomm._core import Group
-from pycomm.arguments import MOVABLE, root_rank
+from pycomm.arguments import root_rank
 from pycomm.collectives import broadcast_
 from pycomm.errors import InvalidArgumentError, MismatchError
 from pycomm.objects import (
     all_gather_bytes,
     all_gather_object,
-    broadcast_bytes,
-    broadcast_object,
     raise_together,
 )
 from pycomm.runtime import group_of
 from pycomm.shares import named_shares
+from pycomm.structures import broadcast_structure, is_movable
 
 
 def broadcast_parameters(
@@ -100,27 +96,10 @@ def broadcast_optimizer_state(
     raise_together(call, mistake, group)
     require_same(call, described, group)
 
-    structure = b""
-    tensors: list[Tensor] = []
-    if group.rank == root:
-        try:
-            structure, tensors = _take_apart(optimizer.state_dict())
-        except Exception as error:  # whatever a state's own pickling raises
-            mistake = error
-    raise_together(call, mistake, group)
-    structure = broadcast_bytes(call, structure, root, group)
-    layouts = broadcast_object([_layout(t) for t in tensors], root, group=group)
-    if group.rank != root:
-        tensors = [
-            torch.empty_strided(*sizes, dtype=dtype, device=device.like_remote(kind))
-            for *sizes, dtype, kind in layouts
-        ]
-    for tensor in tensors:
-        broadcast_(tensor, root, group=group)
-
+    received = broadcast_structure(call, optimizer.state_dict, root, group)
     if group.rank != root:
         try:
-            _install(optimizer, _put_together(structure, tensors))
+            _install(optimizer, received)
         except Exception as error:  # the optimizer's own load_state_dict
             mistake = error
     raise_together(call, mistake, group)
@@ -188,7 +167,7 @@ def distinct(pairs: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
             raise InvalidArgumentError(
                 f"'{name}' has no shape yet. Run one batch through the lazy module first."
             )
-        if not _is_movable(tensor):
+        if not is_movable(tensor):
             raise InvalidArgumentError(
                 f"'{name}' is a {tensor.dtype} tensor on {tensor.device} with layout "
                 f"{tensor.layout}, and pycomm moves dense CPU and CUDA tensors only."
@@ -198,10 +177,6 @@ def distinct(pairs: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
             seen_memory.add(memory)
             tensors[name] = tensor
     return tensors
-
-
-def _is_movable(tensor: Tensor) -> bool:
-    return device.supported(tensor) and tensor.layout is torch.strided and tensor.dtype in MOVABLE
 
 
 def describe(tensor: Tensor) -> str:
@@ -267,56 +242,6 @@ def _broadcast_any_strides(tensor: Tensor, root: int, group: Group) -> None:
             ):  # expanded: one element, seen often
                 tensor, wire = tensor.narrow(dim, 0, 1), wire.narrow(dim, 0, 1)
         tensor.copy_(wire)
-
-
-def _layout(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, str]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device.type
-
-
-class _TensorsApart(pickle.Pickler):
-    """Pickles an object but for its tensors, which are collected; one seen twice is kept once."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, pickle.HIGHEST_PROTOCOL)
-        self.tensors: list[Tensor] = []
-        self._place: dict[int, int] = {}
-
-    def persistent_id(self, obj: Any) -> int | None:
-        if not isinstance(obj, Tensor):
-            return None
-        if id(obj) not in self._place:
-            self._place[id(obj)] = len(self.tensors)
-            self.tensors.append(obj)
-        return self._place[id(obj)]
-
-
-class _TensorsBack(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
-        super().__init__(file)
-        self._tensors = tensors
-
-    def persistent_load(self, pid: int) -> Tensor:
-        return self._tensors[pid]
-
-
-def _take_apart(obj: Any) -> tuple[bytes, list[Tensor]]:
-    file = io.BytesIO()
-    pickler = _TensorsApart(file)
-    pickler.dump(obj)
-    for tensor in pickler.tensors:
-        if not _is_movable(tensor):
-            raise InvalidArgumentError(
-                f"the state holds a {tensor.dtype} tensor on {tensor.device} with layout "
-                f"{tensor.layout}, and pycomm moves dense CPU and CUDA tensors only."
-            )
-    # Strides are kept where the elements fill their memory (channels-last), as torch.clone does.
-    tensors = [t.detach() for t in pickler.tensors]
-    dense = [t if t.is_contiguous() else torch.empty_like(t).copy_(t) for t in tensors]
-    return file.getvalue(), dense
-
-
-def _put_together(structure: bytes, tensors: list[Tensor]) -> Any:
-    return _TensorsBack(io.BytesIO(structure), tensors).load()
 
 
 def _install(optimizer: torch.optim.Optimizer, received: dict[str, Any]) -> None:

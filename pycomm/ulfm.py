@@ -15,7 +15,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from pycomm.errors import CommTimeoutError
 
@@ -30,7 +30,7 @@ def is_on(environ: Mapping[str, str]) -> bool:
     return environ.get("OMPI_MCA_mpi_ft_enable", "").lower() in ("1", "true", "yes", "enabled")
 
 
-def raise_errors(comm: MPI.Intracomm) -> None:
+def raise_errors(comm: MPI.Comm) -> None:
     """Errors of ``comm`` are exceptions from now on; as MPI has it, they end the process."""
     from mpi4py import MPI
 
@@ -100,7 +100,7 @@ def shrink(comm: MPI.Intracomm, *, timeout_s: float) -> MPI.Intracomm:
     Raises:
         CommTimeoutError: it took too long.
     """
-    shrunk = within(timeout_s, "shrink", comm.Shrink)
+    shrunk = cast("MPI.Intracomm", within(timeout_s, "shrink", comm.Shrink))
     raise_errors(shrunk)
     return shrunk
 

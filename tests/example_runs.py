@@ -25,14 +25,26 @@ ENVIRONMENT = {
 }
 
 
-def run(example: str, ranks: int, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """An example on that many ranks: with mpirun, or as one plain process."""
+def run(
+    example: str, ranks: int, *arguments: str, cwd: Path, survivors: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """An example on that many ranks: with mpirun, or as one plain process.
+
+    Args:
+        survivors: whether they go on when one is killed, which takes an Open MPI with ULFM.
+    """
     launcher = []
     if ranks > 1:
         mpirun = shutil.which("mpirun")
         if mpirun is None:
             pytest.skip("there is no mpirun on PATH")
         launcher = [mpirun, "-np", str(ranks)]
+        if survivors:
+            info = shutil.which("ompi_info") or pytest.skip("needs Open MPI 5")
+            about = subprocess.run([info], capture_output=True, text=True).stdout
+            if "FT MPI support: yes" not in about:
+                pytest.skip("needs an Open MPI with ULFM")
+            launcher[1:1] = ["--with-ft", "ulfm"]
     return subprocess.run(
         [*launcher, sys.executable, str(EXAMPLES / example), *arguments],
         cwd=cwd,

@@ -29,10 +29,12 @@ def mpirun(ranks: int, script: str, *arguments: str, **environ: str) -> Result:
     return _run([*mpirun_command(ranks), *python_command(script, *arguments)], environ)
 
 
-def mpirun_ft(ranks: int, script: str, *arguments: str, **environ: str) -> Result:
+def mpirun_ft(
+    ranks: int, script: str, *arguments: str, timeout_s: float = TIMEOUT_S, **environ: str
+) -> Result:
     """With a launcher that leaves the other ranks alone when one is killed."""
     command = [*mpirun_command(ranks, "--with-ft", "ulfm"), *python_command(script, *arguments)]
-    return _run(command, environ)
+    return _run(command, environ, timeout_s)
 
 
 def torchrun(ranks: int, script: str, *arguments: str, **environ: str) -> Result:
@@ -53,9 +55,10 @@ def mpirun_command(ranks: int, *options: str) -> list[str]:
         flags = ["--oversubscribe", "--bind-to", "none"]
         flags += ["--allow-run-as-root"] if os.getuid() == 0 else []
     if "--with-ft" in options:
-        info = subprocess.run(["ompi_info"], capture_output=True, text=True).stdout if flags else ""
-        if "FT MPI support: yes" not in info:
-            pytest.skip("needs Open MPI 5 with ULFM")
+        info = shutil.which("ompi_info") or pytest.skip("needs Open MPI 5")
+        about = subprocess.run([info], capture_output=True, text=True).stdout
+        if "FT MPI support: yes" not in about:
+            pytest.skip("needs an Open MPI with ULFM")
     return [launcher, *flags, *options, "-np", str(ranks)]
 
 
@@ -86,7 +89,7 @@ def process_options(**environ: str) -> dict[str, Any]:
     }
 
 
-def _run(command: list[str], environ: dict[str, str]) -> Result:
+def _run(command: list[str], environ: dict[str, str], timeout_s: float = TIMEOUT_S) -> Result:
     options = process_options(**environ)
-    done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_S, **options)
+    done = subprocess.run(command, capture_output=True, timeout=timeout_s, **options)
     return Result(done.returncode, done.stdout, done.stderr)

@@ -44,12 +44,14 @@ PYTHON_LAYERS = [
     {"collectives", "point_to_point", "groups", "mesh"},
     {"shares"},
     {"objects", "clipping", "grad_scaler"},
+    {"structures"},
     {"state", "end_of_backward", "finite_check", "gradient_layout", "optimizer_state"},
     {"gradient_sync", "replicas"},
     {"owned_parameters", "join"},
     {"optimizer", "sharded_optimizer"},
     {"pipeline", "tensor_parallel"},
     {"checkpoint"},
+    {"elastic"},
     {"__init__"},
     {"torch_backend", "ultralytics"},
     {"bench"},
@@ -73,6 +75,16 @@ TORCH_BACKEND_LAYERS = [
     | {"monitored_barrier", "options"},
     {"messages", "moves", "reductions", "work"},
     {"process_group", "reducer"},
+    {"__init__"},
+]
+
+
+# Within pycomm/elastic, likewise.
+ELASTIC_LAYERS = [
+    {"copies", "leaving", "membership", "preemption", "recruits", "sampler", "values"},
+    {"state"},
+    {"rescaling"},
+    {"running"},
     {"__init__"},
 ]
 
@@ -142,7 +154,11 @@ def test_python_imports_point_down() -> None:
 
 @pytest.mark.parametrize(
     ("package", "layers"),
-    [("collectives", COLLECTIVES_LAYERS), ("torch_backend", TORCH_BACKEND_LAYERS)],
+    [
+        ("collectives", COLLECTIVES_LAYERS),
+        ("torch_backend", TORCH_BACKEND_LAYERS),
+        ("elastic", ELASTIC_LAYERS),
+    ],
 )
 def test_packages_import_downward_within(package: str, layers: list[set[str]]) -> None:
     level = {name: i for i, names in enumerate(layers) for name in names}

@@ -127,9 +127,9 @@ bool World::abort(const std::string& reason) {
 void World::close(const InterruptCheck& check_interrupt, double timeout_s,
                   const std::string& failure) {
   if (process_->stopped()) return;
-  withdraw();
+  announce_leaving();
   try {
-    if (!aborted_ && !group_->failed()) {
+    if (!aborted_ && !withdrawn_ && !group_->failed()) {
       group_->check_notices();
       Operation goodbye;
       goodbye.kind = Kind::kShutdown;
@@ -160,12 +160,17 @@ std::vector<int> World::lost() const {
 }
 
 void World::withdraw() {
+  withdrawn_ = true;
+  announce_leaving();
+}
+
+void World::announce_leaving() {
   process_->page().leaving.store(true, std::memory_order_release);
   process_->ring_all();
 }
 
 void World::leave() {
-  withdraw();
+  announce_leaving();
   process_->stop();
 }
 

@@ -48,8 +48,8 @@ class World {
   /// hosts this one knows nothing.
   std::vector<int> lost() const;
 
-  /// This rank will make no more calls: who waits for it, in any group, hears of it. Until close()
-  /// it still hears of the others.
+  /// This rank will make no more calls: who waits for it, in any group, hears of it. Until close(),
+  /// which does not wait for anybody then, it still hears of the others.
   void withdraw();
 
   /// End the job: every pending and later call of every rank of this host raises PeerLostError
@@ -69,11 +69,14 @@ class World {
   World(std::shared_ptr<Process> process, std::shared_ptr<Group> group)
       : process_(std::move(process)), group_(std::move(group)) {}
 
+  /// Ranks that wait for this one in any group must not wait in vain.
+  void announce_leaving();
   void leave();
 
   std::shared_ptr<Process> process_;
   std::shared_ptr<Group> group_;
   bool aborted_ = false;  // by this rank
+  bool withdrawn_ = false;
 };
 
 }  // namespace pycomm

@@ -5,8 +5,9 @@ process. torch.distributed is not initialised: its planners and file format are 
 own collectives.
 """
 
+from pycomm.checkpoint.folder import exists
 from pycomm.checkpoint.loading import load
 from pycomm.checkpoint.reading import read
 from pycomm.checkpoint.saving import save
 
-__all__ = ["load", "read", "save"]
+__all__ = ["exists", "load", "read", "save"]

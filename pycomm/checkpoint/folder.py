@@ -172,6 +172,12 @@ def find(path: Path) -> Path:
         raise InvalidArgumentError(problem + ".\n  Pass the path that save() was given.")
 
 
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether ``load`` would find a checkpoint there, on this host; also after any crash."""
+    place = absolute(path)
+    return is_checkpoint(place) or (not place.exists() and is_checkpoint(replaced(place)))
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether a whole checkpoint is there."""
     return (path / METADATA).is_file()

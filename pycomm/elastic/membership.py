@@ -1,0 +1,123 @@
+"""Which processes are the ranks, after some were lost and with others that come."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from pycomm import runtime, ulfm
+from pycomm.errors import CommError
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+# On each communicator its ranks agree on one thing at a time, in this order: that all have joined
+# (of communicators that we made), that the ranks may grow in number, that they have; and at last
+# either that all are done, or not, because some have noticed a loss. So that nobody takes another's
+# answer for its own, a rank that leaves this order always gives 0, and whoever gets 0 follows.
+
+_SHRINK_S = 60.0
+
+
+class TooFewError(Exception):
+    """The ranks that are left must not go on."""
+
+
+def can_go_on() -> bool:
+    """Whether MPI can, and the launcher lets it, go on without a lost rank."""
+    return runtime.met_on() is not None and ulfm.is_on(os.environ)
+
+
+def all_agree(mine: bool) -> bool:
+    """Whether ``mine`` is true on all ranks that are alive: the same answer on all of them.
+
+    Raises:
+        PeerLostError: an exception on a rank has ended the job.
+        CommTimeoutError: a rank that is alive did not come.
+    """
+    return _agree(_comm(), mine)
+
+
+def leave_the_lost(min_ranks: int) -> None:
+    """From here on those that are alive are the ranks, in their order. All of them call it.
+
+    Raises:
+        TooFewError: they are fewer than ``min_ranks``; or there may be others that are alive, on
+            hosts that cannot be reached, and are more.
+        PeerLostError: an exception on a rank has ended the job.
+        CommTimeoutError: a rank that is alive did not come.
+    """
+    hosts, comm = runtime.hosts(), _comm()
+    survivors = ulfm.shrink(comm, timeout_s=_SHRINK_S)
+    _check_job_goes_on()
+    _check_enough(comm, survivors, hosts, min_ranks)
+    form(survivors, min_ranks)
+
+
+def form(comm: MPI.Intracomm, min_ranks: int) -> None:
+    """The ranks of ``comm`` join, without those that are lost meanwhile. All of them call it."""
+    # With the same deadline as before; recruits read theirs as the others did.
+    timeout_s = runtime.default_timeout_s() if runtime.is_initialized() else None
+    attempts_in_vain = 0
+    while (problem := _join(comm, timeout_s)) is not None:
+        survivors = ulfm.shrink(comm, timeout_s=_SHRINK_S)
+        _check_enough(comm, survivors, [[]], min_ranks)
+        attempts_in_vain += survivors.Get_size() == comm.Get_size()  # nobody is to blame
+        if attempts_in_vain > 2:
+            raise CommError(f"elastic.run: the ranks that are left cannot meet: {problem}")
+        comm = survivors
+
+
+def _join(comm: MPI.Intracomm, timeout_s: float | None) -> str | None:
+    """Join the ranks of ``comm``. None, or why not, if one of them could not."""
+    try:
+        runtime.shutdown()
+    except CommError:  # of a world that is over; it has left all the same
+        assert not runtime.is_initialized()
+    problem = ""
+    try:
+        runtime.init(comm=comm, timeout_s=timeout_s)
+    except CommError as error:
+        problem = str(error)
+        ulfm.revoke(comm)  # for those that wait for this rank
+    if _agree(comm, not problem):
+        return None
+    runtime.withdraw()
+    return problem or "another rank could not"
+
+
+def _agree(comm: MPI.Intracomm, mine: bool) -> bool:
+    ulfm.raise_errors(comm)
+    timeout_s = runtime.default_timeout_s() if runtime.is_initialized() else _SHRINK_S
+    return ulfm.agree(comm, int(mine), timeout_s=timeout_s, check=_check_job_goes_on) == 1
+
+
+def _comm() -> MPI.Intracomm:
+    comm = runtime.met_on()
+    assert comm is not None
+    return comm
+
+
+def _check_job_goes_on() -> None:
+    runtime.check_present([], "elastic.run")
+
+
+def _check_enough(
+    before: MPI.Intracomm, now: MPI.Intracomm, hosts: list[list[int]], min_ranks: int
+) -> None:
+    left, were = now.Get_size(), before.Get_size()
+    if left < min_ranks:
+        raise TooFewError(f"{left} of {were} ranks are left, and min_ranks is {min_ranks}.")
+    # On one host a process is there or it is not. Between hosts a cut cable makes two halves, each
+    # of which takes the other for lost: one alone may go on, the larger, or the one with rank 0.
+    if len(hosts) == 1 or 2 * left > were:
+        return
+    from mpi4py import MPI
+
+    first = MPI.Group.Translate_ranks(before.Get_group(), [0], now.Get_group())[0]
+    has_first = first != MPI.UNDEFINED
+    if 2 * left < were or not has_first:
+        raise TooFewError(
+            f"{left} of {were} ranks are left: the others may be alive, on hosts that cannot be "
+            "reached from here, and go on."
+        )

@@ -1,0 +1,411 @@
+"""Training that goes on without lost ranks, and with others that come."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from launchers import mpirun, mpirun_command, mpirun_ft, process_options, python_command, torchrun
+
+import pycomm
+from pycomm import runtime
+from pycomm.elastic import values
+from pycomm.elastic.rescaling import rescale
+from pycomm.errors import InvalidArgumentError
+from pycomm_launch import recruit
+
+# Four processes import torch, and a fifth one later: on busy cores most of the time goes there.
+pytestmark = pytest.mark.timeout(180)
+
+SAMPLES, BATCH = 104, 10  # the last batch of an epoch has one sample for each of four ranks
+
+# Trains on the samples' numbers, and has in its state which of them committed steps have taken.
+PROGRAM = f"""
+    import json, os, signal, sys, time
+    import pycomm, torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    arguments = json.loads(sys.argv[1])
+    data = TensorDataset(torch.arange({SAMPLES}))
+    model = torch.nn.Linear(1, 1)
+    state = pycomm.elastic.State(
+        model=model, optimizer=torch.optim.Adam(model.parameters(), lr=0.01), turn=0, seen=[],
+        sampler=pycomm.elastic.Sampler(data, {BATCH}), folder=arguments.get("folder"),
+    )
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def train(state):
+        turn = state.turn = state.turn + 1
+        rank, size = pycomm.rank(), pycomm.size()
+        print(f"turn {{turn}}: rank {{rank}} of {{size}}", flush=True)
+        optimizer = pycomm.DistributedOptimizer(state.optimizer, state.model.named_parameters())
+        loader = DataLoader(data, batch_sampler=state.sampler)
+        begun = False
+        while not finished(state, turn, begun):
+            begun = True
+            for steps, (numbers,) in enumerate(loader):
+                inputs = numbers[:, None] / {SAMPLES}
+                optimizer.zero_grad()
+                loss = state.sampler.weight * (state.model(inputs) ** 2).mean()
+                if arguments.get("die", {{}}).get(f"{{turn}} {{rank}}") == steps:
+                    die()
+                loss.backward()
+                optimizer.step()
+                taken = pycomm.all_gather_object((state.sampler.epoch, numbers.tolist()))
+                state.seen = [*state.seen, *taken]
+                state.sampler.advance()
+                step_done(state, rank, steps)
+                state.commit()
+
+    def finished(state, turn, begun):
+        return begun and turn >= arguments.get("turns", 1) and state.sampler.epoch >= 2
+
+    def step_done(state, rank, steps):
+        pass
+
+    def report():
+        print("end:", json.dumps([pycomm.rank(), pycomm.size(), state.model.weight.item(),
+                                  state.seen]), flush=True)
+"""
+RUN = """
+    pycomm.elastic.run(train, state, **arguments.get("run", {}))
+    report()
+"""
+
+
+def ends(done):
+    """What the ranks have at the end, by rank; checked against each other."""
+    lines = [line for line in done.out.splitlines() if line.startswith("end:")]
+    assert lines, done.out + done.err
+    found = sorted(json.loads(line.removeprefix("end:")) for line in lines)
+    assert [rank for rank, *_ in found] == list(range(found[0][1])), done.out + done.err
+    assert len({(weight, str(seen)) for _, _, weight, seen in found}) == 1
+    return found
+
+
+def assert_each_sample_once(seen):
+    by_epoch = {}
+    for epoch, numbers in seen:
+        by_epoch.setdefault(epoch, []).extend(numbers)
+    assert sorted(by_epoch) == list(range(len(by_epoch)))
+    for numbers in by_epoch.values():
+        assert sorted(numbers) == list(range(SAMPLES))
+
+
+def test_two_ranks_are_lost_and_one_comes():
+    # Rank 1 of 4 is lost; another process takes its place; then rank 0 is lost.
+    arguments = {"die": {"1 1": 3, "3 0": 2}, "turns": 4, "run": {"respawns": 1}}
+    waiting = """
+    def step_done(state, rank, steps):
+        time.sleep(0.05 if state.turn == 2 else 0)
+    """
+    done = mpirun_ft(4, PROGRAM + waiting + RUN, json.dumps(arguments), timeout_s=170)
+    assert done.returncode == 0, done.out + done.err
+    for line in ("turn 1: rank 3 of 4", "turn 2: rank 2 of 3", "turn 3: rank 3 of 4"):
+        assert line in done.out
+    assert done.out.count("turn 4: rank") == 3
+    found = ends(done)
+    assert len(found) == 3
+    assert_each_sample_once(found[0][3])
+    assert "rank 1 was lost of 4" in done.err
+    assert "1 more for 3 ranks." in done.err
+    assert "4 go on from commit" in done.err
+
+
+# Three of four are lost: while it takes its copy in commit(); next, in the recovery from that,
+# before the ranks that are left have met; and in the next recovery while it puts its copy back.
+AWKWARD = """
+    class Bomb:
+        def state_dict(self):
+            if pycomm.is_initialized() and pycomm.size() == 4 and pycomm.rank() == 3:
+                if state.sampler.done == 30:
+                    die()
+            return {}
+
+        def load_state_dict(self, taken):
+            if pycomm.size() == 2 and pycomm.rank() == 0:
+                die()
+
+    import pycomm.elastic.membership as membership
+    init, inits = membership.runtime.init, []
+
+    def init_or_die(**keywords):
+        inits.append(keywords)
+        if keywords and int(os.environ["OMPI_COMM_WORLD_RANK"]) == 1:
+            die()
+        init(**keywords)
+
+    membership.runtime.init = init_or_die
+    state = pycomm.elastic.State(
+        model=model, optimizer=state.optimizer, turn=0, seen=[], sampler=state.sampler, bomb=Bomb(),
+    )
+"""
+
+
+def test_ranks_are_lost_in_a_commit_and_in_recoveries():
+    done = mpirun_ft(4, PROGRAM + AWKWARD + RUN, json.dumps({}), timeout_s=170)
+    found = ends(done)
+    assert done.returncode == 0, done.out + done.err
+    assert len(found) == 1
+    assert_each_sample_once(found[0][3])
+    assert "rank 3 was lost of 4; 2 left" in done.err
+    assert "turn 2: rank 0 of 2" not in done.out  # nobody trained before the third was lost
+    assert "rank 0 was lost of 2; 1 left" in done.err
+    assert "1 go on from commit 3." in done.err
+
+
+def test_an_exception_is_not_tried_again():
+    raising = """
+    def step_done(state, rank, steps):
+        if rank == 1 and steps == 2:
+            raise ValueError("bad batch")
+    """
+    done = mpirun_ft(3, PROGRAM + raising + RUN, json.dumps({}), timeout_s=170)
+    assert done.returncode == 1
+    assert done.out.count("turn ") == 3
+    assert done.err.count("ValueError: bad batch") == 1
+    assert "lost" not in done.err
+
+
+def test_preemption_and_going_on_with_fewer_ranks(tmp_path):
+    """SIGUSR1 to mpirun; then the job is started again, on two ranks instead of three."""
+    arguments = {"folder": str(tmp_path / "checkpoint")}
+    slow = """
+    def step_done(state, rank, steps):
+        print("a step", flush=True)
+        time.sleep(0.05)
+    """
+    command = mpirun_command(3, "--with-ft", "ulfm")
+    command += python_command(PROGRAM + slow + RUN, json.dumps(arguments | {"turns": 99}))
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **process_options()
+    ) as job:
+        try:
+            while job.stdout.readline() != "a step\n":
+                assert job.poll() is None
+            job.send_signal(signal.SIGUSR1)
+            _, err = job.communicate(timeout=100)
+        finally:
+            job.kill()
+    assert job.returncode == pycomm.elastic.START_AGAIN == 75, err
+    assert err.count("preempted at commit ") == 1
+    record = pycomm.checkpoint.read(arguments["folder"])["elastic"]
+    assert record["ranks"] == 3
+    done = mpirun(2, PROGRAM + RUN, json.dumps(arguments))
+    assert done.returncode == 0, done.err
+    assert f"going on from commit {record['commit']} in" in done.err
+    assert_each_sample_once(ends(done)[0][3])
+
+
+def test_without_ulfm_the_job_is_to_be_started_again(tmp_path):
+    arguments = {"folder": str(tmp_path / "checkpoint"), "die": {"1 1": 5}}
+    every = PROGRAM.replace("folder=", "disk_every=2, folder=")
+    done = torchrun(2, every + RUN, json.dumps(arguments))
+    assert done.returncode != 0
+    assert "rank 1 was lost, and this launcher has no --with-ft ulfm" in done.err
+    assert f"it resumes from {arguments['folder']}. Exit code 75." in done.err
+    assert pycomm.checkpoint.read(arguments["folder"])["elastic"] == {"commit": 4, "ranks": 2}
+
+
+# --- the parts -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(monkeypatch):
+    """Which rank this is, of how many."""
+
+    def be(rank, size):
+        monkeypatch.setattr(runtime, "rank", lambda: rank)
+        monkeypatch.setattr(runtime, "size", lambda: size)
+
+    return be
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_sample_is_lost_or_taken_twice_whatever_the_ranks(place, seed):
+    """Worlds of any size, each of which makes some steps; some prefetch far more than they make."""
+    chance = random.Random(seed)
+    samples, batch = chance.randint(1, 60), chance.randint(8, 20)
+    sampler = pycomm.elastic.Sampler(samples, batch, seed=seed)
+    taken = {}
+    while sampler.epoch < 4:
+        size = chance.randint(1, 8)
+        shares = []
+        for rank in range(size):
+            place(rank, size)
+            shares.append(list(sampler))
+        for step in range(min(chance.randint(0, 4), len(shares[0]))):
+            ours = [share[step] for share in shares]
+            left = min(batch, samples - sampler.done)
+            if left < size:
+                assert all(len(own) == left for own in ours)
+                ours = ours[:1]
+            weights = []
+            for rank in range(size):
+                place(rank, size)
+                weights.append(sampler.weight)
+            # The mean of what ranks compute is the mean over the batch.
+            if left >= size:
+                weighed = [w / len(own) for w, own in zip(weights, ours, strict=True)]
+                assert weighed == pytest.approx([size / left] * size)
+            taken.setdefault(sampler.epoch, []).extend(number for own in ours for number in own)
+            sampler = reloaded(sampler)
+            sampler.advance()
+    assert all(sorted(taken[epoch]) == list(range(samples)) for epoch in range(4))
+    assert samples < 9 or taken[0] != taken[1]
+
+
+def reloaded(sampler):
+    other = pycomm.elastic.Sampler(sampler.samples, 1)
+    other.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    return other
+
+
+def test_a_sampler_of_other_data_is_refused():
+    with pytest.raises(InvalidArgumentError, match="5 samples here and 6"):
+        pycomm.elastic.Sampler(5, 2).load_state_dict(pycomm.elastic.Sampler(6, 2).state_dict())
+    with pytest.raises(InvalidArgumentError, match="batch is 0"):
+        pycomm.elastic.Sampler(5, 0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "batch", "rate"),
+    [("keep_global_batch", 32, 0.4), ("scale_learning_rate", 24, 0.3), ("none", 24, 0.4)],
+)
+def test_rules(rule, batch, rate):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
+    sampler = pycomm.elastic.Sampler(100, 32)
+    state = pycomm.elastic.State(optimizer=optimizer, schedule=schedule, sampler=sampler)
+    rescale(rule, state, state.things(), 4, 3)
+    assert sampler.batch == batch
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def test_a_rule_of_ones_own():
+    state = pycomm.elastic.State(rate=1.0)
+
+    def halve(state, before, now):
+        state.rate = state.rate * now / before
+
+    rescale(halve, state, state.things(), 4, 4)
+    assert state.rate == 1.0
+    rescale(halve, state, state.things(), 4, 2)
+    assert state.rate == 0.5
+
+
+def test_what_is_put_back_is_what_was_taken():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)).bfloat16()
+    optimizer = torch.optim.Adam(model.parameters())
+    things = {"model": model, "optimizer": optimizer, "epoch": 3, "list": [torch.ones(2), (1, 2)]}
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+
+    step()
+    taken = values.take(things, {})
+    wanted = values.take(things, {})
+    step()
+    later = values.take(things, taken)  # over the memory of an older one
+    assert later["model"]["0.weight"] is not None
+    assert later["model"]["0.weight"].data_ptr() == taken["model"]["0.weight"].data_ptr()
+    assert not equal(later["model"], wanted["model"])
+    plain = values.put(things, wanted)
+    assert equal(values.take(things, {})["optimizer"], wanted["optimizer"])
+    assert equal(values.take(things, {})["model"], wanted["model"])
+    assert plain["epoch"] == 3 and equal(plain["list"], things["list"])
+    step()  # does not write to what was taken
+    values.put(things, wanted)
+    assert equal(values.take(things, {})["optimizer"], wanted["optimizer"])
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_tied_tensors_stay_tied_and_untied_ones_apart():
+    shared = torch.ones(3)
+    tied = values.take({"a": shared, "b": shared}, {})
+    assert tied["a"] is tied["b"]
+    apart = values.take({"a": torch.zeros(3), "b": torch.ones(3)}, tied)
+    assert (apart["a"].sum(), apart["b"].sum()) == (0, 3)
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def test_what_cannot_be_in_a_state():
+    model = torch.nn.Linear(2, 2)
+    state = pycomm.elastic.State(model=model, epoch=0)
+    state.epoch = 1
+    assert (state.epoch, state.things()) == (1, {"model": model, "epoch": 1})
+    with pytest.raises(InvalidArgumentError, match="State has no 'epohc'"):
+        state.epohc = 2
+    with pytest.raises(AttributeError, match="epohc"):
+        _ = state.epohc
+    with pytest.raises(pycomm.CommError, match=r"outside of pycomm\.elastic\.run"):
+        state.commit()
+    with pytest.raises(InvalidArgumentError, match="named 'commit'"):
+        pycomm.elastic.State(commit=3)
+    pycomm.init()
+    try:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        wrapped = pycomm.DistributedOptimizer(optimizer)
+        with pytest.raises(InvalidArgumentError, match="'optimizer' is a DistributedOptimizer"):
+            pycomm.elastic.State(optimizer=wrapped)
+    finally:
+        pycomm.shutdown()
+    with pytest.raises(InvalidArgumentError, match="rescale is 'double'"):
+        pycomm.elastic.run(print, state, rescale="double")
+    with pytest.raises(InvalidArgumentError, match="respawns is -1"):
+        pycomm.elastic.run(print, state, respawns=-1)
+
+
+@pytest.mark.parametrize(
+    ("original", "command"),
+    [
+        ("python train.py -c 3", "-m pycomm_launch.recruit train.py -c 3"),
+        ("python -u -X dev -m train x", "-u -X dev -m pycomm_launch.recruit -m train x"),
+        ("python -c pass x", "-m pycomm_launch.recruit -c pass x"),
+        ("python -u -m pycomm_launch.recruit a.py", "-u -m pycomm_launch.recruit a.py"),
+    ],
+)
+def test_the_command_of_a_recruit(original, command):
+    assert recruit.command(original.split()) == command.split()
+
+
+PRINT = "import sys; print(__name__, sys.argv[1:], sys.path[0])"
+
+
+@pytest.mark.parametrize("kind", ["-c", "-m", "file"])
+def test_a_recruit_runs_the_program_as_python_does(tmp_path, kind):
+    pytest.importorskip("mpi4py")
+    (tmp_path / "program.py").write_text(PRINT)
+    program = {"-c": ["-c", PRINT], "-m": ["-m", "program"], "file": [str(tmp_path / "program.py")]}
+    outputs = [
+        subprocess.run(
+            [sys.executable, *before, *program[kind], "a", "-b"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        ).stdout
+        for before in ([], ["-m", recruit.NAME])
+    ]
+    assert outputs[0] == outputs[1] != ""
