@@ -297,7 +297,7 @@ void Network::write(Receive& receive) {
 
 void Network::move_sends(int rank) {
   const auto me = static_cast<std::size_t>(rank);
-  while (!held_[me].empty()) {
+  while (!held_[me].empty() && (finalized_[me] || random_.chance(0.5))) {
     depart(held_[me].front());
     held_[me].pop_front();
   }

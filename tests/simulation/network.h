@@ -25,7 +25,7 @@ struct Weather {
   int spread = 4;
   /// Longer messages wait for their receive; the sender's memory is read only then.
   std::size_t eager_bytes = 4096;
-  /// Of a short message that leaves only once its sender calls MPI again.
+  /// Of a message that leaves only once its sender has called MPI again, perhaps more than once.
   double held = 0.2;
   /// Whether MPI tells of a dead peer, as with ULFM; if not it is silent for ever.
   bool tells_of_deaths = false;
