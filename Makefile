@@ -1,5 +1,5 @@
 # `make train` and `make test` are all that a new machine needs; `make help` lists the rest.
-.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi test-sanitizers test-torch-versions test-torch-training test-programs test-torch-suite fuzz fuzz-parsers soak clean
+.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi simulate test-sanitizers test-torch-versions test-torch-training test-programs test-torch-suite fuzz fuzz-parsers soak clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -28,7 +28,7 @@ export OMP_NUM_THREADS ?= 1
 # cmake, ninja and mpicc are those of the wheels.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-cpp_files = $(shell find csrc tests/cpp tests/double tests/fuzz -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+cpp_files = $(shell find csrc tests/cpp tests/double tests/fuzz tests/simulation -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 pytest = python -m pytest
 # Behind the timeouts of the tests themselves (pyproject.toml, tests/conftest.py). In the
 # foreground, so that Ctrl-C reaches what it runs.
@@ -47,6 +47,7 @@ help:
 	@echo 'make gpu-check        on a machine with GPUs: tests, and a table against bare NCCL; gpu-report.md'
 	@echo 'make test-programs    Ultralytics, MONAI, Lightning and Accelerate train on the backend "pycomm"'
 	@echo 'make format           rewrite the sources as lint wants them'
+	@echo 'make simulate N=100000  that many schedules of faults, from SEED=1 on; docs/simulation.md'
 	@echo 'make test-sanitizers  C++ tests with address, undefined behaviour and thread sanitizers'
 	@echo 'make test-torch-versions  the torch backend under PyTorch 2.6 and later; VERSIONS="2.6.0 2.8.0"'
 	@echo 'make test-torch-training  what torch builds on a process group, beside gloo; docs/torch-training.md'
@@ -115,6 +116,13 @@ typecheck: $(built)
 test-cpp: $(built)
 	cmake --build build/dev --target cpp_tests
 	ctest --test-dir build/dev --output-on-failure --no-tests=error
+
+# What it finds it says how to run again. 100000 take some 20 minutes.
+N ?= 100000
+SEED ?= 1
+simulate: $(built)
+	cmake --build build/dev --target simulate
+	build/dev/simulate --seeds $(SEED) $(N) $(ARGS)
 
 # Most tests wait half of their time, for processes or for a timeout: two at once fill two cores. Those
 # of a file share ranks, so they stay together. A process that dies, as of a test that hangs, is not

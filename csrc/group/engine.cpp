@@ -110,7 +110,10 @@ void Engine::drive() {
             state = advance_all();
             return state == State::kAdvanced || stopping_.load(std::memory_order_acquire);
           },
-          [&] { return state != State::kPolling; });
+          // Who waits for ranks of this host alone still has to move what MPI holds of sends that
+          // are over: those ranks may wait for the one who gets it.
+          [&] { return state != State::kPolling && channel_ == nullptr; });
+      if (slept && channel_ != nullptr) channel_->progress();
     }
     // A busy group must not keep another one from noticing its deadline.
     if (slept || Clock::now() - last_check > kLongestUnchecked) {

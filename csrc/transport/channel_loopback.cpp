@@ -177,9 +177,14 @@ std::optional<Channel::Incoming> LoopbackChannel::probe(int tag) {
   return mailboxes_.at(rank_)->earliest(tag);
 }
 
-std::vector<std::shared_ptr<LoopbackChannel>> make_loopback_channels(int size) {
+LoopbackChannel::Mailboxes make_loopback_mailboxes(int size) {
   LoopbackChannel::Mailboxes mailboxes;
   for (int rank = 0; rank < size; ++rank) mailboxes.push_back(std::make_shared<LoopbackMailbox>());
+  return mailboxes;
+}
+
+std::vector<std::shared_ptr<LoopbackChannel>> make_loopback_channels(int size) {
+  const LoopbackChannel::Mailboxes mailboxes = make_loopback_mailboxes(size);
   std::vector<std::shared_ptr<LoopbackChannel>> channels;
   for (int rank = 0; rank < size; ++rank) {
     channels.push_back(std::make_shared<LoopbackChannel>(rank, mailboxes));

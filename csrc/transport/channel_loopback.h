@@ -47,6 +47,9 @@ class LoopbackChannel : public Channel {
   std::atomic<std::uint64_t> bytes_sent_{0};
 };
 
+/// One for each rank; for channels of a kind derived from LoopbackChannel.
+LoopbackChannel::Mailboxes make_loopback_mailboxes(int size);
+
 /// One channel for each rank, connected to each other. They may be used by different threads and
 /// destroyed in any order.
 std::vector<std::shared_ptr<LoopbackChannel>> make_loopback_channels(int size);

@@ -4,9 +4,14 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <numeric>
+#include <optional>
+#include <span>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -14,6 +19,7 @@
 #include "group/group.h"
 #include "group/turn.h"
 #include "ranks.h"
+#include "transport/channel_loopback.h"
 
 namespace {
 
@@ -58,6 +64,70 @@ std::unique_ptr<Turn> next_turn(Group& group) {
     std::this_thread::yield();
   }
 }
+
+/// A network that keeps what it has taken until it was called a few times more, as MPI may when the
+/// way to a peer is full.
+class HoldingChannel : public pycomm::LoopbackChannel {
+ public:
+  static constexpr int kCalls = 8;
+  /// Until everybody has come through: MPI sends all it has when it ends, and this is not MPI.
+  static inline std::atomic<bool> holds{true};
+  using LoopbackChannel::LoopbackChannel;
+
+  std::unique_ptr<pycomm::Message> send(int peer, int tag,
+                                        std::span<const std::byte> bytes) override {
+    call();
+    held_.push_back({peer, tag, {bytes.begin(), bytes.end()}, 0});
+    if (!holds) call();
+    return std::make_unique<Called>(*this, nullptr);
+  }
+  std::unique_ptr<pycomm::Message> receive(int peer, int tag, std::span<std::byte> bytes) override {
+    return std::make_unique<Called>(*this, LoopbackChannel::receive(peer, tag, bytes));
+  }
+  std::unique_ptr<pycomm::Message> receive_at_most(int peer, int tag, std::span<std::byte> room,
+                                                   std::size_t& length) override {
+    return std::make_unique<Called>(*this,
+                                    LoopbackChannel::receive_at_most(peer, tag, room, length));
+  }
+  std::optional<Incoming> probe(int tag) override {
+    call();
+    return LoopbackChannel::probe(tag);
+  }
+  void progress() override { call(); }
+
+ private:
+  struct Held {
+    int peer;
+    int tag;
+    std::vector<std::byte> bytes;
+    int calls;
+  };
+  class Called : public pycomm::Message {
+   public:
+    Called(HoldingChannel& channel, std::unique_ptr<pycomm::Message> message)
+        : channel_(channel), message_(std::move(message)) {}
+    bool poll() override {
+      channel_.call();
+      return message_ == nullptr || message_->poll();
+    }
+    std::string describe() const override {
+      return message_ == nullptr ? "a send that is over" : message_->describe();
+    }
+
+   private:
+    HoldingChannel& channel_;
+    std::unique_ptr<pycomm::Message> message_;  // null: a send
+  };
+
+  void call() {
+    for (Held& held : held_) ++held.calls;
+    for (; !held_.empty() && (!holds || held_.front().calls > kCalls); held_.pop_front()) {
+      LoopbackChannel::send(held_.front().peer, held_.front().tag, held_.front().bytes);
+    }
+  }
+
+  std::deque<Held> held_;
+};
 
 bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
@@ -240,6 +310,35 @@ TEST(broadcast_reaches_every_rank_from_every_root) {
       }
     });
   }
+}
+
+TEST(what_the_network_still_holds_reaches_who_waits_for_it) {
+  // Rank 1 is done when its last message is with the network, and then waits inside its host: for
+  // rank 0, which waits for rank 2, which waits for that message.
+  const auto mailboxes = pycomm::make_loopback_mailboxes(3);
+  std::vector<std::shared_ptr<pycomm::Channel>> channels;
+  for (int rank = 0; rank < 3; ++rank) {
+    channels.push_back(std::make_shared<HoldingChannel>(rank, mailboxes));
+  }
+  const auto errors = run_ranks_catching(
+      {0, 0, 1},
+      [](Group& group) {
+        std::vector<std::int64_t> all(300, 7);
+        std::vector<std::int64_t> mine(100);
+        Operation scatter;
+        scatter.kind = Kind::kScatter;
+        scatter.dtype = pycomm::DType::kInt64;
+        scatter.root = 1;
+        scatter.count = mine.size();
+        scatter.input = reinterpret_cast<const std::byte*>(all.data());
+        scatter.output = reinterpret_cast<std::byte*>(mine.data());
+        group.run(scatter, kNoInterrupt);
+        group.run(Operation(), kNoInterrupt);
+        HoldingChannel::holds = false;
+        CHECK(mine == std::vector<std::int64_t>(100, 7));
+      },
+      {10, std::size_t{64} << 20}, channels);
+  for (const std::string& error : errors) CHECK_EQUAL(error, std::string());
 }
 
 TEST(all_gather_lays_the_ranks_end_to_end) {
