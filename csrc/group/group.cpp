@@ -401,8 +401,9 @@ void Group::abandon() {
   if (current_) {
     // The others have seen it begin: they neither wait for it nor take its buffer for sound.
     window_.notice().post(NoticeKind::kMismatch, rank(),
-                          current_->describe() + ": called shutdown() before it had ended.\n  Wait "
-                          "for every Work before shutdown().");
+                          current_->describe() +
+                              ": called shutdown() before it had ended.\n  Wait "
+                              "for every Work before shutdown().");
     window_.ring_all();
     keep_output_of(pending_.operation);
     end_current(error);

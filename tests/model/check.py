@@ -129,7 +129,7 @@ def check(model: Model, ranks: int) -> bool:
             text = f"caught: {verdict.error:.40}"
             print_line(model.name, ranks, named((*way, mutant)), verdict, text)
         elif needs_three(model, mutant) and ranks == 2:
-            print(f"{model.name:<9} {ranks:>5}  {mutant:<28} is no mistake with two ranks", flush=True)
+            print(f"{model.name:<9} {ranks:>5}  {mutant:<30} harmless with two ranks", flush=True)
         else:
             right = False
             print(f"{model.name} {ranks} {mutant}: NOT CAUGHT", flush=True)
@@ -145,10 +145,8 @@ def needs_three(model: Model, mutant: str) -> bool:
 
 
 def print_line(model: str, ranks: int, defines: str, verdict: Verdict, text: str) -> None:
-    print(
-        f"{model:<9} {ranks:>5}  {defines:<28} {verdict.states:>9,} {verdict.seconds:>7.1f}  {text}",
-        flush=True,
-    )
+    found = f"{verdict.states:>10,} {verdict.seconds:>7.1f}"
+    print(f"{model:<9} {ranks:>5}  {defines:<30} {found}  {text}", flush=True)
 
 
 def main() -> int:
@@ -160,7 +158,7 @@ def main() -> int:
     if shutil.which("spin") is None:
         print("spin is missing: apt-get install spin (Debian, Ubuntu), or see spinroot.com.")
         return 1
-    print(f"{'model':<9} {'ranks':>5}  {'with':<28} {'states':>9} {'seconds':>7}  verdict")
+    print(f"{'model':<9} {'ranks':>5}  {'with':<30} {'states':>10} {'seconds':>7}  verdict")
     chosen = [model for model in MODELS if not arguments.models or model.name in arguments.models]
     results = [check(*pair) for pair in itertools.product(chosen, arguments.ranks)]
     return 0 if results and all(results) else 1
