@@ -1,5 +1,5 @@
 # `make train` and `make test` are all that a new machine needs; `make help` lists the rest.
-.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi simulate test-sanitizers test-torch-versions test-torch-training test-programs test-torch-suite fuzz fuzz-parsers soak clean
+.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi simulate test-sanitizers test-torch-versions test-torch-training test-programs test-torch-suite test-models fuzz fuzz-parsers soak clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -28,7 +28,7 @@ export OMP_NUM_THREADS ?= 1
 # cmake, ninja and mpicc are those of the wheels.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-cpp_files = $(shell find csrc tests/cpp tests/double tests/fuzz tests/simulation -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+cpp_files = $(shell find csrc tests/cpp tests/double tests/fuzz tests/model tests/simulation -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 pytest = python -m pytest
 # Behind the timeouts of the tests themselves (pyproject.toml, tests/conftest.py). In the
 # foreground, so that Ctrl-C reaches what it runs.
@@ -51,6 +51,7 @@ help:
 	@echo 'make test-sanitizers  C++ tests with address, undefined behaviour and thread sanitizers'
 	@echo 'make test-torch-versions  the torch backend under PyTorch 2.6 and later; VERSIONS="2.6.0 2.8.0"'
 	@echo 'make test-torch-training  what torch builds on a process group, beside gloo; docs/torch-training.md'
+	@echo 'make test-models      the shared-memory protocol: spin, and the explorer for longer; docs/shm-protocol.md'
 	@echo 'make test-torch-suite  the tests of backends that torch ships, on pycomm; docs/torch-suite.md'
 	@echo 'make fuzz             random programs of collectives and messages; N=100000 operations'
 	@echo 'make fuzz-parsers     libFuzzer (needs clang) on every parser of what peers send; SECONDS_EACH=60'
@@ -155,6 +156,12 @@ test-programs: $(built) $(programs)
 test-torch-suite: $(built)
 	python -m pip install --quiet --no-deps expecttest==0.3.0
 	$(time_limit) 1800 python scripts/torch_suite.py $(ARGS)
+
+# Some ten minutes. spin is a package of the system's: apt-get install spin.
+test-models: $(built)
+	python tests/model/check.py
+	cmake --build build/dev --target test_explorer
+	EXPLORE=5 build/dev/test_explorer
 
 # Minutes; the peers are installed in .bench/ on first use.
 bench: $(built)

@@ -212,14 +212,22 @@ bool PostOffice::drive_gpus() {
 }
 
 void PostOffice::complete_done() {
-  for (const auto& transfer : exchange_->take_done()) {
+  for (auto& transfer : exchange_->take_done()) done_.push_back(std::move(transfer));
+  if (done_.empty()) return;
+  const auto read_there = [](const auto& transfer) { return transfer->read_there; };
+  if (std::any_of(done_.begin(), done_.end(), read_there) && !group_.window_.all_sound()) return;
+  for (const auto& transfer : std::exchange(done_, {})) {
     auto& item = static_cast<Item&>(*transfer);
-    item.work->source = item.peer;
-    item.work->count = item.count;
-    item.work->immediate = item.immediate;
-    group_.journal_.end(item.entry, /*failed=*/item.error != nullptr);
-    item.work->complete(std::exchange(item.error, nullptr), item.seconds());
+    complete(item, std::exchange(item.error, nullptr));
   }
+}
+
+void PostOffice::complete(Item& item, std::exception_ptr error) {
+  item.work->source = item.peer;
+  item.work->count = item.count;
+  item.work->immediate = item.immediate;
+  group_.journal_.end(item.entry, /*failed=*/error != nullptr);
+  item.work->complete(std::move(error), item.seconds());
 }
 
 std::shared_ptr<TransferWork> PostOffice::start(const Transfer& transfer, double timeout_s) {
@@ -316,7 +324,7 @@ Progressive::State PostOffice::advance() {
   moved |= drive_gpus();
   if (moved) return State::kAdvanced;
   // After a failure a last frame may be on its way: it tells a peer on another host why.
-  if (exchange_->idle() && (!courier_ || courier_->idle())) {
+  if (exchange_->idle() && done_.empty() && (!courier_ || courier_->idle())) {
     engine_drives_ = false;
     return State::kIdle;
   }
@@ -420,7 +428,11 @@ void PostOffice::fail(const std::string& call) {
 
 void PostOffice::end_all(const std::exception_ptr& error) {
   failed_ = true;
-  complete_done();
+  for (auto& transfer : exchange_->take_done()) done_.push_back(std::move(transfer));
+  for (const auto& transfer : std::exchange(done_, {})) {
+    auto& item = static_cast<Item&>(*transfer);
+    complete(item, item.read_there ? error : std::exchange(item.error, nullptr));
+  }
   const auto unfinished = exchange_->unfinished();
   exchange_->clear();
   for (const auto& transfer : unfinished) {

@@ -96,7 +96,9 @@ class PostOffice : public Progressive {
   /// Drive all transfers in this thread, which waits for one inside the host.
   /// @param check  called now and then, without the lock.
   void drive_until_done(const TransferWork& work, const std::function<void()>& check);
+  /// Complete what is done, unless it was read beside a rank that has failed: that throws.
   void complete_done();
+  void complete(Item& item, std::exception_ptr error);
   void check_peers_and_deadlines();
   void check(Item& item);
   /// Who could be at the other end has called shutdown().
@@ -120,6 +122,7 @@ class PostOffice : public Progressive {
   std::vector<std::unique_ptr<RingLink>> rings_;
   std::unique_ptr<Courier> courier_;  // null inside one host
   std::unique_ptr<Exchange> exchange_;
+  std::vector<std::shared_ptr<Transfer>> done_;  // not completed yet
   bool engine_drives_ = false;
   bool failed_ = false;
 };

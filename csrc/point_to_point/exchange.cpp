@@ -331,6 +331,7 @@ bool Exchange::read_on(Peer& peer, std::size_t& budget) {
     budget -= bytes;
     if (receive.moved_bytes < receive.bytes()) break;
     peer.outbox.push_back({receive.frame(Frame::Kind::kReceived), nullptr});
+    receive.read_there = true;
     finish(reading.receive);
     peer.readings.pop_front();
   }

@@ -57,6 +57,9 @@ struct Transfer {
   bool met = false;  // a send: the receive that will ask for it has told that it is ready
   std::size_t moved_bytes = 0;
   bool done = false;
+  /// A receive: it read the sender's arena. Once the sender has failed its caller may have changed
+  /// what was there.
+  bool read_there = false;
   std::exception_ptr error;  // with which it is done, and which the group survives
 
   std::size_t bytes() const { return count * size_of(dtype); }

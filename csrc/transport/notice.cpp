@@ -9,8 +9,7 @@ namespace pycomm {
 
 bool Notice::post(NoticeKind kind, int rank, const std::string& text) {
   std::uint32_t expected = 0;
-  const bool first =
-      state_.compare_exchange_strong(expected, kWriting, std::memory_order_acq_rel);
+  const bool first = state_.compare_exchange_strong(expected, kWriting, std::memory_order_acq_rel);
   if (first) {
     kind_ = kind;
     rank_ = rank;

@@ -150,6 +150,10 @@ class Window {
   /// Throws what a peer of the group, or the job, has posted.
   void check_notices() const;
 
+  /// Whether nobody has failed by now, so that what was read in the others' arenas is sound. False:
+  /// somebody still writes why, which is then thrown as by check_notices().
+  bool all_sound() const;
+
   /// Group rank of a local process that died, or -1.
   int lost_peer() const;
 
@@ -176,8 +180,6 @@ class Window {
   void ring_all() const;
 
  private:
-  /// Whether nobody has failed by now; throws what was posted. False: somebody still writes it.
-  bool all_sound() const;
   /// Wake every other local rank: one of its waits may be over.
   void ring_peers() const;
   static std::size_t index(int peer) { return static_cast<std::size_t>(peer); }

@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -600,4 +601,44 @@ TEST(the_deadline_of_a_slot_counts_from_when_somebody_waits) {
       },
       kSoon);
   CHECK_EQUAL(errors[0], "");
+}
+
+TEST(what_a_sender_gave_up_while_it_was_read_is_not_received) {
+  const auto errors = run_ranks_catching({0, 0}, [](Group& group) {
+    static std::atomic<bool> waits;
+    static std::atomic<bool> given_up;
+    constexpr std::size_t kBytes = 64 << 10;
+    if (group.rank() == 0) {
+      waits = given_up = false;
+      Bytes one(1);
+      recv(group, one, 1);
+      while (!waits) std::this_thread::yield();
+      const auto block = group.allocate(kBytes);
+      const auto work = group.post_office().start(
+          transfer(Transfer::Direction::kSend, block->data(), kBytes, 1, 0), 0);
+      group.abort("rank 0 gave up");
+      given_up = true;
+      try {
+        work->wait(kNoInterrupt);  // rank 1 may have said that it has read it
+      } catch (const pycomm::PeerLostError&) {
+        // or this rank was first to look
+      }
+      return;
+    }
+    Bytes one(1);
+    send(group, one, 0);  // it has reset both
+    Bytes got(kBytes);
+    bool told = false;
+    const auto receive = [&] {
+      // Between two looks of a receive that has begun before the sender gave up.
+      group.post_office().run(transfer(Transfer::Direction::kReceive, got.data(), kBytes, 0, 0), 0,
+                              [&] {
+                                if (std::exchange(told, true)) return;
+                                waits = true;
+                                while (!given_up) std::this_thread::yield();
+                              });
+    };
+    CHECK_THROWS(receive(), pycomm::PeerLostError, "rank 0 gave up");
+  });
+  for (const auto& error : errors) CHECK_EQUAL(error, std::string());
 }

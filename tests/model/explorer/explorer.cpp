@@ -537,7 +537,9 @@ std::string Site::describe() const {
   const std::string line = line_of(address);
   const std::size_t colon = line.rfind(':');
   if (colon == std::string::npos) return "a function of std::atomic<bool>";  // not inlined
-  std::ifstream file(line.substr(0, colon));
+  // From the root on: a compiler's cache may have the file from another folder.
+  const std::size_t root = std::min(line.rfind("/csrc/"), line.rfind("/tests/model/"));
+  std::ifstream file(SOURCE_DIR + line.substr(root, colon - root));
   std::string text;
   for (int number = std::atoi(line.c_str() + colon + 1); number > 0; --number) {
     std::getline(file, text);

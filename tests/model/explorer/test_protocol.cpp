@@ -1,5 +1,5 @@
 // The headers of the shared-memory protocol under schedules and weak memory: see explorer.h and
-// docs/shm-protocol.md. With PYCOMM_EXPLORE=n every scenario runs n times as many executions.
+// docs/shm-protocol.md. With EXPLORE=n every scenario runs n times as many executions.
 
 #include <algorithm>
 #include <array>
@@ -473,7 +473,7 @@ bool contains(const std::string& text, const std::string& part) {
 }
 
 std::uint64_t effort() {
-  const char* const text = std::getenv("PYCOMM_EXPLORE");
+  const char* const text = std::getenv("EXPLORE");
   return text == nullptr ? 1 : std::max(1, std::atoi(text));
 }
 
