@@ -202,7 +202,7 @@ def take_sample(began: float, inits: int, operations: int, sees_shm: bool) -> Sa
 
 def verdict(samples: list[list[Sample]]) -> int:
     rounds = min(map(len, samples))
-    if rounds < 40:
+    if rounds < 30:
         print(f"FAILED: {rounds} rounds are too few to judge. Run it for longer.")
         return 1
     last = samples[0][rounds - 1]

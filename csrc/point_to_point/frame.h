@@ -57,9 +57,10 @@ struct Frame {
   Kind kind = Kind::kMessage;
   DType dtype = DType::kUint8;
   std::int8_t dim_count = -1;
-  bool eager = false;
-  bool on_gpu = false;
-  bool in_slot = false;
+  // 0 or 1; no bool, since a receiver may look before it has checked that.
+  std::uint8_t eager = 0;
+  std::uint8_t on_gpu = 0;
+  std::uint8_t in_slot = 0;
   std::int32_t tag = 0;
   /// Names a message of its sender.
   std::uint64_t id = 0;

@@ -175,6 +175,18 @@ TEST(a_callback_that_answers_wrongly_or_throws_is_an_error) {
     CHECK_THROWS(world.make_group(both, one), pycomm::CommError, "1 group records came of 2");
     const auto short_ones = [](const std::string&) { return std::vector<std::string>{"a", "b"}; };
     CHECK_THROWS(world.make_group(both, short_ones), pycomm::CommError, "malformed group record");
+    // Of a rank whose page would lie behind its memory, or whose tag is none of the channel's.
+    for (const pycomm::GroupRecord& wild :
+         {pycomm::GroupRecord{std::uint64_t{1} << 40, 0},
+          pycomm::GroupRecord{~std::uint64_t{4095}, 0}, pycomm::GroupRecord{100, 0},
+          pycomm::GroupRecord{0, -1}, pycomm::GroupRecord{0, std::int64_t{1} << 31}}) {
+      const std::string theirs(reinterpret_cast<const char*>(&wild), sizeof(wild));
+      const auto liar = [&](const std::string& mine) {
+        return rank_of(world) == 0 ? std::vector<std::string>{mine, theirs}
+                                   : std::vector<std::string>{theirs, mine};
+      };
+      CHECK_THROWS(world.make_group(both, liar), pycomm::CommError, "malformed group record");
+    }
     const auto late = [](const std::string&) -> std::vector<std::string> {
       throw pycomm::CommTimeoutError("nobody came");
     };

@@ -161,7 +161,10 @@ std::vector<std::string> seeds() {
       text[2] = static_cast<char>(flags | 128);
       text += static_cast<char>(address);
     }
-    if (!(flags & 1)) text += static_cast<char>(kind == Frame::Kind::kData ? count : 0);
+    if (!(flags & 1)) {
+      const int entries = kind == Frame::Kind::kBatch ? 8 * count : 0;
+      text += static_cast<char>(kind == Frame::Kind::kData ? count : entries);
+    }
     return text;
   };
   const auto shared = std::string(1, 1);
@@ -182,6 +185,6 @@ std::vector<std::string> seeds() {
       remote + posted(1, 8) + frame(Kind::kCredit, 0, 0, 1) + more,
       remote + frame(Kind::kRefused, 0, 0, 0) + more + "no",
       remote + posted(8, 8) + frame(Kind::kMessage, 8, 0, 8) + more,
-      remote + posted(8 | 1, 8) + frame(Kind::kBatch, 0, 0, 1) + more + std::string(8, 0),
+      remote + posted(8 | 1, 8) + frame(Kind::kBatch, 0, 0, 1) + more + '\1' + std::string(7, 0),
   };
 }
