@@ -17,7 +17,7 @@ from datetime import timedelta
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from pycomm import _core
+from pycomm import _core, ulfm
 from pycomm.errors import CommError, CommTimeoutError, InvalidArgumentError, PeerLostError
 from pycomm.launch import Launch, Launcher, Meeting
 
@@ -148,13 +148,75 @@ def _all_gather_mpi(
             mpi.ERR_REVOKED,
         ):
             raise CommError(f"{where}: MPI failed while the ranks met: {error}") from error
+        lost = ulfm.failed(comm)
+        whom = f"{_ranks_text(lost)} was lost" if lost else "a rank was lost, MPI does not say which,"
         raise PeerLostError(
-            f"{where}: a rank was lost before all had met ({error}).\n"
-            "  Read the other ranks' logs; MPI does not say which."
+            f"{where}: {whom} before all had met ({error}).\n"
+            "  Read that rank's log, and the kernel's (dmesg)."
         ) from error
 
 
+class _Arrivals:
+    """Tells which ranks have come to meet, which an all-gather does not.
+
+    Each rank sends every other an empty message. Not in large worlds, for which that is much.
+    """
+
+    _MOST_RANKS = 256
+    _TAG = 32_701  # MPI guarantees 32,767; who receives any tag just then is the user of `comm`
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        rank, size = comm.Get_rank(), comm.Get_size()
+        others = [peer for peer in range(size) if peer != rank] if size <= self._MOST_RANKS else []
+        nothing = bytearray()
+        self._coming = {peer: comm.Irecv(nothing, peer, self._TAG) for peer in others}
+        self._going = [comm.Isend(nothing, peer, self._TAG) for peer in others]
+        self._knows = bool(others)
+
+    def missing(self) -> list[int] | None:
+        """Who has not come; None if that is not known."""
+        if not self._knows:
+            return None
+        return [peer for peer, request in self._coming.items() if not request.Test()]
+
+    def finish(self) -> None:
+        """All have come: what they sent is here, or about to be."""
+        for request in [*self._coming.values(), *self._going]:
+            request.Wait()
+
+    def abandon(self) -> None:
+        """Some have not."""
+        _abandoned.extend([*self._coming.values(), *self._going])
+
+
+def _ranks_text(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:16])) + (", ..." if len(ranks) > 16 else "")
+    return f"rank {shown}"
+
+
 def _gathered(mpi: ModuleType, comm: MPI.Intracomm, timeout_s: float, data: bytes) -> list[bytes]:
+    arrivals = _Arrivals(comm)
+    try:
+        gathered = _all_gather(mpi, comm, timeout_s, data)
+        arrivals.finish()
+    except CommTimeoutError as error:
+        missing = arrivals.missing()
+        arrivals.abandon()
+        if not missing:
+            raise
+        raise CommTimeoutError(
+            f"init on rank {comm.Get_rank()} of {comm.Get_size()}: {_ranks_text(missing)} did not "
+            f"come to meet within {timeout_s:g} s.\n"
+            "  Read its log first: it is stuck before it gets here; if it is only slow, raise "
+            "init(timeout_s=...), PYCOMM_TIMEOUT_S or init_process_group(timeout=...)."
+        ) from error
+    except BaseException:
+        arrivals.abandon()
+        raise
+    return gathered
+
+
+def _all_gather(mpi: ModuleType, comm: MPI.Intracomm, timeout_s: float, data: bytes) -> list[bytes]:
     deadline = time.monotonic() + timeout_s
     lengths = array.array("q", bytes(8 * comm.Get_size()))
     request = comm.Iallgather(array.array("q", [len(data)]), lengths)
@@ -315,15 +377,14 @@ class StoreGather:
                 raise
 
     def _late(self, missing: list[int]) -> CommTimeoutError:
-        shown = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
         remedy = (
             "init(timeout_s=...) or PYCOMM_TIMEOUT_S"
             if self._call == "init"
             else f"{self._call}(timeout=...)"
         )
         problem = (
-            f"{self._call} on rank {self._rank} of {self._size}: rank {shown} did not come to meet "
-            f"within {self._timeout_s:g} s"
+            f"{self._call} on rank {self._rank} of {self._size}: {_ranks_text(missing)} did not come "
+            f"to meet within {self._timeout_s:g} s"
         )
         arrivals = self._store.add("arrivals", 0) - self.meeting * self._size
         if self._round == 1 and arrivals >= self._size:
