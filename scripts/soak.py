@@ -25,6 +25,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -61,6 +62,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1, help="of the first program")
     parser.add_argument("--mpirun", default="mpirun", help="the launcher, with its options")
+    parser.add_argument("--keep", type=Path, help="folder for every rank's samples, as JSON lines")
     parser.add_argument("--as-rank", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.as_rank is not None:
@@ -74,6 +76,10 @@ def main() -> int:
         ]  # fmt: skip
         limit_s = arguments.minutes * 60 + 5 * SECONDS_TO_END
         code = subprocess.run(command, cwd=ROOT / "tests", timeout=limit_s).returncode
+        if arguments.keep is not None:
+            arguments.keep.mkdir(parents=True, exist_ok=True)
+            for file in Path(made).glob("*.jsonl"):
+                shutil.copy(file, arguments.keep)
         samples = [read(Path(made) / f"{rank}.jsonl") for rank in range(arguments.ranks)]
     if code != 0:
         print(f"FAILED: a rank ended with {code}; its output is above.")
