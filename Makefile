@@ -118,7 +118,7 @@ test-cpp: $(built)
 	cmake --build build/dev --target cpp_tests
 	ctest --test-dir build/dev --output-on-failure --no-tests=error
 
-# What it finds it says how to run again. 100000 take some 20 minutes.
+# What it finds it says how to run again. 100000 take some ten minutes of a core.
 N ?= 100000
 SEED ?= 1
 simulate: $(built)

@@ -37,6 +37,8 @@ class Channel {
   /// has no message to poll.
   virtual void progress() = 0;
 
+  /// The memory stays as it is until the message has come: who sends only once it has got what lies
+  /// there may send to it.
   /// @param bytes   exactly as long as what the peer sends; a longer message is a MismatchError.
   virtual std::unique_ptr<Message> receive(int peer, int tag, std::span<std::byte> bytes) = 0;
 

@@ -51,7 +51,7 @@ class Program {
   Issued& issue(const Step& step, const Call& call, pycomm::Group& group);
   void check_result(const Issued& issued, const char* when);
   Outcome& begin(int id, int group);
-  void succeed(Outcome& outcome, const Issued* issued);
+  void succeed(Outcome& outcome, Issued* issued);
   /// With the exception being handled.
   void fail(Outcome& outcome, int group, const Issued* issued);
   std::function<void()> interrupts();
