@@ -1,5 +1,5 @@
 # `make train` and `make test` are all that a new machine needs; `make help` lists the rest.
-.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi simulate test-sanitizers test-torch-versions test-torch-training test-programs test-torch-suite test-models fuzz fuzz-parsers soak clean
+.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi chaos simulate test-mutants test-sanitizers test-torch-versions test-torch-training test-programs test-torch-suite test-models fuzz fuzz-parsers soak clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -47,6 +47,8 @@ help:
 	@echo 'make gpu-check        on a machine with GPUs: tests, and a table against bare NCCL; gpu-report.md'
 	@echo 'make test-programs    Ultralytics, MONAI, Lightning and Accelerate train on the backend "pycomm"'
 	@echo 'make format           rewrite the sources as lint wants them'
+	@echo 'make chaos N=200      break a real job so often, and count what must not be; SEED=1; docs/chaos.md'
+	@echo 'make test-mutants     defects of the core that the simulation must find; docs/simulation.md'
 	@echo 'make simulate N=100000  that many schedules of faults, from SEED=1 on; docs/simulation.md'
 	@echo 'make test-sanitizers  C++ tests with address, undefined behaviour and thread sanitizers'
 	@echo 'make test-torch-versions  the torch backend under PyTorch 2.6 and later; VERSIONS="2.6.0 2.8.0"'
@@ -119,11 +121,21 @@ test-cpp: $(built)
 	ctest --test-dir build/dev --output-on-failure --no-tests=error
 
 # What it finds it says how to run again. 100000 take some ten minutes of a core.
-N ?= 100000
+# Real jobs, broken on purpose: minutes to hours. One that was interrupted goes on where it was.
 SEED ?= 1
+chaos: $(built)
+	cd tests && python -m chaos.run --rounds $(or $(N),20) --seed $(SEED) $(ARGS)
+
 simulate: $(built)
 	cmake --build build/dev --target simulate
-	build/dev/simulate --seeds $(SEED) $(N) $(ARGS)
+	build/dev/simulate --seeds $(SEED) $(or $(N),100000) $(ARGS)
+
+# Minutes: the core anew, and each defect that the simulation must find.
+test-mutants: $(installed)
+	cmake -G Ninja -S . -B build/mutants -DPYCOMM_BUILD_PYTHON=OFF -DPYCOMM_BUILD_TESTS=ON \
+	  -DPYCOMM_BUILD_MUTANTS=ON
+	cmake --build build/mutants --target cpp_tests
+	ctest --test-dir build/mutants --output-on-failure --no-tests=error -R simulation
 
 # Most tests wait half of their time, for processes or for a timeout: two at once fill two cores. Those
 # of a file share ranks, so they stay together. A process that dies, as of a test that hangs, is not
@@ -202,7 +214,7 @@ test-sanitizer-%: $(installed)
 # of what peers send. Both print what to pass to see a failure again; docs/testing.md.
 N ?= 100000
 fuzz: $(built)
-	cd tests && $(time_limit) 7200 python -m fuzz.run --operations $(N) $(ARGS)
+	cd tests && $(time_limit) 7200 python -m fuzz.run --operations $(or $(N),100000) $(ARGS)
 
 SECONDS_EACH ?= 60
 CLANG ?= clang
