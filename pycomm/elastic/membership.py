@@ -105,19 +105,30 @@ def _check_job_goes_on() -> None:
 def _check_enough(
     before: MPI.Intracomm, now: MPI.Intracomm, hosts: list[list[int]], min_ranks: int
 ) -> None:
-    left, were = now.Get_size(), before.Get_size()
-    if left < min_ranks:
-        raise TooFewError(f"{left} of {were} ranks are left, and min_ranks is {min_ranks}.")
-    # On one host a process is there or it is not. Between hosts a cut cable makes two halves, each
-    # of which takes the other for lost: one alone may go on, the larger, or the one with rank 0.
-    if len(hosts) == 1 or 2 * left > were:
-        return
     from mpi4py import MPI
 
-    first = MPI.Group.Translate_ranks(before.Get_group(), [0], now.Get_group())[0]
-    has_first = first != MPI.UNDEFINED
-    if 2 * left < were or not has_first:
-        raise TooFewError(
-            f"{left} of {were} ranks are left: the others may be alive, on hosts that cannot be "
-            "reached from here, and go on."
-        )
+    were, left = before.Get_group(), now.Get_group()
+    has_first = MPI.Group.Translate_ranks(were, [0], left) != [MPI.UNDEFINED]
+    problem = too_few(left.Get_size(), were.Get_size(), len(hosts), has_first, min_ranks)
+    if problem:
+        raise TooFewError(problem)
+
+
+def too_few(left: int, were: int, hosts: int, has_first: bool, min_ranks: int) -> str:
+    """Why ``left`` of ``were`` ranks must not go on, or "".
+
+    On one host a process is there or it is not. Between hosts a cut cable makes two halves, each of
+    which takes the other for lost: one alone may go on, the larger, or the one that has rank 0.
+
+    Args:
+        hosts: how many they were on.
+        has_first: whether rank 0 is among those that are left.
+    """
+    if left < min_ranks:
+        return f"{left} of {were} ranks are left, and min_ranks is {min_ranks}."
+    if hosts == 1 or 2 * left > were or (2 * left == were and has_first):
+        return ""
+    return (
+        f"{left} of {were} ranks are left: the others may be alive, on hosts that cannot be "
+        "reached from here, and go on."
+    )

@@ -131,7 +131,8 @@ class _Run:
             _forget_frames(grows)
             return self._grow
         except Exception as error:
-            self._check_goes_on(error)
+            if not self._can_recover(error):
+                raise
             _forget_frames(error)
             return lambda: self._recover(agreed=False)
 
@@ -251,21 +252,20 @@ class _Run:
         barrier()
         return not membership.can_go_on() or membership.all_agree(True)
 
-    def _check_goes_on(self, error: Exception) -> None:
-        """Raise ``error``, or end the job, unless a rank was lost and the others can go on."""
+    def _can_recover(self, error: Exception) -> bool:
+        """Whether a rank was lost and the others can go on. Ends the job if it is to be resumed."""
         own = _communication_error(error)
         if own is None or failure.is_echo(own) or not runtime.is_initialized():
-            raise error
+            return False
         deadline = time.monotonic() + (_NOTICE_S if runtime.host_size() > 1 else 0.0)
         while not (lost := runtime.lost_ranks()):
             if time.monotonic() > deadline:
-                raise error  # of another cause
+                return False  # of another cause
             time.sleep(0.01)
-        if membership.can_go_on():
-            return
-        if self._state.folder is None:
-            raise error
-        leave(f"{_ranks(lost)} lost, and this launcher has no --with-ft ulfm.", self._state.folder)
+        if not membership.can_go_on() and self._state.folder is not None:
+            reason = f"{_ranks(lost)} lost, and this launcher has no --with-ft ulfm."
+            leave(reason, self._state.folder)
+        return membership.can_go_on()
 
     def _recover(self, agreed: bool) -> None:
         """Go on without the lost ranks.
