@@ -14,6 +14,9 @@
 namespace pycomm {
 namespace {
 
+/// To tell other hosts why a rank leaves.
+constexpr auto kLongestFarewell = std::chrono::milliseconds(200);
+
 /// Whether `ranks` processes can all run at once. Bound ranks (one core each) count their cores
 /// together.
 bool enough_cores(int ranks) {
@@ -45,6 +48,21 @@ struct Introduction {
     return {fields[0], fields[1], fields[2], text.substr(begin)};
   }
 };
+
+/// The host's name at the end of a key ("boot-id namespace name", "PYCOMM_HOST=name"), for errors.
+std::string name_in(const std::string& host_key) {
+  return host_key.substr(host_key.find_last_of(" =") + 1);
+}
+
+/// By host.
+std::vector<std::string> names_of(const Placement& placement,
+                                  const std::vector<std::string>& host_keys) {
+  std::vector<std::string> names;
+  for (const auto& ranks : placement.hosts) {
+    names.push_back(name_in(host_keys[static_cast<std::size_t>(ranks.front())]));
+  }
+  return names;
+}
 
 std::size_t parse_bytes(const std::string& text) {
   std::size_t value = 0;
@@ -99,14 +117,15 @@ std::shared_ptr<Process> Process::connect(int rank, int size, const std::string&
     const std::size_t bytes = parse_bytes(all[static_cast<std::size_t>(locals[i])].arena_bytes);
     local_arenas.push_back(descriptors[i] < 0 ? arena : Arena::map(descriptors[i], bytes));
   }
+  auto names = names_of(placement, keys);
   return std::shared_ptr<Process>(new Process(rank, size, options, std::move(placement),
-                                              std::move(page), std::move(arena), std::move(channel),
-                                              std::move(local_arenas)));
+                                              std::move(names), std::move(page), std::move(arena),
+                                              std::move(channel), std::move(local_arenas)));
 }
 
 Process::Process(int rank_in, int size_in, Options options_in, Placement placement_in,
-                 std::shared_ptr<ArenaBlock> page_block, std::shared_ptr<Arena> arena_in,
-                 std::shared_ptr<Channel> channel_in,
+                 std::vector<std::string> host_names, std::shared_ptr<ArenaBlock> page_block,
+                 std::shared_ptr<Arena> arena_in, std::shared_ptr<Channel> channel_in,
                  std::vector<std::shared_ptr<Arena>> local_arenas_in)
     : rank(rank_in),
       size(size_in),
@@ -117,7 +136,56 @@ Process::Process(int rank_in, int size_in, Options options_in, Placement placeme
       local_arenas(std::move(local_arenas_in)),
       may_spin(enough_cores(static_cast<int>(local_arenas.size()))),
       page_block_(std::move(page_block)),
-      engine_(std::make_shared<Engine>(page(), channel.get())) {}
+      roster_(std::make_shared<Roster>(
+          rank,
+          placement
+              .hosts[static_cast<std::size_t>(placement.host_of[static_cast<std::size_t>(rank)])],
+          local_pages())),
+      switchboard_(placement.host_count() == 1
+                       ? nullptr
+                       : std::make_unique<Switchboard>(
+                             Switchboard::Setting{rank, placement, std::move(host_names),
+                                                  local_pages(), options.host_timeout_s},
+                             *channel, *roster_, job_notice())),
+      engine_(std::make_shared<Engine>(page(), channel.get(), switchboard_.get())) {}
+
+std::vector<ProcessPage*> Process::local_pages() const {
+  std::vector<ProcessPage*> pages;
+  for (const auto& local : local_arenas) pages.push_back(&page_of(*local));
+  return pages;
+}
+
+void Process::enrol(Enrolled& group) {
+  roster_->enrol(group);
+  if (switchboard_ != nullptr) switchboard_->deliver_early(group);
+}
+
+void Process::wake() {
+  std::lock_guard lock(mutex_);
+  if (engine_ != nullptr) engine_->wake();
+}
+
+void Process::tell_end(const Enrolled& group, int group_rank, NoticeKind kind,
+                       const std::string& text) {
+  if (switchboard_ == nullptr) return;
+  switchboard_->tell_end(group, group_rank, kind, text);
+  wake();
+}
+
+void Process::tell_end_of_job(const std::string& text) {
+  if (switchboard_ == nullptr || stopped()) return;
+  switchboard_->tell_end_of_job(text);
+  wake();
+  switchboard_->await_sent(kLongestFarewell);
+}
+
+std::string Process::loss_among(const std::vector<int>& ranks) const {
+  return switchboard_ == nullptr ? std::string() : switchboard_->loss_among(ranks);
+}
+
+std::string Process::remark_on(const std::vector<int>& ranks) const {
+  return switchboard_ == nullptr ? std::string() : switchboard_->remark_on(ranks);
+}
 
 void Process::submit(std::shared_ptr<Progressive> queue) {
   std::lock_guard lock(mutex_);
