@@ -412,10 +412,12 @@ class World:
         gpu_places: GpuPlaces = ...,
         gpu_transport: GpuTransport = ...,
         mpi_problem: Callable[[], str] | None = None,
+        host_timeout_s: float = 10.0,
     ) -> None:
         """Find the other ranks. ``arena_bytes=0`` reserves as much as the host has memory.
 
-        ``cost``, ``algorithm`` (for whatever leaves the choice) and ``gpu_transport`` are the same
+        ``cost``, ``algorithm`` (for whatever leaves the choice), ``gpu_transport`` and
+        ``host_timeout_s`` (how long another host may be silent before it is lost) are the same
         on all ranks. ``mpi_problem`` says why MPI takes no pointers to GPU memory, "" if it does;
         it is called at most once, by a thread of its own, and may take seconds.
         """
@@ -459,6 +461,7 @@ def loopback_worlds(
     piece_bytes: int = 524288,
     gpu_places: GpuPlaces = ...,
     gpu_transport: GpuTransport = ...,
+    host_timeout_s: float = 10.0,
 ) -> list[World]:
     """Worlds whose ranks are threads of this process; rank i lies on pretend host ``hosts[i]``.
 

@@ -15,6 +15,7 @@ from pycomm.errors import CommError, InvalidArgumentError, MismatchError
 from pycomm.rendezvous import Rendezvous
 
 DEFAULT_TIMEOUT_S = 600.0
+DEFAULT_HOST_TIMEOUT_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Settings:
     algorithm: _core.Algorithm  # for whatever leaves the choice; AUTO: the cost decides
     cost: cost.CostModel
     gpu_transport: _core.GpuTransport
+    host_timeout_s: float  # how long another host may be silent
 
 
 def read_settings(timeout_s: float | None, environ: Mapping[str, str]) -> Settings:
@@ -43,6 +45,7 @@ def read_settings(timeout_s: float | None, environ: Mapping[str, str]) -> Settin
         _algorithm(environ),
         cost.load(environ),
         gpu_libraries.transport(environ),
+        _host_timeout_s(environ),
     )
 
 
@@ -88,6 +91,7 @@ def connect(rendezvous: Rendezvous, settings: Settings) -> Connection:
         {
             "host_key": key,
             "timeout_s": settings.timeout_s,
+            "host_timeout_s": f"{settings.host_timeout_s:g}",
             "algorithm": settings.algorithm.name.lower(),
             "gpu_transport": settings.gpu_transport.name.lower(),
             "cost": dataclasses.asdict(settings.cost),
@@ -103,7 +107,7 @@ def connect(rendezvous: Rendezvous, settings: Settings) -> Connection:
                 "  Pass the same to init() everywhere, and PYCOMM_TIMEOUT_S to every rank "
                 "(`mpirun -x PYCOMM_TIMEOUT_S`)."
             )
-        for variable in ("PYCOMM_ALGORITHM", "PYCOMM_GPU_TRANSPORT"):
+        for variable in ("PYCOMM_ALGORITHM", "PYCOMM_GPU_TRANSPORT", "PYCOMM_HOST_TIMEOUT_S"):
             setting = variable.removeprefix("PYCOMM_").lower()
             if card[setting] != cards[0][setting]:
                 raise MismatchError(
@@ -137,6 +141,7 @@ def connect(rendezvous: Rendezvous, settings: Settings) -> Connection:
         gpu_places=gpu_libraries.places(),
         gpu_transport=settings.gpu_transport,
         mpi_problem=_mpi_problem,
+        host_timeout_s=settings.host_timeout_s,
     )
     return Connection(world, cards[0]["job"])
 
@@ -159,6 +164,22 @@ def _timeout_s(argument: float | None, environ: Mapping[str, str]) -> float:
     if not (seconds > 0 and math.isfinite(seconds)):
         raise InvalidArgumentError(
             f"init: {source} is not a positive number of seconds. Pass one, such as 600."
+        )
+    return seconds
+
+
+def _host_timeout_s(environ: Mapping[str, str]) -> float:
+    text = environ.get("PYCOMM_HOST_TIMEOUT_S")
+    if text is None:
+        return DEFAULT_HOST_TIMEOUT_S
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not (1 <= seconds <= 1e6):
+        raise InvalidArgumentError(
+            f"init: PYCOMM_HOST_TIMEOUT_S={text!r} is not a number of seconds from 1 to 1000000. "
+            "Pass one, such as 10."
         )
     return seconds
 

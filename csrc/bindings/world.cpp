@@ -26,14 +26,15 @@ std::size_t default_arena_bytes() {
 
 Process::Options options_of(double timeout_s, std::size_t arena_bytes, const Tuning& tuning,
                             const nccl::Places& gpu_places, nccl::Transport gpu_transport,
-                            nccl::MpiProblem mpi_problem) {
+                            nccl::MpiProblem mpi_problem, double host_timeout_s) {
   return {timeout_s,
           arena_bytes > 0 ? arena_bytes : default_arena_bytes(),
           {},
           tuning,
           gpu_places,
           gpu_transport,
-          std::move(mpi_problem)};
+          std::move(mpi_problem),
+          host_timeout_s};
 }
 
 /// `ask` is called by a thread that nobody waits for at the end, so it is never given back.
@@ -62,13 +63,13 @@ std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
                                std::shared_ptr<Channel> channel, std::size_t arena_bytes,
                                const CostModel& cost, Algorithm algorithm,
                                const nccl::Places& gpu_places, nccl::Transport gpu_transport,
-                               const py::object& mpi_problem) {
+                               const py::object& mpi_problem, double host_timeout_s) {
   const auto ask = mpi_problem_of(mpi_problem);
   const auto gather = without_gil(all_gather_bytes);
   const py::gil_scoped_release no_gil;
-  return World::connect(
-      rank, size, host_key, gather, std::move(channel),
-      options_of(timeout_s, arena_bytes, {cost, algorithm}, gpu_places, gpu_transport, ask));
+  return World::connect(rank, size, host_key, gather, std::move(channel),
+                        options_of(timeout_s, arena_bytes, {cost, algorithm}, gpu_places,
+                                   gpu_transport, ask, host_timeout_s));
 }
 
 }  // namespace
@@ -80,7 +81,8 @@ void bind_world(py::module_& module) {
            py::arg("all_gather_bytes"), py::kw_only(), py::arg("timeout_s"),
            py::arg("channel") = nullptr, py::arg("arena_bytes") = 0, py::arg("cost") = CostModel(),
            py::arg("algorithm") = Algorithm::kAuto, py::arg("gpu_places") = nccl::Places(),
-           py::arg("gpu_transport") = nccl::Transport::kAuto, py::arg("mpi_problem") = py::none())
+           py::arg("gpu_transport") = nccl::Transport::kAuto, py::arg("mpi_problem") = py::none(),
+           py::arg("host_timeout_s") = 10.0)
       .def_property_readonly("group", &World::group)
       .def(
           "make_group",
@@ -108,19 +110,20 @@ void bind_world(py::module_& module) {
   module.def(
       "loopback_worlds",
       [](const std::vector<int>& hosts, double timeout_s, std::size_t piece_bytes,
-         const nccl::Places& gpu_places, nccl::Transport gpu_transport) {
+         const nccl::Places& gpu_places, nccl::Transport gpu_transport, double host_timeout_s) {
         if (piece_bytes < Staging::kLeastPieceBytes || piece_bytes % 64 != 0) {
           throw InvalidArgumentError("loopback_worlds: piece_bytes is " +
                                      std::to_string(piece_bytes) +
                                      ". Pass a multiple of 64, at least 1024.");
         }
-        return World::loopback(
-            hosts,
-            {timeout_s, std::size_t{1} << 30, Staging{piece_bytes}, {}, gpu_places, gpu_transport});
+        Process::Options options{timeout_s, std::size_t{1} << 30, Staging{piece_bytes},
+                                 {},        gpu_places,           gpu_transport};
+        options.host_timeout_s = host_timeout_s;
+        return World::loopback(hosts, options);
       },
       py::arg("hosts"), py::kw_only(), py::arg("timeout_s") = 60.0,
       py::arg("piece_bytes") = Staging().piece_bytes, py::arg("gpu_places") = nccl::Places(),
-      py::arg("gpu_transport") = nccl::Transport::kAuto,
+      py::arg("gpu_transport") = nccl::Transport::kAuto, py::arg("host_timeout_s") = 10.0,
       "Worlds whose ranks are threads of this process; rank i lies on pretend host hosts[i]. "
       "Small pieces make small tensors take the way of large ones.");
 }
