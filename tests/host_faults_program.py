@@ -64,9 +64,16 @@ def give_up() -> None:
 def circle() -> None:
     """Ranks 0 and 2, on two hosts, call two groups in opposite order; 1 and 3 wait beside."""
     groups = [world_group().duplicate() for _ in range(2)]
+    if pycomm.rank() >= 2:
+        groups.reverse()
+
+    def call_both() -> None:
+        for group in groups:
+            one(group)
+
     if pycomm.rank() == 0:
         began("circle")
-    note("circle", lambda: [one(group) for group in groups[:: 1 if pycomm.rank() < 2 else -1]])
+    note("circle", call_both)
 
 
 def absent() -> None:
@@ -109,7 +116,7 @@ def kill() -> None:
 
 
 def cut() -> None:
-    """Somebody pulls the cable between the hosts. Rank 1 computes meanwhile."""
+    """Somebody pulls the cable between the hosts."""
     one(world_group())
     time.sleep(1.5)  # everybody was heard
     (FOLDER / f"cut.{pycomm.rank()}.ready").touch()

@@ -57,7 +57,7 @@ class Engine {
   void run();
   void drive();
   /// Nothing is submitted: wait until something is. With several hosts it wakes once a period of
-  /// the switchboard's (1 s) to send, receive and look: some calls of MPI, microseconds.
+  /// the switchboard's (1 s) to send, receive and look: 0.1 ms of a core a second.
   void idle();
   Progressive::State advance_all();
 
