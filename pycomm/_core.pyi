@@ -427,10 +427,12 @@ class World:
         job: str = "",
         trace_folder: str = "",
         warn_after_s: float = 0.0,
+        host_timeout_s: float = 10.0,
     ) -> None:
         """Find the other ranks. ``arena_bytes=0`` reserves as much as the host has memory.
 
-        ``cost``, ``algorithm`` (for whatever leaves the choice) and ``gpu_transport`` are the same
+        ``cost``, ``algorithm`` (for whatever leaves the choice), ``gpu_transport`` and
+        ``host_timeout_s`` (how long another host may be silent before it is lost) are the same
         on all ranks. ``mpi_problem`` says why MPI takes no pointers to GPU memory, "" if it does;
         it is called at most once, by a thread of its own, and may take seconds. ``trace_folder`` is
         where what the ranks did last is saved when something fails, "": nowhere; after
@@ -490,6 +492,7 @@ def loopback_worlds(
     gpu_transport: GpuTransport = ...,
     trace_folder: str = "",
     warn_after_s: float = 0.0,
+    host_timeout_s: float = 10.0,
 ) -> list[World]:
     """Worlds whose ranks are threads of this process; rank i lies on pretend host ``hosts[i]``.
 

@@ -16,6 +16,7 @@ from pycomm.errors import CommError, InvalidArgumentError, MismatchError
 from pycomm.rendezvous import Rendezvous
 
 DEFAULT_TIMEOUT_S = 600.0
+DEFAULT_HOST_TIMEOUT_S = 10.0
 DEFAULT_WARN_AFTER_S = 30.0
 DEFAULT_TRACE_FOLDER = "runs"
 # Nanoseconds of it are a 64-bit number.
@@ -33,6 +34,7 @@ class Settings:
     gpu_transport: _core.GpuTransport
     warn_after_s: float  # a rank that waits so long says so; 0: never
     trace_folder: str  # below which what the ranks did last is saved upon an error; "": nowhere
+    host_timeout_s: float  # how long another host may be silent
 
 
 def read_settings(timeout_s: float | None, environ: Mapping[str, str]) -> Settings:
@@ -52,6 +54,7 @@ def read_settings(timeout_s: float | None, environ: Mapping[str, str]) -> Settin
         gpu_libraries.transport(environ),
         _warn_after_s(environ),
         environ.get("PYCOMM_TRACE_FOLDER", DEFAULT_TRACE_FOLDER),
+        _host_timeout_s(environ),
     )
 
 
@@ -102,6 +105,7 @@ def connect(rendezvous: Rendezvous, settings: Settings) -> Connection:
         {
             "host_key": key,
             "timeout_s": settings.timeout_s,
+            "host_timeout_s": f"{settings.host_timeout_s:g}",
             "algorithm": settings.algorithm.name.lower(),
             "gpu_transport": settings.gpu_transport.name.lower(),
             "cost": dataclasses.asdict(settings.cost),
@@ -120,7 +124,7 @@ def connect(rendezvous: Rendezvous, settings: Settings) -> Connection:
                 "  Pass the same to init() everywhere, and PYCOMM_TIMEOUT_S to every rank "
                 "(`mpirun -x PYCOMM_TIMEOUT_S`)."
             )
-        for variable in ("PYCOMM_ALGORITHM", "PYCOMM_GPU_TRANSPORT"):
+        for variable in ("PYCOMM_ALGORITHM", "PYCOMM_GPU_TRANSPORT", "PYCOMM_HOST_TIMEOUT_S"):
             setting = variable.removeprefix("PYCOMM_").lower()
             if card[setting] != cards[0][setting]:
                 raise MismatchError(
@@ -158,6 +162,7 @@ def connect(rendezvous: Rendezvous, settings: Settings) -> Connection:
         job=cards[0]["job"],
         trace_folder=_trace_folder(settings, cards[0]["job"]) if rendezvous.size > 1 else "",
         warn_after_s=settings.warn_after_s,
+        host_timeout_s=settings.host_timeout_s,
     )
     if (offer := stacks.offer()) is not None:
         world.offer_stacks(*offer)
@@ -246,6 +251,22 @@ def _timeout_s(argument: float | None, environ: Mapping[str, str]) -> float:
         raise InvalidArgumentError(
             f"init: {source} is not a positive number of seconds up to {MOST_TIMEOUT_S:g}. "
             "Pass one, such as 600."
+        )
+    return seconds
+
+
+def _host_timeout_s(environ: Mapping[str, str]) -> float:
+    text = environ.get("PYCOMM_HOST_TIMEOUT_S")
+    if text is None:
+        return DEFAULT_HOST_TIMEOUT_S
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not (1 <= seconds <= 1e6):
+        raise InvalidArgumentError(
+            f"init: PYCOMM_HOST_TIMEOUT_S={text!r} is not a number of seconds from 1 to 1000000. "
+            "Pass one, such as 10."
         )
     return seconds
 

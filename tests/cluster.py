@@ -155,6 +155,10 @@ class Cluster:
             "OMPI_MCA_mpi_yield_when_idle": "1",  # the hosts share their cores
         }
 
+    def cut(self, index: int) -> None:
+        """Pull the cable of a host: nobody is told, packets are lost."""
+        self._head.run(f"ip link set port{index} down")
+
     def pids(self) -> list[int]:
         """A process of the head and one of each host, which live as long as they do."""
         return [host.pid for host in [self._head, *self._hosts]]

@@ -43,17 +43,23 @@ def test_a_setting_that_differs_is_an_error_on_every_rank():
         """
         import os, pycomm
         rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["PMI_RANK"]
-        os.environ["PYCOMM_GPU_TRANSPORT"] = "staged" if rank == "1" else "auto"
-        try:
-            pycomm.init()
-        except pycomm.MismatchError as error:
-            print(str(error).splitlines()[0])
+        for name, *of_rank in [
+            ("PYCOMM_GPU_TRANSPORT", "auto", "staged"),
+            ("PYCOMM_HOST_TIMEOUT_S", "10", "7.5"),
+        ]:
+            os.environ[name] = of_rank[int(rank)]
+            try:
+                pycomm.init()
+            except pycomm.MismatchError as error:
+                print(str(error).splitlines()[0])
+            del os.environ[name]
         """,
     )
     assert done.returncode == 0, done.err
     for rank in range(2):
-        text = f"init on rank {rank}: PYCOMM_GPU_TRANSPORT is auto on rank 0 and staged on rank 1."
-        assert text in done.out
+        on_rank = f"init on rank {rank}: "
+        assert f"{on_rank}PYCOMM_GPU_TRANSPORT is auto on rank 0 and staged on rank 1." in done.out
+        assert f"{on_rank}PYCOMM_HOST_TIMEOUT_S is 10 on rank 0 and 7.5 on rank 1." in done.out
 
 
 def test_interleaved_hosts():

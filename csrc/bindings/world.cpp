@@ -34,7 +34,8 @@ struct Outside {
 
 Process::Options options_of(double timeout_s, std::size_t arena_bytes, const Tuning& tuning,
                             const nccl::Places& gpu_places, nccl::Transport gpu_transport,
-                            nccl::MpiProblem mpi_problem, const Outside& outside) {
+                            nccl::MpiProblem mpi_problem, const Outside& outside,
+                            double host_timeout_s) {
   return {timeout_s,
           arena_bytes > 0 ? arena_bytes : default_arena_bytes(),
           {},
@@ -45,7 +46,8 @@ Process::Options options_of(double timeout_s, std::size_t arena_bytes, const Tun
           outside.host_name,
           outside.job,
           outside.trace_folder,
-          outside.warn_after_s};
+          outside.warn_after_s,
+          host_timeout_s};
 }
 
 /// `ask` is called by a thread that nobody waits for at the end, so it is never given back.
@@ -76,14 +78,14 @@ std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
                                const nccl::Places& gpu_places, nccl::Transport gpu_transport,
                                const py::object& mpi_problem, const std::string& host_name,
                                const std::string& job, const std::string& trace_folder,
-                               double warn_after_s) {
+                               double warn_after_s, double host_timeout_s) {
   const auto ask = mpi_problem_of(mpi_problem);
   const auto gather = without_gil(all_gather_bytes);
   const py::gil_scoped_release no_gil;
   return World::connect(
       rank, size, host_key, gather, std::move(channel),
       options_of(timeout_s, arena_bytes, {cost, algorithm}, gpu_places, gpu_transport, ask,
-                 {host_name, job, trace_folder, warn_after_s}));
+                 {host_name, job, trace_folder, warn_after_s}, host_timeout_s));
 }
 
 }  // namespace
@@ -97,7 +99,7 @@ void bind_world(py::module_& module) {
            py::arg("algorithm") = Algorithm::kAuto, py::arg("gpu_places") = nccl::Places(),
            py::arg("gpu_transport") = nccl::Transport::kAuto, py::arg("mpi_problem") = py::none(),
            py::arg("host_name") = "", py::arg("job") = "", py::arg("trace_folder") = "",
-           py::arg("warn_after_s") = 0.0)
+           py::arg("warn_after_s") = 0.0, py::arg("host_timeout_s") = 10.0)
       .def_property_readonly("group", &World::group)
       .def(
           "make_group",
@@ -131,7 +133,7 @@ void bind_world(py::module_& module) {
       "loopback_worlds",
       [](const std::vector<int>& hosts, double timeout_s, std::size_t piece_bytes,
          const nccl::Places& gpu_places, nccl::Transport gpu_transport,
-         const std::string& trace_folder, double warn_after_s) {
+         const std::string& trace_folder, double warn_after_s, double host_timeout_s) {
         if (piece_bytes < Staging::kLeastPieceBytes || piece_bytes % 64 != 0) {
           throw InvalidArgumentError("loopback_worlds: piece_bytes is " +
                                      std::to_string(piece_bytes) +
@@ -141,12 +143,13 @@ void bind_world(py::module_& module) {
                                  {},        gpu_places,           gpu_transport};
         options.trace_folder = trace_folder;
         options.warn_after_s = warn_after_s;
+        options.host_timeout_s = host_timeout_s;
         return World::loopback(hosts, options);
       },
       py::arg("hosts"), py::kw_only(), py::arg("timeout_s") = 60.0,
       py::arg("piece_bytes") = Staging().piece_bytes, py::arg("gpu_places") = nccl::Places(),
       py::arg("gpu_transport") = nccl::Transport::kAuto, py::arg("trace_folder") = "",
-      py::arg("warn_after_s") = 0.0,
+      py::arg("warn_after_s") = 0.0, py::arg("host_timeout_s") = 10.0,
       "Worlds whose ranks are threads of this process; rank i lies on pretend host hosts[i]. "
       "Small pieces make small tensors take the way of large ones.");
 }

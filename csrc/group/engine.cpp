@@ -19,8 +19,8 @@ constexpr auto kShortestDrainNap = std::chrono::milliseconds(1);
 
 }  // namespace
 
-Engine::Engine(ProcessPage& page, Channel* channel)
-    : page_(page), channel_(channel), thread_([this] { run(); }) {
+Engine::Engine(ProcessPage& page, Channel* channel, Switchboard* switchboard)
+    : page_(page), channel_(channel), switchboard_(switchboard), thread_([this] { run(); }) {
   started_.wait(false);  // until the LifeWord is held, a death would go unnoticed
   if (startup_error_) {
     thread_.join();
@@ -47,6 +47,15 @@ void Engine::submit(std::shared_ptr<Progressive> queue) {
     std::lock_guard lock(mutex_);
     submitted_.push_back(std::move(queue));
     has_submitted_.store(true, std::memory_order_release);
+  }
+  wake_.notify_one();
+  page_.doorbell.ring();
+}
+
+void Engine::wake() {
+  {
+    std::lock_guard lock(mutex_);
+    has_news_ = true;
   }
   wake_.notify_one();
   page_.doorbell.ring();
@@ -101,6 +110,7 @@ void Engine::drive() {
     bool slept = false;
     if (active_.empty()) {
       idle();
+      slept = true;
       backoff.reset();
     } else if (state == State::kAdvanced) {
       backoff.reset();
@@ -117,18 +127,22 @@ void Engine::drive() {
     }
     // A busy group must not keep another one from noticing its deadline.
     if (slept || Clock::now() - last_check > kLongestUnchecked) {
+      if (switchboard_ != nullptr) switchboard_->attend();  // what it hears counts at once
       for (const auto& queue : active_) queue->check();
       last_check = Clock::now();
     }
   }
   advance_all();  // takes over what was submitted last
   for (const auto& queue : active_) queue->abandon();
+  if (switchboard_ != nullptr) switchboard_->leave();
 }
 
 void Engine::idle() {
   // Not at the doorbell, which rings for every blocking call of this process's own threads.
   std::unique_lock lock(mutex_);
-  const auto called = [this] { return !submitted_.empty() || stopping_.load(); };
+  const auto called = [this] {
+    return !submitted_.empty() || std::exchange(has_news_, false) || stopping_.load();
+  };
   if (channel_ != nullptr) {
     // A send is over once its buffer is free; MPI may hold the last bytes until it is called again.
     // Naps grow with the time that has passed, so that a peer gets them at most a quarter later and
@@ -139,10 +153,16 @@ void Engine::idle() {
       if (wake_.wait_for(lock, nap, called)) return;
       lock.unlock();
       channel_->progress();
+      if (switchboard_ != nullptr) switchboard_->attend();
       lock.lock();
     }
   }
-  wake_.wait(lock, called);
+  if (switchboard_ == nullptr) return wake_.wait(lock, called);
+  while (!wake_.wait_for(lock, switchboard_->period(), called)) {
+    lock.unlock();
+    switchboard_->attend();
+    lock.lock();
+  }
 }
 
 }  // namespace pycomm

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/thread.h"
+#include "group/switchboard.h"
 #include "transport/channel.h"
 #include "transport/window.h"
 
@@ -34,9 +35,9 @@ class Progressive {
 /// turns, and holds the process's LifeWord as long as it lives.
 class Engine {
  public:
-  /// @param channel  null inside one host.
+  /// @param channel, switchboard  null inside one host.
   /// @throws CommError  the kernel has no robust futexes.
-  Engine(ProcessPage& page, Channel* channel);
+  Engine(ProcessPage& page, Channel* channel, Switchboard* switchboard);
   /// Stops the thread; what is still submitted is abandoned.
   ~Engine();
   Engine(const Engine&) = delete;
@@ -45,20 +46,26 @@ class Engine {
   /// There is work in `queue` (again). Kept alive until it is idle.
   void submit(std::shared_ptr<Progressive> queue);
 
+  /// Something was posted on the switchboard.
+  void wake();
+
  private:
   void run();
   void drive();
-  /// Nothing is submitted: wait until something is.
+  /// Nothing is submitted: wait until something is. With several hosts it wakes once a period of
+  /// the switchboard's (1 s) to send, receive and look: 0.1 ms of a core a second.
   void idle();
   Progressive::State advance_all();
 
   ProcessPage& page_;
   Channel* const channel_;
+  Switchboard* const switchboard_;
   std::vector<std::shared_ptr<Progressive>> active_;  // the thread's own
 
   std::mutex mutex_;
   Condition wake_;  // from idle()
   std::vector<std::shared_ptr<Progressive>> submitted_;
+  bool has_news_ = false;  // on the switchboard
   std::atomic<bool> has_submitted_{false};
   std::atomic<bool> stopping_{false};
   std::atomic<bool> started_{false};

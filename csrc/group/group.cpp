@@ -67,6 +67,15 @@ std::exception_ptr with_text(const std::exception_ptr& error, const std::string&
   }
 }
 
+/// Members share no other group's tag.
+std::uint64_t id_of(int tag, const std::vector<int>& ranks) {
+  std::uint64_t id = static_cast<std::uint64_t>(tag) + 1;
+  for (const int rank : ranks) {  // FNV-1a, by words
+    id = (id ^ (static_cast<std::uint64_t>(rank) + 1)) * 0x100000001B3u;
+  }
+  return id;
+}
+
 /// For the other ranks: what came out of the call there was not our error.
 std::string interrupted_in(const std::string& call, int rank) {
   return "rank " + std::to_string(rank) + " was interrupted in " + call +
@@ -170,13 +179,17 @@ Group::Group(std::shared_ptr<Process> process, std::vector<int> ranks, int rank,
                process_->options.tuning,
                rank},
       timeout_s_(timeout_s),
-      journal_(process_->page().recorder, tag, ranks_, process_->size) {}
+      journal_(process_->page().recorder, tag, ranks_, process_->size),
+      id_(id_of(tag, ranks_)) {
+  process_->enrol(*this);
+}
 
 Group::~Group() {
   if (in_forked_child()) {
     static_cast<void>(gpus_.release());  // CUDA does not survive a fork
     return;
   }
+  process_->roster()->strike(*this);
   window_.leave();
   if (failure_ && placement_.host_count() > 1) {
     ArenaBlock::quarantine(memory_);  // MPI may still send from it, or receive into it
@@ -190,7 +203,7 @@ void Group::refuse(const Operation& operation, const std::string& problem) const
                              std::to_string(rank()) + ": " + problem);
 }
 
-void Group::prepare(Operation& operation) const {
+void Group::prepare(Operation& operation) {
   if (in_forked_child()) {
     throw CommError(std::string(name_of(operation.kind)) +
                     ": this process was forked from a rank and is not one itself. Communicate in "
@@ -220,6 +233,7 @@ void Group::prepare(Operation& operation) const {
   }
   if (operation.timeout_s <= 0) operation.timeout_s = timeout_s_;
   operation.warn_after_s = process_->options.warn_after_s;
+  issuer_.store(thread_number(), std::memory_order_relaxed);
   if (operation.device >= 0) process_->gpu_plane().issue(operation);
 }
 
@@ -230,11 +244,13 @@ std::shared_ptr<Work> Group::start(Operation operation) {
 
 std::shared_ptr<Work> Group::enqueue(Operation operation) {
   auto work = std::make_shared<Work>(process_->page().doorbell, operation.device_call);
+  work->is_call_of(process_->roster(), context_.tag);
   {
     std::lock_guard lock(mutex_);
     if (failure_) std::rethrow_exception(failure_);
     const auto entry = journal_.queue(operation);
     queue_.push_back({std::move(operation), work, entry});
+    ++queued_;
     // Acquire-release, as all changes: who sees kRunning may leave the queue to that thread.
     if (state_.fetch_or(kQueued, std::memory_order_acq_rel) != 0) return work;
   }
@@ -265,6 +281,7 @@ void Group::run(Operation operation, const InterruptCheck& check_interrupt,
                 const std::function<void()>& before_waiting) {
   prepare(operation);
   if (operation.device < 0 && begin_turn()) {
+    count_in_turn();
     run_here(operation, check_interrupt, before_waiting);
   } else {
     if (before_waiting) before_waiting();
@@ -299,10 +316,13 @@ void Group::drive(const Operation& operation, Journal::Entry entry,
                   const InterruptCheck& check_interrupt) {
   Execution execution(context_, operation);
   journal_.start(entry, context_);
+  Roster::Waiting waiting(process_->roster().get(), context_.tag);
   Backoff(window_.doorbell(), process_->may_spin)
       .drive([&] { return execution.done(); }, [&] { return execution.advance(); },
              [&] {
+               waiting.slept();
                execution.check();
+               process_->roster()->check(*this, execution.seconds());
                check_interrupt();
              });
   execution.finish();
@@ -379,7 +399,7 @@ Progressive::State Group::advance() {
 void Group::check() {
   if (current_) {
     try {
-      current_->check();
+      check_current();
     } catch (...) {
       end_current_with_error();
     }
@@ -388,9 +408,57 @@ void Group::check() {
   const std::string call = describe_gpu_call();
   try {
     check_peers(window_, call);
+    check_other_hosts([&] { return call; });
   } catch (...) {
     fail(call);  // watch_gpus() aborts
   }
+}
+
+void Group::check_current() {
+  try {
+    current_->check();
+  } catch (const CommTimeoutError& error) {
+    throw CommTimeoutError(error.what() + process_->remark_on(ranks_));
+  }
+  check_other_hosts([&] { return current_->describe(); });
+  process_->roster()->check(*this, current_->seconds());
+}
+
+void Group::check_other_hosts(const std::function<std::string()>& call) const {
+  if (!spans_hosts()) return;
+  const std::string loss = process_->loss_among(ranks_);
+  if (!loss.empty()) throw PeerLostError(call() + ": " + loss);
+}
+
+Standing::Use Group::use() const {
+  Standing::Use use;
+  use.group = id_;
+  use.thread = issuer_.load(std::memory_order_relaxed);
+  std::lock_guard lock(mutex_);
+  use.issued = queued_ + run_in_turns_.load(std::memory_order_relaxed);
+  return use;
+}
+
+Standing::Call Group::current_call() const {
+  Standing::Call call;
+  call.group = id_;
+  call.tag = context_.tag;
+  call.group_rank = rank();
+  std::string members;
+  for (const int member : ranks_) members += (members.empty() ? "" : ", ") + std::to_string(member);
+  if (members.size() > call.members.size()) {
+    members.replace(call.members.size() - 3, members.npos, "...");
+  }
+  std::copy(members.begin(), members.end(), call.members.begin());
+  call.signature = window_.announced_signature(window_.local_rank(), context_.announced);
+  call.hash = window_.announced_hash(window_.local_rank(), context_.announced);
+  return call;
+}
+
+bool Group::end(NoticeKind kind, int rank, const std::string& text) {
+  if (!window_.notice().post(kind, rank, text)) return false;
+  window_.ring_all();
+  return true;
 }
 
 std::string Group::describe_gpu_call() const {
@@ -511,6 +579,7 @@ void Group::tell(NoticeKind kind, const std::string& text) {
   const Trace trace = first ? black_box.take(text) : Trace();
   const bool posted = window_.notice().post(kind, rank(), text);
   window_.ring_all();
+  if (posted && spans_hosts()) process_->tell_end(*this, rank(), kind, text);
   if (first && posted) black_box.save(trace);
 }
 
@@ -551,7 +620,7 @@ void Group::check_notices() const { window_.check_notices(); }
 bool Group::given_up_elsewhere() const {
   try {
     check_notices();
-    return window_.lost_peer() >= 0;
+    return window_.lost_peer() >= 0 || !process_->loss_among(ranks_).empty();
   } catch (const CommError&) {
     return true;
   }

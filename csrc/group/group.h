@@ -18,6 +18,7 @@
 #include "group/group_record.h"
 #include "group/journal.h"
 #include "group/post_office.h"
+#include "group/roster.h"
 #include "group/work.h"
 #include "transport/arena.h"
 
@@ -30,7 +31,7 @@ class Process;
 ///
 /// All calls may be made from any thread. Groups are independent: none waits for another's
 /// operations or memory.
-class Group : public Progressive, public std::enable_shared_from_this<Group> {
+class Group : public Progressive, public Enrolled, public std::enable_shared_from_this<Group> {
  public:
   /// A member's half of making a group: reserve memory, tell the others, receive what they told.
   ///
@@ -47,7 +48,7 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   int rank() const { return context_.rank; }
   int size() const { return context_.size(); }
   /// World rank of each group rank.
-  const std::vector<int>& ranks() const { return ranks_; }
+  const std::vector<int>& ranks() const override { return ranks_; }
   const Placement& placement() const { return placement_; }
 
   /// Queue an operation and return at once.
@@ -132,6 +133,13 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   void check() override;
   void abandon() override;
 
+  // For the roster.
+  int tag() const override { return context_.tag; }
+  bool spans_hosts() const override { return placement_.host_count() > 1; }
+  Standing::Use use() const override;
+  Standing::Call current_call() const override;
+  bool end(NoticeKind kind, int rank, const std::string& text) override;
+
  private:
   friend class PostOffice;
   friend class Turn;
@@ -156,7 +164,7 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
                                      const InterruptCheck& check_interrupt);
 
   /// Fill in defaults and refuse what cannot work.
-  void prepare(Operation& operation) const;
+  void prepare(Operation& operation);
   [[noreturn]] void refuse(const Operation& operation, const std::string& problem) const;
   /// The calling thread drives the group, which was idle, until end_turn(). False: it is not idle,
   /// has failed, or spans several hosts.
@@ -173,6 +181,15 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   /// Drive an operation to its end.
   void drive(const Operation& operation, Journal::Entry entry,
              const InterruptCheck& check_interrupt);
+  /// The turn's holder has one more operation to run.
+  void count_in_turn() {
+    run_in_turns_.store(run_in_turns_.load(std::memory_order_relaxed) + 1,
+                        std::memory_order_relaxed);
+  }
+  /// Throws if ranks of other hosts are gone: then `call()` cannot end.
+  void check_other_hosts(const std::function<std::string()>& call) const;
+  /// Look at the operation that the progress thread drives.
+  void check_current();
   /// Every later operation raises `error`, unless another one came first. Under `mutex_`.
   void finish(std::exception_ptr error);
   /// The group is finished by the exception being handled; tells the other members why.
@@ -202,6 +219,7 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   Context context_;
   const double timeout_s_;
   const Journal journal_;
+  const std::uint64_t id_;  // the same on all members, and no other group's
 
   /// Whose turn it is. 0 is an idle group, which a caller's thread takes over, and gives back, by
   /// one atomic operation; all other changes are made under `mutex_`, with what they describe.
@@ -209,9 +227,14 @@ class Group : public Progressive, public std::enable_shared_from_this<Group> {
   static constexpr unsigned kRunning = 1;   // a thread drives an operation
   static constexpr unsigned kQueued = 2;    // queue_ is not empty: whose turn ends hands it on
   static constexpr unsigned kFinished = 4;  // failure_ is set
+  /// Of the thread that called the last operation.
+  std::atomic<std::uint32_t> issuer_{thread_number()};
+  /// Operations run by callers' threads. Written by whose turn it is.
+  std::atomic<std::uint64_t> run_in_turns_{0};
 
   mutable std::mutex mutex_;
   std::deque<Pending> queue_;
+  std::uint64_t queued_ = 0;  // so far
   std::exception_ptr failure_;
 
   // Touched by the progress thread alone.

@@ -22,6 +22,10 @@ std::vector<std::shared_ptr<Process>> Process::loopback(
   if (channels.empty()) {
     for (auto& channel : make_loopback_channels(size)) channels.push_back(std::move(channel));
   }
+  std::vector<std::string> names;
+  for (const auto& ranks : placement.hosts) {
+    names.push_back(keys[static_cast<std::size_t>(ranks.front())]);
+  }
   std::vector<std::shared_ptr<Process>> processes;
   for (int rank = 0; rank < size; ++rank) {
     const auto at = static_cast<std::size_t>(rank);
@@ -29,8 +33,9 @@ std::vector<std::shared_ptr<Process>> Process::loopback(
     for (const int peer : placement.hosts[static_cast<std::size_t>(placement.host_of[at])]) {
       locals.push_back(arenas[static_cast<std::size_t>(peer)]);
     }
-    processes.push_back(std::shared_ptr<Process>(new Process(
-        rank, size, options, placement, pages[at], arenas[at], channels[at], std::move(locals))));
+    processes.push_back(
+        std::shared_ptr<Process>(new Process(rank, size, options, placement, names, pages[at],
+                                             arenas[at], channels[at], std::move(locals))));
   }
   return processes;
 }

@@ -349,6 +349,7 @@ void PostOffice::check_peers_and_deadlines() {
                           " is gone, its process ended without leaving the job (killed, crashed or "
                           "out of memory).\n  Read that rank's log and the kernel's (dmesg).");
     }
+    group_.check_other_hosts([&] { return first_unfinished(); });
     for (const auto& transfer : exchange_->unfinished()) check(static_cast<Item&>(*transfer));
   } catch (...) {
     fail(first_unfinished());

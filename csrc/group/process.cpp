@@ -16,6 +16,9 @@
 namespace pycomm {
 namespace {
 
+/// To tell other hosts why a rank leaves.
+constexpr auto kLongestFarewell = std::chrono::milliseconds(200);
+
 /// Whether `ranks` processes can all run at once. Bound ranks (one core each) count their cores
 /// together.
 bool enough_cores(int ranks) {
@@ -24,6 +27,21 @@ bool enough_cores(int ranks) {
   const int bound_to = sched_getaffinity(0, sizeof(mine), &mine) == 0 ? CPU_COUNT(&mine) : ranks;
   const long online = sysconf(_SC_NPROCESSORS_ONLN);
   return ranks <= std::min<long>(online, static_cast<long>(ranks) * bound_to);
+}
+
+/// The host's name at the end of a key ("boot-id namespace name", "PYCOMM_HOST=name"), for errors.
+std::string name_in(const std::string& host_key) {
+  return host_key.substr(host_key.find_last_of(" =") + 1);
+}
+
+/// By host.
+std::vector<std::string> names_of(const Placement& placement,
+                                  const std::vector<std::string>& host_keys) {
+  std::vector<std::string> names;
+  for (const auto& ranks : placement.hosts) {
+    names.push_back(name_in(host_keys[static_cast<std::size_t>(ranks.front())]));
+  }
+  return names;
 }
 
 }  // namespace
@@ -70,14 +88,15 @@ std::shared_ptr<Process> Process::connect(int rank, int size, const std::string&
     const std::size_t bytes = all[static_cast<std::size_t>(locals[i])].arena_bytes;
     local_arenas.push_back(descriptors[i] < 0 ? arena : Arena::map(descriptors[i], bytes));
   }
+  auto names = names_of(placement, keys);
   return std::shared_ptr<Process>(new Process(rank, size, options, std::move(placement),
-                                              std::move(page), std::move(arena), std::move(channel),
-                                              std::move(local_arenas)));
+                                              std::move(names), std::move(page), std::move(arena),
+                                              std::move(channel), std::move(local_arenas)));
 }
 
 Process::Process(int rank_in, int size_in, Options options_in, Placement placement_in,
-                 std::shared_ptr<ArenaBlock> page_block, std::shared_ptr<Arena> arena_in,
-                 std::shared_ptr<Channel> channel_in,
+                 std::vector<std::string> host_names, std::shared_ptr<ArenaBlock> page_block,
+                 std::shared_ptr<Arena> arena_in, std::shared_ptr<Channel> channel_in,
                  std::vector<std::shared_ptr<Arena>> local_arenas_in)
     : rank(rank_in),
       size(size_in),
@@ -90,11 +109,60 @@ Process::Process(int rank_in, int size_in, Options options_in, Placement placeme
       page_block_(std::move(page_block)),
       black_box_(options.trace_folder, placement.host_of[static_cast<std::size_t>(rank)],
                  local_arenas),
-      engine_(std::make_shared<Engine>(page(), channel.get())) {
+      roster_(std::make_shared<Roster>(
+          rank,
+          placement
+              .hosts[static_cast<std::size_t>(placement.host_of[static_cast<std::size_t>(rank)])],
+          local_pages())),
+      switchboard_(placement.host_count() == 1
+                       ? nullptr
+                       : std::make_unique<Switchboard>(
+                             Switchboard::Setting{rank, placement, std::move(host_names),
+                                                  local_pages(), options.host_timeout_s},
+                             *channel, *roster_, job_notice())),
+      engine_(std::make_shared<Engine>(page(), channel.get(), switchboard_.get())) {
   page().identity =
       Identity::of_this_process(rank, size, placement.host_of[static_cast<std::size_t>(rank)],
                                 options.host_name, options.job);
   page().magic.store(Identity::kMagic, std::memory_order_release);
+}
+
+std::vector<ProcessPage*> Process::local_pages() const {
+  std::vector<ProcessPage*> pages;
+  for (const auto& local : local_arenas) pages.push_back(&page_of(*local));
+  return pages;
+}
+
+void Process::enrol(Enrolled& group) {
+  roster_->enrol(group);
+  if (switchboard_ != nullptr) switchboard_->deliver_early(group);
+}
+
+void Process::wake() {
+  std::lock_guard lock(mutex_);
+  if (engine_ != nullptr) engine_->wake();
+}
+
+void Process::tell_end(const Enrolled& group, int group_rank, NoticeKind kind,
+                       const std::string& text) {
+  if (switchboard_ == nullptr) return;
+  switchboard_->tell_end(group, group_rank, kind, text);
+  wake();
+}
+
+void Process::tell_end_of_job(const std::string& text) {
+  if (switchboard_ == nullptr || stopped()) return;
+  switchboard_->tell_end_of_job(text);
+  wake();
+  switchboard_->await_sent(kLongestFarewell);
+}
+
+std::string Process::loss_among(const std::vector<int>& ranks) const {
+  return switchboard_ == nullptr ? std::string() : switchboard_->loss_among(ranks);
+}
+
+std::string Process::remark_on(const std::vector<int>& ranks) const {
+  return switchboard_ == nullptr ? std::string() : switchboard_->remark_on(ranks);
 }
 
 void Process::submit(std::shared_ptr<Progressive> queue) {

@@ -12,6 +12,8 @@
 #include "collectives/placement.h"
 #include "group/black_box.h"
 #include "group/engine.h"
+#include "group/roster.h"
+#include "group/switchboard.h"
 #include "nccl/plane.h"
 #include "transport/arena.h"
 #include "transport/channel.h"
@@ -41,6 +43,8 @@ class Process {
     std::string trace_folder = {};
     /// See Operation.
     double warn_after_s = 0;
+    /// How long another host may be silent before it is lost. The same on all ranks.
+    double host_timeout_s = 10;
   };
 
   /// Find the other ranks and map the memory of those on the same host. Collective.
@@ -85,6 +89,18 @@ class Process {
   /// Posted when a rank ends the whole job.
   Notice& job_notice() const { return page_of(*local_arenas.front()).notice; }
 
+  /// The groups of this rank, and who waits in them.
+  const std::shared_ptr<Roster>& roster() const { return roster_; }
+  void enrol(Enrolled& group);
+
+  // Of other hosts; inside one host there is nothing to tell.
+  void tell_end(const Enrolled& group, int group_rank, NoticeKind kind, const std::string& text);
+  /// Waits a moment, because the caller is about to leave.
+  void tell_end_of_job(const std::string& text);
+  /// As Switchboard's.
+  std::string loss_among(const std::vector<int>& ranks) const;
+  std::string remark_on(const std::vector<int>& ranks) const;
+
   /// Let the progress thread take care of `queue`.
   /// @throws CommError  after stop().
   void submit(std::shared_ptr<Progressive> queue);
@@ -109,7 +125,7 @@ class Process {
   std::unique_lock<std::mutex> begin_group();
 
   /// The lowest channel tag that no group of this rank uses yet.
-  std::atomic<std::int64_t> free_tag{0};
+  std::atomic<std::int64_t> free_tag{Channel::kControlTag + 1};
 
  private:
   struct Retired {
@@ -119,14 +135,20 @@ class Process {
   void free_retired();
 
   Process(int rank, int size, Options options, Placement placement,
-          std::shared_ptr<ArenaBlock> page_block, std::shared_ptr<Arena> arena,
-          std::shared_ptr<Channel> channel, std::vector<std::shared_ptr<Arena>> local_arenas);
+          std::vector<std::string> host_names, std::shared_ptr<ArenaBlock> page_block,
+          std::shared_ptr<Arena> arena, std::shared_ptr<Channel> channel,
+          std::vector<std::shared_ptr<Arena>> local_arenas);
+  std::vector<ProcessPage*> local_pages() const;
+  /// Have the progress thread send what was told.
+  void wake();
 
   const std::shared_ptr<ArenaBlock> page_block_;
   BlackBox black_box_;
   std::mutex making_group_;
   std::mutex mutex_;
   std::vector<Retired> retired_;
+  const std::shared_ptr<Roster> roster_;
+  const std::unique_ptr<Switchboard> switchboard_;  // null inside one host
   std::shared_ptr<Engine> engine_;
   std::unique_ptr<nccl::Plane> gpu_plane_;
   std::atomic<bool> stopped_{false};

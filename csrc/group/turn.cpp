@@ -30,6 +30,7 @@ void Turn::start(Operation operation) {
   if (error_) return;  // wait() tells
   const auto entry = group_->journal_.queue(operation);
   operations_.push_back({std::move(operation), entry});
+  group_->count_in_turn();
   advance();
 }
 
@@ -44,7 +45,7 @@ void Turn::advance() {
 
 void Turn::check() {
   try {
-    if (execution_) execution_->check();
+    if (execution_) look();
   } catch (...) {
     fail();
   }
@@ -67,12 +68,19 @@ bool Turn::step() {
   return true;
 }
 
+void Turn::look() {
+  execution_->check();
+  group_->process_->roster()->check(*group_, execution_->seconds());
+}
+
 void Turn::wait(const InterruptCheck& check_interrupt) {
+  Roster::Waiting waiting(group_->process_->roster().get(), group_->context_.tag);
   try {
     Backoff(group_->window_.doorbell(), group_->process_->may_spin)
         .drive([&] { return done(); }, [&] { return step(); },
                [&] {
-                 execution_->check();
+                 waiting.slept();
+                 look();
                  check_interrupt();
                });
   } catch (...) {

@@ -53,6 +53,8 @@ class Turn {
 
   /// True if anything has changed.
   bool step();
+  /// Whether the current operation can still end.
+  void look();
   /// What is left will not be run, because of the exception being handled.
   void fail();
 

@@ -26,8 +26,11 @@ void Work::wait(const InterruptCheck& check_interrupt) {
   }
   await();
   Backoff backoff(doorbell_);  // the progress thread needs a core to end the operation
+  Roster::Waiting waiting(roster_.get(), group_tag_);
   while (!done()) {
-    if (backoff.relax([this] { return done(); }, [] { return true; })) check_interrupt();
+    if (!backoff.relax([this] { return done(); }, [] { return true; })) continue;
+    if (roster_ != nullptr) waiting.slept();
+    check_interrupt();
   }
   if (error_) std::rethrow_exception(error_);
 }

@@ -8,6 +8,7 @@
 
 #include "core/device_call.h"
 #include "group/completions.h"
+#include "group/roster.h"
 #include "transport/doorbell.h"
 
 namespace pycomm {
@@ -27,6 +28,12 @@ class Work {
 
   /// Whether the operation is over and its memory free: a GPU has finished with it, too.
   bool settled() const;
+
+  /// Whoever waits for it waits for this group. Called before anybody can.
+  void is_call_of(std::shared_ptr<Roster> roster, int group_tag) {
+    roster_ = std::move(roster);
+    group_tag_ = group_tag;
+  }
 
   /// Block until the operation is over; rethrows what ended it. An interrupted wait leaves the
   /// operation running.
@@ -51,6 +58,8 @@ class Work {
  private:
   Doorbell& doorbell_;
   const std::shared_ptr<DeviceCall> device_call_;
+  std::shared_ptr<Roster> roster_;  // null: of a message
+  int group_tag_ = 0;
   std::exception_ptr error_;
   double seconds_ = 0;
   std::atomic<bool> done_{false};

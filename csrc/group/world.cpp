@@ -94,6 +94,8 @@ void World::check_present(const std::vector<int>& ranks, const std::string& call
       throw InvalidArgumentError(where + std::to_string(rank) + " is not one of the world's.");
     }
     if (placement.host_of[at] != placement.host_of[static_cast<std::size_t>(process_->rank)]) {
+      const std::string loss = process_->loss_among({rank});
+      if (!loss.empty()) throw PeerLostError(where + std::to_string(rank) + " is lost: " + loss);
       continue;
     }
     const auto local = static_cast<std::size_t>(placement.local_rank_of[at]);
@@ -121,6 +123,7 @@ bool World::abort(const std::string& reason) {
   const bool first = process_->job_notice().post(NoticeKind::kPeerLost, process_->rank, reason);
   group_->abort(reason);
   process_->ring_all();
+  if (first) process_->tell_end_of_job(reason);
   return first;
 }
 

@@ -37,7 +37,7 @@ class World {
 
   /// For who waits for these ranks elsewhere than in a call: throws if they will not come. That the
   /// world's group is finished is no reason: its ranks may go on without it.
-  /// @throws PeerLostError  one of them, on this host, is gone, or the job was ended.
+  /// @throws PeerLostError  one of them is gone, or its host is lost, or the job was ended.
   /// @throws MismatchError  one of them, on this host, leaves the job.
   void check_present(const std::vector<int>& ranks, const std::string& call) const;
 
@@ -52,8 +52,9 @@ class World {
   /// which does not wait for anybody then, it still hears of the others.
   void withdraw();
 
-  /// End the job: every pending and later call of every rank of this host raises PeerLostError
-  /// with `reason`. False if another rank was first, whose reason stands.
+  /// End the job: every pending and later call of every rank raises PeerLostError with `reason`.
+  /// False if another rank, whose reason stands, was first. Between hosts it waits up to 0.2 s
+  /// until they have been told.
   bool abort(const std::string& reason);
 
   /// Leave together with all other ranks; nothing can be communicated afterwards. After an error

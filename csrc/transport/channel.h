@@ -23,6 +23,9 @@ class Message : public Wait {
 /// once. Only one thread at a time may use a channel and poll its messages.
 class Channel {
  public:
+  /// For what the processes tell each other beside the data; groups use those above.
+  static constexpr int kControlTag = 0;
+
   virtual ~Channel() = default;
 
   virtual int rank() const = 0;
@@ -51,8 +54,9 @@ class Channel {
     int peer;
     std::size_t bytes;
   };
-  /// The earliest message of `tag` from any rank that has come and that no receive has taken. A
-  /// receive takes its message at its first poll.
+  /// The earliest message of `tag` from any rank that has come and that no receive has taken (once
+  /// MPI knows a rank to be gone: of the next rank that has one). A receive takes its message at
+  /// its first poll. That a rank is gone is no error here: others may still send.
   virtual std::optional<Incoming> probe(int tag) = 0;
 };
 

@@ -158,8 +158,10 @@ LoopbackChannel::LoopbackChannel(int rank, Mailboxes mailboxes)
 std::unique_ptr<Message> LoopbackChannel::send(int peer, int tag,
                                                std::span<const std::byte> bytes) {
   mailboxes_.at(peer)->deliver(rank_, tag, {bytes.begin(), bytes.end()});
-  ++messages_sent_;
-  bytes_sent_ += bytes.size();
+  if (tag != kControlTag) {
+    ++messages_sent_;
+    bytes_sent_ += bytes.size();
+  }
   return std::make_unique<LoopbackSend>(peer, tag);
 }
 

@@ -36,7 +36,7 @@ class LoopbackChannel : public Channel {
   std::optional<Incoming> probe(int tag) override;
   void progress() override {}
 
-  /// What this rank has sent since the channel was made; may be read from any thread.
+  /// What this rank has sent of data since the channel was made; may be read from any thread.
   std::uint64_t messages_sent() const { return messages_sent_; }
   std::uint64_t bytes_sent() const { return bytes_sent_; }
 

@@ -316,14 +316,31 @@ std::unique_ptr<Message> MpiChannel::receive_at_most(int peer, int tag, std::spa
 }
 
 std::optional<Channel::Incoming> MpiChannel::probe(int tag) {
-  const Route route{Route::Direction::kReceive, rank_, MPI_ANY_SOURCE, tag, 0};
-  int arrived = 0;
-  int length = 0;
-  MPI_Status status;
-  route.check(MPI_Iprobe(MPI_ANY_SOURCE, tag, communicator_, &arrived, &status));
-  if (!arrived) return std::nullopt;
-  route.check(MPI_Get_count(&status, MPI_BYTE, &length));
-  return Incoming{status.MPI_SOURCE, static_cast<std::size_t>(length)};
+  const auto look = [&](int peer) -> std::optional<Incoming> {
+    const Route route{Route::Direction::kReceive, rank_, peer, tag, 0};
+    int arrived = 0;
+    int length = 0;
+    MPI_Status status;
+    const int code = MPI_Iprobe(peer, tag, communicator_, &arrived, &status);
+    if (code != MPI_SUCCESS && means_lost_peer(class_of(code))) {
+      has_lost_peer_ = true;
+      return std::nullopt;
+    }
+    route.check(code);
+    if (!arrived) return std::nullopt;
+    route.check(MPI_Get_count(&status, MPI_BYTE, &length));
+    return Incoming{status.MPI_SOURCE, static_cast<std::size_t>(length)};
+  };
+  if (!has_lost_peer_) {
+    const auto found = look(MPI_ANY_SOURCE);
+    if (!has_lost_peer_) return found;
+  }
+  // With a rank gone MPI refuses to look for messages of any rank: it might wait for that one's.
+  for (int turn = 0; turn < size_; ++turn) {
+    next_probed_ = (next_probed_ + 1) % size_;
+    if (const auto found = look(next_probed_)) return found;
+  }
+  return std::nullopt;
 }
 
 void MpiChannel::progress() {

@@ -45,6 +45,8 @@ class MpiChannel : public Channel {
   MPI_Comm communicator_ = MPI_COMM_NULL;
   int rank_ = 0;
   int size_ = 0;
+  bool has_lost_peer_ = false;  // as probe() has been told
+  int next_probed_ = 0;
   std::shared_ptr<MpiInbox> inbox_;
 };
 

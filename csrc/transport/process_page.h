@@ -9,6 +9,7 @@
 #include "transport/doorbell.h"
 #include "transport/liveness.h"
 #include "transport/notice.h"
+#include "transport/standing.h"
 
 namespace pycomm {
 
@@ -48,6 +49,12 @@ struct ProcessPage {
   alignas(64) LifeWord life;
   /// Set when the rank has called shutdown(): it starts nothing any more.
   std::atomic<bool> leaving{false};
+  /// When the progress thread was last seen at work, in ns of the steady clock, which is the same
+  /// on all of a host. With several hosts only; 0: not yet.
+  std::atomic<std::int64_t> pulse_ns{0};
+  /// While its calls do not end.
+  StandingBoard standing;
+  Verdict verdict;
   /// Posted on the first local rank's page when a rank ends the whole job.
   alignas(64) Notice notice;
   alignas(64) Recorder recorder;

@@ -115,8 +115,9 @@ TEST(a_withdrawn_receive_leaves_its_message_to_the_next) {
 
 TEST(messages_and_bytes_are_counted_at_the_sender) {
   auto channels = make_loopback_channels(2);
-  channels[0]->send(1, 0, bytes_of("12345"));
-  channels[0]->send(1, 0, {});
+  channels[0]->send(1, 1, bytes_of("12345"));
+  channels[0]->send(1, 1, {});
+  channels[0]->send(1, pycomm::Channel::kControlTag, bytes_of("no data"));
   CHECK_EQUAL(channels[0]->messages_sent(), 2u);
   CHECK_EQUAL(channels[0]->bytes_sent(), 5u);
   CHECK_EQUAL(channels[1]->messages_sent(), 0u);
@@ -147,8 +148,8 @@ TEST(ranks_as_threads_exchange_in_all_directions) {
       const std::uint32_t sent = 1000 * round + static_cast<std::uint32_t>(rank);
       for (int peer = 0; peer < kRanks; ++peer) {
         messages.push_back(
-            channel.receive(peer, 0, std::as_writable_bytes(std::span(&received[peer], 1))));
-        messages.push_back(channel.send(peer, 0, std::as_bytes(std::span(&sent, 1))));
+            channel.receive(peer, 1, std::as_writable_bytes(std::span(&received[peer], 1))));
+        messages.push_back(channel.send(peer, 1, std::as_bytes(std::span(&sent, 1))));
       }
       for (auto& message : messages) {
         while (!message->poll()) std::this_thread::yield();

@@ -1,0 +1,514 @@
+#include "group/switchboard.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <utility>
+
+#include "core/error.h"
+
+namespace pycomm {
+namespace {
+
+using Clock = Switchboard::Clock;
+
+/// Between two looks of a rank that is busy.
+constexpr auto kShortestPause = std::chrono::milliseconds(20);
+constexpr auto kLongestPeriod = std::chrono::seconds(1);
+constexpr int kBeatsInTimeout = 5;
+/// A progress thread that was not seen for so many periods is stopped, or gets no processor; for so
+/// many it has itself been away, and cannot say how long others were silent.
+constexpr int kPeriodsToStall = 3;
+/// The ranks of a job do not get as far as their first beat at the same time.
+constexpr auto kStartUp = std::chrono::seconds(60);
+constexpr auto kLongestLeave = std::chrono::milliseconds(50);
+constexpr auto kBetweenFaultLooks = Roster::kBetweenLooks;
+/// A group that is not known yet is being made, and of those there is one at a time; tags of groups
+/// that are gone are forgotten, oldest first.
+constexpr std::size_t kMostEarlyEnds = 64;
+/// A pulse: this rank has left.
+constexpr std::int64_t kHasLeft = -1;
+
+std::int64_t nanoseconds(Clock::time_point time) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count();
+}
+
+std::string in_seconds(Clock::duration duration) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.1f s", std::chrono::duration<double>(duration).count());
+  return text;
+}
+
+std::string list_of(const std::vector<int>& ranks) {
+  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
+  for (std::size_t i = 0; i < ranks.size(); ++i) {
+    text += (i > 0 ? ", " : "") + std::to_string(ranks[i]);
+  }
+  return text;
+}
+
+std::string text_of_stall(int rank) {
+  return "\n  The process of rank " + std::to_string(rank) +
+         " does not run, while its host does: it is stopped (SIGSTOP, a debugger), or starved.";
+}
+
+/// Memory of messages that were withdrawn, which the network may still touch.
+void keep_for_ever(std::vector<std::byte> bytes) {
+  static std::mutex mutex;
+  static auto& kept = *new std::vector<std::vector<std::byte>>();
+  std::lock_guard lock(mutex);
+  kept.push_back(std::move(bytes));
+}
+
+}  // namespace
+
+Switchboard::Switchboard(Setting setting, Channel& channel, Roster& roster, Notice& job_notice)
+    : setting_(std::move(setting)),
+      channel_(channel),
+      roster_(roster),
+      job_notice_(job_notice),
+      my_host_(host_of(setting_.rank)),
+      local_rank_(setting_.placement.local_rank_of[index(setting_.rank)]),
+      timeout_(std::chrono::duration_cast<Clock::duration>(
+          std::chrono::duration<double>(setting_.host_timeout_s))),
+      period_(std::min<Clock::duration>(kLongestPeriod, timeout_ / kBeatsInTimeout)) {
+  for (int host = 0; host < setting_.placement.host_count(); ++host) {
+    hosts_.push_back({ranks_of(host).front(), Clock::now()});
+  }
+  last_attended_ = Clock::now();
+}
+
+Switchboard::~Switchboard() {
+  for (Letter& letter : on_their_way_) {
+    letter.message.reset();
+    keep_for_ever(std::move(letter.bytes));
+  }
+  for (auto& arriving : arriving_) {
+    arriving->message.reset();
+    keep_for_ever(std::move(arriving->bytes));
+  }
+}
+
+std::string Switchboard::name_of(int host) const {
+  return "host '" + setting_.host_names[index(host)] + "'";
+}
+
+// --- from any thread -----------------------------------------------------------------------------
+
+void Switchboard::post(const std::vector<int>& to, const control::Body& body) {
+  if (to.empty()) return;
+  const auto bytes = control::encode(body);
+  std::lock_guard lock(mutex_);
+  for (const int rank : to) outbox_.push_back({rank, bytes});
+  unsent_ += to.size();
+  has_letters_.store(true, std::memory_order_release);
+}
+
+void Switchboard::tell_end(const Enrolled& group, int group_rank, NoticeKind kind,
+                           const std::string& text) {
+  control::End end;
+  end.tag = group.tag();
+  end.kind = kind;
+  end.rank = group_rank;
+  control::set_text(end.text, text);
+  std::vector<int> to;
+  for (const int rank : group.ranks()) {
+    if (host_of(rank) != my_host_ && !is_lost(rank)) to.push_back(rank);
+  }
+  post(to, end);
+}
+
+void Switchboard::tell_end_of_job(const std::string& text) {
+  control::End end;
+  end.kind = NoticeKind::kPeerLost;
+  end.rank = setting_.rank;
+  control::set_text(end.text, text);
+  std::vector<int> to;
+  for (int rank = 0; rank < world_size(); ++rank) {
+    if (host_of(rank) != my_host_ && !is_lost(rank)) to.push_back(rank);
+  }
+  post(to, end);
+}
+
+void Switchboard::await_sent(std::chrono::milliseconds at_most) {
+  std::unique_lock lock(mutex_);
+  sent_.wait_for(lock, at_most, [this] { return unsent_ == 0; });
+}
+
+void Switchboard::deliver_early(Enrolled& group) {
+  std::lock_guard lock(mutex_);
+  const auto early = early_ends_.find(group.tag());
+  if (early == early_ends_.end()) return;
+  group.end(early->second.kind, early->second.rank, early->second.text.data());
+  early_ends_.erase(early);
+}
+
+std::string Switchboard::loss_among(const std::vector<int>& ranks) const {
+  if (!has_lost_.load(std::memory_order_acquire)) return {};
+  std::lock_guard lock(mutex_);
+  for (const int rank : ranks) {
+    if (const auto found = lost_.find(rank); found != lost_.end()) return found->second;
+  }
+  return {};
+}
+
+bool Switchboard::is_lost(int rank) const {
+  std::lock_guard lock(mutex_);
+  return lost_.contains(rank);
+}
+
+std::string Switchboard::remark_on(const std::vector<int>& ranks) const {
+  std::string text;
+  std::lock_guard lock(mutex_);
+  for (const int rank : ranks) {
+    if (host_of(rank) != my_host_) {
+      if (stalled_.contains(rank)) text += text_of_stall(rank);
+    } else if (rank != setting_.rank && !runs(setting_.placement.local_rank_of[index(rank)])) {
+      text += text_of_stall(rank);
+    }
+  }
+  return text;
+}
+
+// --- the progress thread -------------------------------------------------------------------------
+
+void Switchboard::attend() {
+  const auto now = Clock::now();
+  if (now - last_attended_ < kShortestPause && !has_letters_.load(std::memory_order_acquire)) {
+    return;
+  }
+  if (now - last_attended_ > kPeriodsToStall * period_) {
+    for (Host& host : hosts_) host.heard = now;
+  }
+  last_attended_ = now;
+  setting_.pages[index(local_rank_)]->pulse_ns.store(nanoseconds(now), std::memory_order_release);
+  receive();
+  look_for_deaths();
+  if (now - last_tick_ >= period_) {
+    last_tick_ = now;
+    beat();
+    look_for_silence();
+  }
+  if (now - last_fault_look_ >= kBetweenFaultLooks) {
+    last_fault_look_ = now;
+    pass_on_standings();
+    look_for_faults();
+  }
+  send();
+}
+
+void Switchboard::leave() {
+  auto& pulse = setting_.pages[index(local_rank_)]->pulse_ns;
+  const bool spoke = speaks();
+  // Sequentially consistent, as the loads in runs(): of two that leave at once at least one sees
+  // that the other does.
+  pulse.store(kHasLeft);
+  if (spoke || speaks()) {
+    control::Leave body;
+    for (int peer = static_cast<int>(setting_.pages.size()) - 1; peer >= 0; --peer) {
+      if (peer != local_rank_ && runs(peer)) body.successor = ranks_of(my_host_)[index(peer)];
+    }
+    post(speakers(), body);
+  }
+  const auto until = Clock::now() + kLongestLeave;
+  do {
+    send();
+  } while (!on_their_way_.empty() && Clock::now() < until);
+}
+
+void Switchboard::send() {
+  std::vector<Letter> letters;
+  if (has_letters_.exchange(false, std::memory_order_acq_rel)) {
+    std::lock_guard lock(mutex_);
+    letters.swap(outbox_);
+  }
+  std::size_t over = 0;
+  const auto guarded = [&](int to, const auto& call) {
+    try {
+      return call();
+    } catch (const PeerLostError& error) {
+      if (!is_lost(to)) declare_lost({to}, error.what());
+    } catch (const CommError&) {
+      // MPI cannot reach it just now. If that lasts, its host's silence is what counts.
+    }
+    return true;
+  };
+  for (Letter& letter : letters) {
+    const bool failed = guarded(letter.to, [&] {
+      letter.message = channel_.send(letter.to, Channel::kControlTag, letter.bytes);
+      return false;
+    });
+    if (failed) {
+      ++over;
+    } else {
+      on_their_way_.push_back(std::move(letter));
+    }
+  }
+  for (auto letter = on_their_way_.begin(); letter != on_their_way_.end();) {
+    if (guarded(letter->to, [&] { return letter->message->poll(); })) {
+      letter = on_their_way_.erase(letter);
+      ++over;
+    } else {
+      ++letter;
+    }
+  }
+  if (over == 0) return;
+  {
+    std::lock_guard lock(mutex_);
+    unsent_ -= over;
+  }
+  sent_.notify_all();
+}
+
+void Switchboard::receive() {
+  if (misunderstood_) return;
+  try {
+    while (const auto coming = channel_.probe(Channel::kControlTag)) {
+      auto arriving = std::make_unique<Arriving>();
+      arriving->from = coming->peer;
+      if (coming->bytes > control::kMostBytes) control::decode({}, coming->peer, world_size());
+      arriving->bytes.resize(coming->bytes);
+      arriving->message = channel_.receive(coming->peer, Channel::kControlTag, arriving->bytes);
+      arriving->message->poll();  // takes the message, so that the next probe finds the next one
+      arriving_.push_back(std::move(arriving));
+    }
+    std::set<int> behind;  // whose oldest message is still on its way
+    std::erase_if(arriving_, [&](const std::unique_ptr<Arriving>& arriving) {
+      if (behind.contains(arriving->from)) return false;
+      if (!arriving->message->poll()) {
+        behind.insert(arriving->from);
+        return false;
+      }
+      handle(arriving->from, control::decode(arriving->bytes, arriving->from, world_size()));
+      return true;
+    });
+  } catch (const MismatchError& error) {
+    misunderstood_ = true;
+    job_notice_.post(NoticeKind::kMismatch, setting_.rank, error.what());
+  } catch (const CommError&) {
+    // MPI cannot tell what has come. If that lasts, the silence is what counts.
+  }
+}
+
+void Switchboard::handle(int from, const control::Body& body) {
+  Host& host = hosts_[index(host_of(from))];
+  host.heard = Clock::now();
+  host.heard_ever = true;
+  std::visit([&](const auto& plain) { handle(from, plain); }, body);
+}
+
+void Switchboard::handle(int from, const control::Beat& beat) {
+  hosts_[index(host_of(from))].speaker = from;
+  std::lock_guard lock(mutex_);
+  for (const int rank : ranks_of(host_of(from))) stalled_.erase(rank);
+  for (int i = 0; i < beat.stalled_count; ++i) stalled_.insert(beat.stalled[index(i)]);
+}
+
+void Switchboard::handle(int from, const control::Loss& loss) {
+  std::vector<int> ranks(loss.ranks.begin(), loss.ranks.begin() + loss.rank_count);
+  std::string text = loss.text.data();
+  if (std::find(ranks.begin(), ranks.end(), setting_.rank) != ranks.end()) {
+    // To them this rank is lost, so they are to it: no group that has both goes on.
+    text = name_of(host_of(from)) + " takes rank " + std::to_string(setting_.rank) +
+           " for lost: " + text;
+    ranks = ranks_of(host_of(from));
+  }
+  note_lost(ranks, text);
+}
+
+void Switchboard::handle(int, const control::End& end) {
+  if (end.tag == control::End::kJob) {
+    if (job_notice_.post(end.kind, end.rank, end.text.data())) {
+      for (ProcessPage* const page : setting_.pages) page->doorbell.ring();
+    }
+    return;
+  }
+  if (end.is_for_all != 0) return end_for_all(setting_.rank, end);
+  {
+    // Before the look, so that a group which enrols meanwhile finds it.
+    std::lock_guard lock(mutex_);
+    early_ends_.insert_or_assign(end.tag, end);
+    if (early_ends_.size() > kMostEarlyEnds) early_ends_.erase(early_ends_.begin());
+  }
+  const bool known = roster_.with_group(
+      end.tag, [&](Enrolled& group) { group.end(end.kind, end.rank, end.text.data()); });
+  if (!known) return;
+  std::lock_guard lock(mutex_);
+  early_ends_.erase(end.tag);
+}
+
+void Switchboard::handle(int from, const Standing& standing) {
+  if (host_of(standing.rank) == host_of(from)) shown_[standing.rank].standing = standing;
+}
+
+void Switchboard::handle(int from, const control::Leave& leave) {
+  Host& host = hosts_[index(host_of(from))];
+  if (leave.successor == control::Leave::kNobody) {
+    host.is_over = true;
+  } else if (host_of(leave.successor) == host_of(from)) {
+    host.speaker = leave.successor;
+  }
+}
+
+bool Switchboard::runs(int local_rank) const {
+  const ProcessPage& page = *setting_.pages[index(local_rank)];
+  if (page.life.owner_died()) return false;
+  const std::int64_t pulse = page.pulse_ns.load();
+  if (pulse == kHasLeft) return false;
+  if (pulse == 0) return true;  // it begins
+  const std::chrono::nanoseconds age(nanoseconds(Clock::now()) - pulse);
+  return age <= kPeriodsToStall * period_;
+}
+
+bool Switchboard::speaks() const {
+  for (int peer = 0; peer < local_rank_; ++peer) {
+    if (runs(peer)) return false;
+  }
+  return true;
+}
+
+std::vector<int> Switchboard::others() const {
+  std::vector<int> ranks;
+  for (int rank = 0; rank < world_size(); ++rank) {
+    if (rank == setting_.rank || is_lost(rank) || hosts_[index(host_of(rank))].is_over) continue;
+    ranks.push_back(rank);
+  }
+  return ranks;
+}
+
+std::vector<int> Switchboard::speakers() const {
+  std::vector<int> ranks;
+  for (int host = 0; host < static_cast<int>(hosts_.size()); ++host) {
+    if (host != my_host_ && !hosts_[index(host)].is_over) {
+      ranks.push_back(hosts_[index(host)].speaker);
+    }
+  }
+  return ranks;
+}
+
+void Switchboard::look_for_deaths() {
+  for (std::size_t peer = 0; peer < setting_.pages.size(); ++peer) {
+    const int rank = ranks_of(my_host_)[peer];
+    if (!setting_.pages[peer]->life.owner_died() || is_lost(rank) || !speaks()) continue;
+    declare_lost({rank}, "rank " + std::to_string(rank) + " on " + name_of(my_host_) +
+                             " is gone, its process ended without leaving the job (killed, "
+                             "crashed or out of memory).\n  Read that rank's log and the "
+                             "kernel's (dmesg).");
+  }
+}
+
+void Switchboard::beat() {
+  if (!speaks()) return;
+  control::Beat beat;
+  for (std::size_t peer = 0; peer < setting_.pages.size(); ++peer) {
+    const ProcessPage& page = *setting_.pages[peer];
+    if (beat.stalled_count == control::Beat::kMostStalled) break;
+    if (page.life.owner_died() || page.pulse_ns.load() == kHasLeft) continue;
+    if (runs(static_cast<int>(peer))) continue;
+    beat.stalled[index(beat.stalled_count++)] = ranks_of(my_host_)[peer];
+  }
+  std::vector<int> to = speakers();
+  // One that takes nothing gets no more: what is on its way will serve as a beat.
+  std::erase_if(to, [&](int rank) {
+    return std::any_of(on_their_way_.begin(), on_their_way_.end(),
+                       [&](const Letter& letter) { return letter.to == rank; });
+  });
+  post(to, beat);
+}
+
+void Switchboard::look_for_silence() {
+  const auto now = Clock::now();
+  const bool listens = speaks();
+  for (int other = 0; other < static_cast<int>(hosts_.size()); ++other) {
+    Host& host = hosts_[index(other)];
+    if (other == my_host_ || host.is_over) continue;
+    if (!listens) host.heard = now;  // who speaks next begins to count
+    const Clock::duration silence = now - host.heard;
+    if (silence <= (host.heard_ever ? timeout_ : timeout_ + kStartUp)) continue;
+    std::vector<int> ranks = ranks_of(other);
+    std::erase_if(ranks, [this](int rank) { return is_lost(rank); });
+    declare_lost(ranks, "no answer from " + name_of(other) + " (" + list_of(ranks_of(other)) +
+                            ") to " + name_of(my_host_) + " for " + in_seconds(silence) +
+                            ": it is down, frozen, or the network between is cut.\n  Look at that "
+                            "host first. If it is only stopped at times (a virtual machine that "
+                            "is moved, a debugger), raise PYCOMM_HOST_TIMEOUT_S.");
+  }
+}
+
+void Switchboard::declare_lost(const std::vector<int>& ranks, const std::string& text) {
+  note_lost(ranks, text);
+  const auto to = others();
+  for (std::size_t begin = 0; begin < ranks.size(); begin += control::Loss::kMostRanks) {
+    control::Loss loss;
+    const std::size_t end = std::min<std::size_t>(ranks.size(), begin + control::Loss::kMostRanks);
+    for (std::size_t i = begin; i < end; ++i) loss.ranks[i - begin] = ranks[i];
+    loss.rank_count = static_cast<std::int32_t>(end - begin);
+    control::set_text(loss.text, text);
+    post(to, loss);
+  }
+}
+
+void Switchboard::note_lost(const std::vector<int>& ranks, const std::string& text) {
+  {
+    std::lock_guard lock(mutex_);
+    for (const int rank : ranks) {
+      lost_.try_emplace(rank, text);
+      stalled_.erase(rank);
+    }
+    has_lost_.store(true, std::memory_order_release);
+  }
+  for (const int rank : ranks) {
+    Host& host = hosts_[index(host_of(rank))];
+    shown_.erase(rank);
+    if (host.speaker != rank) continue;
+    const auto& all = ranks_of(host_of(rank));
+    const auto next =
+        std::find_if(all.begin(), all.end(), [this](int other) { return !is_lost(other); });
+    host.is_over = next == all.end();
+    if (!host.is_over) host.speaker = *next;
+  }
+}
+
+void Switchboard::pass_on_standings() {
+  if (!speaks()) return;
+  for (std::size_t peer = 0; peer < setting_.pages.size(); ++peer) {
+    const StandingBoard& board = setting_.pages[peer]->standing;
+    const int rank = ranks_of(my_host_)[peer];
+    Shown& shown = shown_[rank];
+    const std::uint64_t version = board.version();
+    if (version == shown.version) continue;
+    const auto standing = board.read();
+    if (!standing || standing->rank != rank) continue;  // it changes: the next look finds it
+    const bool matters = standing->call_count > 0 || shown.standing.call_count > 0;
+    shown = {version, *standing};
+    if (matters) post(speakers(), *standing);
+  }
+}
+
+void Switchboard::look_for_faults() {
+  std::vector<Standing> standings;
+  for (const auto& [rank, shown] : shown_) {
+    if (shown.standing.call_count > 0 && !is_lost(rank)) standings.push_back(shown.standing);
+  }
+  const auto fault = find_fault(standings);
+  if (fault && suspected_ == fault->text) {
+    for (const Fault::Concerned& concerned : fault->concerned) {
+      control::End end;
+      end.tag = concerned.tag;
+      end.kind = NoticeKind::kMismatch;
+      end.is_for_all = 1;
+      control::set_text(end.text, fault->text);
+      end_for_all(concerned.rank, end);
+    }
+  }
+  suspected_ = fault ? std::optional(fault->text) : std::nullopt;
+}
+
+void Switchboard::end_for_all(int rank, const control::End& end) {
+  if (rank != setting_.rank) return post({rank}, end);
+  roster_.with_group(end.tag, [&](Enrolled& group) {
+    const std::string text = end.text.data();
+    if (group.end(end.kind, end.rank, text)) tell_end(group, end.rank, end.kind, text);
+  });
+}
+
+}  // namespace pycomm
