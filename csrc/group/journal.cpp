@@ -30,7 +30,9 @@ Journal::Journal(Recorder& recorder, int tag, const std::vector<int>& ranks, int
   }
   // Groups without a common rank may have the same tag, and those of the same ranks have not.
   key_ = std::hash<std::string>()(name_ + " " + std::to_string(tag));
-  if (is_world) name_ = tag == 0 ? "world" : "a group of all, tag " + std::to_string(tag);
+  // The first group of a job is the world itself.
+  const bool is_first = tag == Channel::kControlTag + 1;
+  if (is_world) name_ = is_first ? "world" : "a group of all, tag " + std::to_string(tag);
   if (name_.size() > Record::kMaxGroupName)
     name_.replace(Record::kMaxGroupName - 3, name_.npos, "...");
 }

@@ -9,7 +9,6 @@
 namespace pycomm {
 namespace {
 
-using Clock = Switchboard::Clock;
 
 /// Between two looks of a rank that is busy.
 constexpr auto kShortestPause = std::chrono::milliseconds(20);

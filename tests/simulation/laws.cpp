@@ -320,15 +320,12 @@ class Laws {
             require(Error::kTimeout, "timeout after");
             break;
           case Fault::Kind::kCut:
-            require(Error::kTimeout, "timeout after");
+            if (outcome.error == Error::kTimeout) break;  // which may come before
+            require(Error::kPeerLost, "no answer from host");
             break;
           case Fault::Kind::kAbort:
-            if (near) {
-              require(Error::kPeerLost, "rank " + std::to_string(event.rank) + " failed");
-              require_soon();
-            } else {
-              require(Error::kTimeout, "timeout after");
-            }
+            require(Error::kPeerLost, "rank " + std::to_string(event.rank) + " failed");
+            if (near) require_soon();
             break;
           case Fault::Kind::kInterrupt:
             if (near) {
