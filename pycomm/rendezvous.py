@@ -149,7 +149,9 @@ def _all_gather_mpi(
         ):
             raise CommError(f"{where}: MPI failed while the ranks met: {error}") from error
         lost = ulfm.failed(comm)
-        whom = f"{_ranks_text(lost)} was lost" if lost else "a rank was lost, MPI does not say which,"
+        whom = (
+            f"{_ranks_text(lost)} was lost" if lost else "a rank was lost, MPI does not say which,"
+        )
         raise PeerLostError(
             f"{where}: {whom} before all had met ({error}).\n"
             "  Read that rank's log, and the kernel's (dmesg)."

@@ -91,6 +91,8 @@ void Journal::end(Entry entry, const Context& context, bool failed) const {
   recorder_.end(entry, Clock::now_ns(), failed, current(context), hash_of_current(context));
 }
 
-void Journal::end(Entry entry, bool failed) const { recorder_.end(entry, Clock::now_ns(), failed, 0, 0); }
+void Journal::end(Entry entry, bool failed) const {
+  recorder_.end(entry, Clock::now_ns(), failed, 0, 0);
+}
 
 }  // namespace pycomm

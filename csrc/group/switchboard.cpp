@@ -9,7 +9,6 @@
 namespace pycomm {
 namespace {
 
-
 /// Between two looks of a rank that is busy.
 constexpr auto kShortestPause = std::chrono::milliseconds(20);
 constexpr auto kLongestPeriod = std::chrono::seconds(1);

@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "collectives/placement.h"
-#include "group/control_message.h"
 #include "core/clock.h"
+#include "group/control_message.h"
 #include "group/fault.h"
 #include "group/roster.h"
 #include "transport/channel.h"

@@ -29,7 +29,8 @@ constexpr auto kQuiet = std::chrono::milliseconds(50);
 
 std::string seconds_since(std::int64_t then_ns) {
   char text[32];
-  std::snprintf(text, sizeof(text), "%.1f s", static_cast<double>(Clock::now_ns() - then_ns) * 1e-9);
+  std::snprintf(text, sizeof(text), "%.1f s",
+                static_cast<double>(Clock::now_ns() - then_ns) * 1e-9);
   return text;
 }
 
