@@ -184,6 +184,7 @@ def _trace_folder(settings: Settings, job: str) -> str:
 _CARD: Mapping[str, type | tuple[type, ...]] = {
     "host_key": str,
     "timeout_s": float,
+    "host_timeout_s": str,
     "algorithm": str,
     "gpu_transport": str,
     "cost": dict,

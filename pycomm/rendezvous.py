@@ -385,8 +385,8 @@ class StoreGather:
             else f"{self._call}(timeout=...)"
         )
         problem = (
-            f"{self._call} on rank {self._rank} of {self._size}: {_ranks_text(missing)} did not come "
-            f"to meet within {self._timeout_s:g} s"
+            f"{self._call} on rank {self._rank} of {self._size}: {_ranks_text(missing)} did not "
+            f"come to meet within {self._timeout_s:g} s"
         )
         arrivals = self._store.add("arrivals", 0) - self.meeting * self._size
         if self._round == 1 and arrivals >= self._size:

@@ -15,7 +15,7 @@ from chaos import processes
 from chaos.plan import RANKS, Fault
 
 # In seconds. A start takes 5 on an idle core; the deadline of the job's calls is the first.
-CALL_TIMEOUT_S = 5.0
+CALL_TIMEOUT_S = 8.0
 JOB_TIMEOUT_S = 90.0  # after which a job counts as hanging
 LEFT_BEHIND_S = 5.0  # for processes to go after mpirun has
 
