@@ -614,6 +614,16 @@ def leave_at_end(code: int, grace_s: int = 0) -> None:
     Or, with ``grace_s``, while they do it, if that takes longer than so many seconds.
     """
 
+class Watchdog:
+    """Ends the process with code 1, and says ``text``, unless it is stopped within ``seconds``.
+
+    Also where Python's lock is held meanwhile.
+    """
+
+    def __init__(self, seconds: float, text: str) -> None: ...
+    def stop(self) -> None:
+        """All is well."""
+
 def linger(seconds: float) -> None:
     """Keep TCP connections open for ``seconds`` after the end of this process."""
 

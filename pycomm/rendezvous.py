@@ -17,6 +17,7 @@ from datetime import timedelta
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from pycomm import _core
 from pycomm.errors import CommError, CommTimeoutError, InvalidArgumentError, PeerLostError
 from pycomm.launch import Launch, Launcher, Meeting
 
@@ -76,7 +77,17 @@ def through_comm(comm: MPI.Intracomm, *, timeout_s: float) -> Rendezvous:
 
 def _through_mpi(launch: Launch, environ: Mapping[str, str], timeout_s: float) -> Rendezvous:
     announcement = launch.announcement(environ)
-    mpi = _import_mpi(f"{launch.launcher.value} started this process ({announcement})")
+    # MPI waits for all ranks as it starts, without a deadline and with Python's lock held.
+    watchdog = _core.Watchdog(
+        timeout_s,
+        f"init on rank {launch.rank}: MPI did not start within {timeout_s:g} s, because not all "
+        "ranks came.\n  Read their logs first: one has ended before init(), or is stuck there. If "
+        "it is only slow, raise PYCOMM_TIMEOUT_S or init(timeout_s=...).\n",
+    )
+    try:
+        mpi = _import_mpi(f"{launch.launcher.value} started this process ({announcement})")
+    finally:
+        watchdog.stop()
     world = mpi.COMM_WORLD
     if launch.world_size is not None and world.Get_size() != launch.world_size:
         library = " ".join(mpi.Get_library_version().splitlines()[0].split(",")[0].split())

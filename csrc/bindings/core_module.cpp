@@ -3,8 +3,15 @@
 
 #include <unistd.h>
 
+#include <chrono>
+#include <condition_variable>
 #include <csignal>
 #include <cstdio>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
 
 #include "bindings/bindings.h"
 #include "core/linger.h"
@@ -28,6 +35,41 @@ void leave_at_end(int code, unsigned grace_s) {
   if (failed) _exit(code);  // all 32 places are taken
 }
 
+/// Ends the process unless it is stopped in time. A thread of C++, for where Python's lock is held.
+class Watchdog {
+ public:
+  Watchdog(double seconds, std::string text)
+      : text_(std::move(text)), thread_([this, seconds] { watch(seconds); }) {}
+  ~Watchdog() { stop(); }
+  Watchdog(const Watchdog&) = delete;
+  Watchdog& operator=(const Watchdog&) = delete;
+
+  void stop() {
+    {
+      std::lock_guard lock(mutex_);
+      stopped_ = true;
+    }
+    changed_.notify_all();
+    if (thread_.joinable()) thread_.join();
+  }
+
+ private:
+  void watch(double seconds) {
+    std::unique_lock lock(mutex_);
+    const auto limit = std::chrono::duration<double>(seconds);
+    if (changed_.wait_for(lock, limit, [this] { return stopped_; })) return;
+    std::fputs(text_.c_str(), stderr);
+    std::fflush(nullptr);
+    _exit(1);
+  }
+
+  const std::string text_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool stopped_ = false;
+  std::thread thread_;  // last: it uses the others
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
@@ -46,6 +88,10 @@ PYBIND11_MODULE(_core, module) {
   module.def("leave_at_end", &leave_at_end, pybind11::arg("code"), pybind11::arg("grace_s") = 0,
              "When Python has ended, leave with `code` before what other modules do then, or while "
              "they do it, after `grace_s`.");
+  pybind11::class_<Watchdog>(module, "Watchdog",
+                             "Ends the process with code 1, and says `text`, unless stopped.")
+      .def(pybind11::init<double, std::string>(), pybind11::arg("seconds"), pybind11::arg("text"))
+      .def("stop", &Watchdog::stop, "All is well.");
   module.def("linger", &pycomm::linger, pybind11::arg("seconds"),
              "Keep TCP connections open for `seconds` after the end of this process.");
   module.def("simd_level", &pycomm::simd_level,
