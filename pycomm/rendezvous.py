@@ -77,18 +77,15 @@ def through_comm(comm: MPI.Intracomm, *, timeout_s: float) -> Rendezvous:
 
 def _through_mpi(launch: Launch, environ: Mapping[str, str], timeout_s: float) -> Rendezvous:
     announcement = launch.announcement(environ)
-    reason = f"{launch.launcher.value} started this process ({announcement})"
-    # Nothing interrupts MPI_Init, which waits for every rank: for those that never get there, too,
-    # where the launcher does not end the others (mpirun --with-ft ulfm).
+    # MPI waits for all ranks as it starts, without a deadline and with Python's lock held: for those
+    # that never get there, too, where the launcher does not end the others (--with-ft ulfm).
     late = (
-        f"init on rank {launch.rank} of {launch.world_size or 'some'}: MPI has not started within "
-        f"{timeout_s:g} s, and cannot be interrupted: this rank ends.\n"
-        "  It waits until every rank has started it. Read the logs of those that do not say this: "
-        "they are stuck before they get here, or have ended; if they are only slow, raise "
-        "init(timeout_s=...) or PYCOMM_TIMEOUT_S.\n"
+        f"init on rank {launch.rank}: MPI did not start within {timeout_s:g} s, because not all "
+        "ranks came; this rank ends.\n  Read the others' logs first: one has ended before init(), or "
+        "is stuck there. If it is only slow, raise PYCOMM_TIMEOUT_S or init(timeout_s=...).\n"
     )
     with _core.Watchdog(timeout_s, late):
-        mpi = _import_mpi(reason)
+        mpi = _import_mpi(f"{launch.launcher.value} started this process ({announcement})")
     world = mpi.COMM_WORLD
     if launch.world_size is not None and world.Get_size() != launch.world_size:
         library = " ".join(mpi.Get_library_version().splitlines()[0].split(",")[0].split())

@@ -157,8 +157,8 @@ def test_ranks_are_lost_in_a_commit_and_in_recoveries():
     assert "rank 3 was lost of 4; 2 left" in done.err
     assert "turn 2: rank 0 of 2" not in done.out  # nobody trained before the third was lost
     assert "rank 0 was lost of 2; 1 left" in done.err
-    # Of the third commit, in which rank 3 was lost, or of the one before if another rank heard of
-    # the loss at the end of the third step.
+    # Rank 3 was lost in the third commit. If another rank heard of that at the end of the third
+    # step, they go back to the second.
     assert re.search(r"\b1 go on from commit [23]\.", done.err)
 
 

@@ -156,3 +156,20 @@ def test_starting_over_on_the_shrunk_communicator():
     done = mpirun_ft(4, SHRINK)
     assert done.returncode == 0, done.out + done.err
     assert sorted(re.findall(r"rank . has .*", done.out)) == ["rank 0 has [4]", "rank 1 has [4]"]
+
+
+# Rank 1 ends before it has started MPI, which this launcher does not take for the end of the job.
+EARLY = """
+    import os, sys
+    if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
+        sys.exit(3)
+    import pycomm
+    pycomm.init(timeout_s=5)
+"""
+
+
+def test_who_never_starts_mpi_is_not_awaited_for_ever():
+    done = mpirun_ft(3, EARLY)
+    assert done.returncode != 0
+    # The launcher may end the other one when the first has left.
+    assert re.search(r"init on rank [02]: MPI did not start within 5 s", done.err)

@@ -140,7 +140,7 @@ def _reports(folder: Path) -> dict[int, list[dict[str, object]]]:
         found[rank] = [json.loads(line) for line in lines if line.endswith("}")]
     # A rank that MPI_Init holds cannot write anything: it ends with words of the core.
     output = (folder / "output").read_text(errors="replace")
-    for match in re.finditer(r"init on rank (\d+) of \d+: MPI has not started within.*", output):
+    for match in re.finditer(r"init on rank (\d+): MPI did not start within.*", output):
         found[int(match[1])].append(
             {"event": "error", "type": "Watchdog", "typed": True, "text": match[0], "t": None}
         )
