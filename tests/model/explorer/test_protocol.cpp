@@ -41,22 +41,33 @@ struct Host {
     pycomm::ProcessPage processes[kMostRanks];
     pycomm::GroupPage pages[kMostRanks];
     Notice job;
-    alignas(64) std::int64_t arenas[kMostRanks][kMostRanks];
   };
 
-  Host(Setup& setup, int ranks) : ranks_(ranks), memory(*new (place()) Memory()) {
+  // Without parentheses, which would write zeros to the flight recorders, too.
+  Host(Setup& setup, int ranks) : ranks_(ranks), memory(*new (place()) Memory) {
     setup.share(&memory, sizeof(memory));
+    for (int rank = 0; rank < ranks; ++rank) {
+      std::fill(row(rank), row(rank) + kMostRanks, 0);
+      setup.share(row(rank), kMostRanks * sizeof(std::int64_t));
+    }
     for (int rank = 0; rank < ranks; ++rank) {
       std::vector<Window::Peer> peers;
       for (int peer = 0; peer < ranks; ++peer) {
-        peers.push_back({&memory.processes[peer], arena(peer), &memory.pages[peer], nullptr,
+        peers.push_back({&memory.processes[peer], &arena(peer), &memory.pages[peer], nullptr,
                          nullptr, nullptr, peer});
       }
       windows.emplace_back(rank, peers, 0, memory.job);
     }
   }
 
-  std::byte* arena(int rank) { return reinterpret_cast<std::byte*>(memory.arenas[rank]); }
+  static const pycomm::Arena& arena(int rank) {
+    static const std::array arenas = {pycomm::Arena::create(4096), pycomm::Arena::create(4096),
+                                      pycomm::Arena::create(4096)};
+    static_assert(arenas.size() == kMostRanks);
+    return *arenas[static_cast<std::size_t>(rank)];
+  }
+  /// A number for each rank, in the arena of one.
+  static std::int64_t* row(int rank) { return reinterpret_cast<std::int64_t*>(arena(rank).base()); }
   int ranks() const { return ranks_; }
 
  private:
@@ -158,7 +169,7 @@ Scenario in_place(int ranks, std::uint64_t operations) {
     for (int rank = 0; rank < ranks; ++rank) {
       setup.threads.push_back([=] {
         Window& window = host->windows[static_cast<std::size_t>(rank)];
-        std::int64_t* const mine = host->memory.arenas[rank];
+        std::int64_t* const mine = Host::row(rank);
         std::uint64_t history = 0;
         for (std::uint64_t sequence = 1; sequence <= operations; ++sequence) {
           std::fill(mine, mine + ranks, value_of(rank, sequence));
@@ -166,7 +177,8 @@ Scenario in_place(int ranks, std::uint64_t operations) {
           wait(window, Window::AllAnnounced(window, sequence, /*compare=*/true), kNoCheck);
           std::int64_t sum = 0;
           const auto part_of = [&](int peer) -> std::int64_t& {
-            return reinterpret_cast<std::int64_t*>(window.announced_buffer(peer, sequence))[rank];
+            return reinterpret_cast<std::int64_t*>(window.announced_buffer(
+                peer, sequence, static_cast<std::size_t>(ranks) * sizeof(std::int64_t)))[rank];
           };
           for (int peer = 0; peer < ranks; ++peer) sum += part_of(peer);
           for (int peer = 0; peer < ranks; ++peer) part_of(peer) = sum;
@@ -350,7 +362,7 @@ Scenario messages(int frames, bool in_slots) {
     for (int me = 0; me < 2; ++me) {
       setup.threads.push_back([=] {
         pycomm::RingLink link(&memory->rings[me].ring, &memory->rings[1 - me].ring, kSlotBytes,
-                              *arena, arena->base(), memory->doorbells[1 - me]);
+                              *arena, *arena, memory->doorbells[1 - me]);
         for (std::int64_t number = 0; number < frames; ++number) {
           const bool in_slot = in_slots && number % 3 != 0;
           const auto kind = in_slot ? Frame::Kind::kData : Frame::Kind::kMessage;
