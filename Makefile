@@ -118,7 +118,7 @@ typecheck: $(built)
 
 test-cpp: $(built)
 	cmake --build build/dev --target cpp_tests
-	ctest --test-dir build/dev --output-on-failure --no-tests=error
+	ctest --test-dir build/dev --parallel 2 --output-on-failure --no-tests=error
 
 # What it finds it says how to run again. 100000 take some ten minutes of a core.
 # Real jobs, broken on purpose: minutes to hours. One that was interrupted goes on where it was.

@@ -81,8 +81,9 @@ def _through_mpi(launch: Launch, environ: Mapping[str, str], timeout_s: float) -
     # that never get there, too, where the launcher does not end the others (--with-ft ulfm).
     late = (
         f"init on rank {launch.rank}: MPI did not start within {timeout_s:g} s, because not all "
-        "ranks came; this rank ends.\n  Read the others' logs first: one has ended before init(), or "
-        "is stuck there. If it is only slow, raise PYCOMM_TIMEOUT_S or init(timeout_s=...).\n"
+        "ranks came; this rank ends.\n"
+        "  Read the others' logs first: one has ended before init(), or is stuck there. If it is "
+        "only slow, raise PYCOMM_TIMEOUT_S or init(timeout_s=...).\n"
     )
     with _core.Watchdog(timeout_s, late):
         mpi = _import_mpi(f"{launch.launcher.value} started this process ({announcement})")

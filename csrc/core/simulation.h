@@ -42,6 +42,8 @@ class Simulation {
   virtual ThreadId start(std::function<void()> body) = 0;
   /// Wait for its end.
   virtual void join(ThreadId thread) = 0;
+  /// The calling one.
+  virtual ThreadId running() const = 0;
 
  private:
   static inline constinit std::atomic<Simulation*> current_{nullptr};

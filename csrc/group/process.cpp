@@ -114,7 +114,7 @@ Process::Process(int rank_in, int size_in, Options options_in, Placement placeme
           placement
               .hosts[static_cast<std::size_t>(placement.host_of[static_cast<std::size_t>(rank)])],
           local_pages())),
-      switchboard_(placement.host_count() == 1
+      switchboard_(placement.host_count() == 1 || options.host_timeout_s <= 0
                        ? nullptr
                        : std::make_unique<Switchboard>(
                              Switchboard::Setting{rank, placement, std::move(host_names),

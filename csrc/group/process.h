@@ -43,7 +43,8 @@ class Process {
     std::string trace_folder = {};
     /// See Operation.
     double warn_after_s = 0;
-    /// How long another host may be silent before it is lost. The same on all ranks.
+    /// How long another host may be silent before it is lost. The same on all ranks. 0: hosts tell
+    /// each other nothing, in tests.
     double host_timeout_s = 10;
   };
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "core/simulation.h"
 
 namespace pycomm {
 namespace {
@@ -14,6 +15,9 @@ constexpr auto kWakesWithin = std::chrono::milliseconds(250);
 }  // namespace
 
 std::uint32_t thread_number() {
+  if (const auto* const simulation = Simulation::current()) {
+    return static_cast<std::uint32_t>(simulation->running()) + 1;
+  }
   static std::atomic<std::uint32_t> threads{0};
   thread_local std::uint32_t mine = 0;  // not initialised at run time, which every call would check
   if (mine == 0) mine = threads.fetch_add(1, std::memory_order_relaxed) + 1;

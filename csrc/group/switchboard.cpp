@@ -208,9 +208,7 @@ void Switchboard::leave() {
     post(speakers(), body);
   }
   const auto until = Clock::now() + kLongestLeave;
-  do {
-    send();
-  } while (!on_their_way_.empty() && Clock::now() < until);
+  for (send(); !on_their_way_.empty() && Clock::now() < until; send()) yield_core();
 }
 
 void Switchboard::send() {
@@ -254,7 +252,7 @@ void Switchboard::send() {
     std::lock_guard lock(mutex_);
     unsent_ -= over;
   }
-  sent_.notify_all();
+  sent_.notify_one();
 }
 
 void Switchboard::receive() {

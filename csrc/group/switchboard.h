@@ -2,7 +2,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -15,6 +14,7 @@
 
 #include "collectives/placement.h"
 #include "core/clock.h"
+#include "core/thread.h"
 #include "group/control_message.h"
 #include "group/fault.h"
 #include "group/roster.h"
@@ -156,7 +156,7 @@ class Switchboard {
   bool misunderstood_ = false;  // what came was no message of ours: listen no more
 
   mutable std::mutex mutex_;
-  std::condition_variable sent_;
+  Condition sent_;
   std::vector<Letter> outbox_;
   std::size_t unsent_ = 0;  // there, or on their way
   std::atomic<bool> has_letters_{false};

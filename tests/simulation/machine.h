@@ -56,7 +56,7 @@ class Machine : public pycomm::Simulation {
   void set_rank(int rank) { rank_ = rank; }
   int rank() const { return rank_; }
   /// The thread that runs; -1 outside all.
-  ThreadId running() const { return running_; }
+  ThreadId running() const override { return running_; }
 
   /// Go on until `over()`. @throws Violation  that would never be, or not before `horizon`.
   void run(const std::function<bool()>& over, nanoseconds horizon);

@@ -14,8 +14,9 @@ using pycomm::GroupPage;
 using pycomm::ProcessPage;
 using pycomm::Window;
 
-constexpr std::size_t kArenaBytes = 1 << 16;
-constexpr std::size_t kGroupOffset = 4 * Arena::kAlignment;
+constexpr std::size_t kGroupOffset =
+    (sizeof(ProcessPage) + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment;
+constexpr std::size_t kArenaBytes = kGroupOffset + (1 << 16);
 constexpr std::size_t kBytes = 4096;  // of the buffer
 
 struct Rank {
@@ -33,7 +34,7 @@ struct Rank {
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t bytes) {
   static const Rank ranks[2];
   for (const Rank& rank : ranks) {
-    new (rank.arena->base()) ProcessPage();
+    new (rank.arena->base()) ProcessPage;
     new (rank.page()) GroupPage();
   }
   Window window(0, {ranks[0].peer(0), ranks[1].peer(1)}, 0,
