@@ -77,8 +77,8 @@ def through_comm(comm: MPI.Intracomm, *, timeout_s: float) -> Rendezvous:
 
 def _through_mpi(launch: Launch, environ: Mapping[str, str], timeout_s: float) -> Rendezvous:
     announcement = launch.announcement(environ)
-    # MPI waits for all ranks as it starts, without a deadline and with Python's lock held: for those
-    # that never get there, too, where the launcher does not end the others (--with-ft ulfm).
+    # MPI waits for all ranks as it starts, without a deadline and with Python's lock held: also for
+    # those that never get there, where the launcher does not end the others (--with-ft ulfm).
     late = (
         f"init on rank {launch.rank}: MPI did not start within {timeout_s:g} s, because not all "
         "ranks came; this rank ends.\n"
