@@ -229,7 +229,7 @@ JOB = """
         os._exit(0)
 """
 
-SUM = r"all_reduce of 8 float32, shape \(8,\), SUM, on GPUs \(call #\d+\)"
+SUM = r"all_reduce of 8 float32, shape \(8,\), SUM, on GPUs \(call #\d+[^)]*\)"
 RECV = r"recv of 8 float32, shape \(8,\), on a GPU, from rank 1, tag 0"
 
 

@@ -29,7 +29,7 @@ def test_one_algorithm_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name for name, row in small.items() if row["runs"]] == ["gather_fold"]
     assert [name for name, row in large.items() if row["runs"]] == ["direct"]
     # Each lane of four hosts sends 2 * 3/4 of its eighth, and the first one the opening.
-    assert large["direct"]["bytes"] == pytest.approx(1.5 * 26214400 / 8, abs=1000)
+    assert large["direct"]["bytes"] == pytest.approx(1.5 * 26214400 / 8, abs=2000)
     # Two rounds collect four hosts' sums.
     assert small["gather_fold"]["messages"] == 2
 

@@ -160,7 +160,7 @@ def test_under_mpirun_who_does_not_come_again_is_waited_for_as_long_as_was_asked
                     break
         """),
     )
-    assert "rank 0: CommTimeoutError True init on rank 0 of 2: not all ranks came" in done.out
+    assert "rank 0: CommTimeoutError True init on rank 0 of 2: rank 1 did not come" in done.out
     assert "within 3 s" in done.out, done.out + done.err
 
 

@@ -69,12 +69,14 @@ def test_a_mismatch_is_saved_and_pointed_at(tmp_path, capsys):
     views = views_in(tmp_path / "job")
     aligned = rows(views)
     assert [row.sequence for row in aligned] == [1, 2]
-    assert [sorted(row.records) for row in aligned] == [[0, 1, 2]] * 2
+    assert sorted(aligned[0].records) == [0, 1, 2]
+    assert len(aligned[1].records) >= 2  # the third may come after two have found the difference
     assert aligned[0].usual.call == "all_reduce 'bucket 0' of 4 float32, SUM"
     divergence = first_divergence(views, aligned)
     assert divergence is not None and divergence.row is aligned[1]
-    assert "call #2 of world: rank 0, 2 made all_reduce 'bucket 1' of 6 float32" in str(divergence)
-    assert "rank 1 made all_reduce 'bucket 1' of 5 float32" in str(divergence)
+    assert "at call #2 of world: rank" in str(divergence)
+    for call in ("all_reduce 'bucket 1' of 6 float32", "all_reduce 'bucket 1' of 5 float32"):
+        assert f" made {call}" in str(divergence)
     assert main(["trace", str(tmp_path / "job")]) == 0
     shown = capsys.readouterr().out
     assert "First divergence" in shown and "call #2 differs" in shown
@@ -210,7 +212,7 @@ def job(tmp_path):
 
 
 def test_a_timeout_shows_the_stack_of_the_rank_that_does_not_come(job, tmp_path, capsys):
-    output, _ = job("sleep", PYCOMM_TIMEOUT_S="2").communicate(timeout=TIMEOUT_S)
+    output, _ = job("sleep", CALL_TIMEOUT_S="2").communicate(timeout=TIMEOUT_S)
     assert "Of this host's ranks 0, 1 got there." in output
     assert "last did broadcast of 6 float32, shape (2, 3), root 1 (call #2 of world)" in output
     assert re.search(r'File ".*trace_program\.py", line \d+ in absent', output)
@@ -223,7 +225,7 @@ def test_a_timeout_shows_the_stack_of_the_rank_that_does_not_come(job, tmp_path,
 
 
 def test_a_timeout_says_that_a_rank_is_stopped(job):
-    output, _ = job("stop", PYCOMM_TIMEOUT_S="2").communicate(timeout=TIMEOUT_S)
+    output, _ = job("stop", CALL_TIMEOUT_S="2").communicate(timeout=TIMEOUT_S)
     assert re.search(r"rank 2 \(process \d+, stopped by a signal\) last did broadcast", output)
     assert re.search(r"`kill -CONT \d+` lets it go on", output)
 
@@ -256,7 +258,7 @@ def test_a_running_job_is_shown_and_one_whose_rank_was_killed(job, capsys):
 
 
 def test_an_unfinished_message_is_shown(job, tmp_path, capsys):
-    job("message", PYCOMM_TIMEOUT_S="2").communicate(timeout=TIMEOUT_S)
+    job("message", CALL_TIMEOUT_S="2").communicate(timeout=TIMEOUT_S)
     [folder] = tmp_path.iterdir()
     main(["trace", str(folder)])
     assert re.search(

@@ -25,10 +25,11 @@ def main(what: str) -> None:
     pycomm.broadcast_(torch.ones(2, 3), root=1)
     print(f"ready {pycomm.rank()}", flush=True)
     if pycomm.rank() != last:
+        timeout_s = float(os.environ.get("CALL_TIMEOUT_S", "600"))
         if what == "message":
-            pycomm.recv(torch.ones(3), src=last, tag=7)
+            pycomm.recv(torch.ones(3), src=last, tag=7, timeout_s=timeout_s)
         else:
-            pycomm.all_reduce_(torch.ones(5), op=pycomm.ReduceOp.MAX)
+            pycomm.all_reduce_(torch.ones(5), op=pycomm.ReduceOp.MAX, timeout_s=timeout_s)
     elif what == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     elif what == "differ":

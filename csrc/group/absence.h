@@ -13,6 +13,9 @@ namespace pycomm {
 /// seconds.
 constexpr double kLongestInquiry = 5;
 
+/// What a rank that waits for another one's part leaves it to say why that one waits; seconds.
+constexpr double kFirstWord = 0.5;
+
 /// "12.3 s"
 std::string seconds_text(double seconds);
 

@@ -69,8 +69,12 @@ void Execution::warn() const {
 
 void Execution::time_out() const {
   const Window& window = context_.window;
-  if (!window.begin_inquiry() && seconds() < operation_.timeout_s + kLongestInquiry) return;
+  // Who is only behind may wait for another host, and will say for whom.
   const std::vector<int> missing = window.missing(context_.sequence);
+  const bool is_behind =
+      !missing.empty() && window.has_announced(missing.front(), context_.sequence);
+  if (is_behind && seconds() < operation_.timeout_s + kFirstWord) return;
+  if (!window.begin_inquiry() && seconds() < operation_.timeout_s + kLongestInquiry) return;
   throw CommTimeoutError(describe() + ": timeout after " + seconds_text(seconds()) +
                          ", waiting for " + suspension_.wait->describe() + "." +
                          describe_present(window, missing) + describe_missing(window, missing) +

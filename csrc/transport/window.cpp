@@ -127,11 +127,15 @@ int Window::left_peer(std::uint64_t sequence) const {
   return -1;
 }
 
+bool Window::has_announced(int peer, std::uint64_t sequence) const {
+  return slot(peer, sequence).sequence.load(std::memory_order_acquire) >= sequence;
+}
+
 std::vector<int> Window::missing(std::uint64_t sequence) const {
   std::vector<int> unannounced;
   std::vector<int> behind;
   for (int peer = 0; peer < local_size(); ++peer) {
-    if (slot(peer, sequence).sequence.load(std::memory_order_acquire) < sequence) {
+    if (!has_announced(peer, sequence)) {
       unannounced.push_back(peer);
     } else if (peers_[index(peer)].page->phase.load(std::memory_order_acquire) < phase_) {
       behind.push_back(peer);

@@ -165,6 +165,8 @@ class Window {
   /// if all have, have completed fewer phases than this one.
   std::vector<int> missing(std::uint64_t sequence) const;
 
+  bool has_announced(int peer, std::uint64_t sequence) const;
+
   const ProcessPage& process_page(int peer) const { return *peers_[index(peer)].process; }
 
   /// Claim the right to ask those who do not come what they are doing: true for the first rank of
