@@ -13,6 +13,7 @@ of this host that call ``pycomm.init()``.
 import collections
 import ctypes
 import fcntl
+import gc
 import os
 import subprocess
 import threading
@@ -386,9 +387,14 @@ def run_double_gpu_ranks(
     """
     with doubles_in_place_of_gpus() as double:
         double.starve(starving)
+        # The collector runs in any rank's thread, and freeing memory waits for its GPU: one rank
+        # would wait for another's stream, which waits for what this one has yet to launch.
+        gc.collect()
+        gc.disable()
         try:
             return run_ranks(
                 world_size, fn, hosts=hosts, gpu_places=double.places, gpu_transport=transport
             )
         finally:
+            gc.enable()
             double.starve(NOBODY)
