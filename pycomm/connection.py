@@ -223,14 +223,19 @@ def _mpi_problem() -> str:
     return mpi_cuda.problem()
 
 
+def _number(value: object) -> float:
+    """NaN, which no comparison accepts, if it is none."""
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan
+
+
 def _warn_after_s(environ: Mapping[str, str]) -> float:
     text = environ.get("PYCOMM_WARN_AFTER_S")
     if text is None:
         return DEFAULT_WARN_AFTER_S
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
+    seconds = _number(text)
     if not (seconds >= 0 and math.isfinite(seconds)):
         raise InvalidArgumentError(
             f"init: PYCOMM_WARN_AFTER_S={text!r} is not a number of seconds.\n"
@@ -244,10 +249,7 @@ def _timeout_s(argument: float | None, environ: Mapping[str, str]) -> float:
     if argument is None and text is None:
         return DEFAULT_TIMEOUT_S
     source = f"timeout_s={argument!r}" if argument is not None else f"PYCOMM_TIMEOUT_S={text!r}"
-    try:
-        seconds = float(argument if argument is not None else text or "")
-    except (TypeError, ValueError):
-        seconds = math.nan
+    seconds = _number(argument if argument is not None else text)
     if not 0 < seconds <= MOST_TIMEOUT_S:
         raise InvalidArgumentError(
             f"init: {source} is not a positive number of seconds up to {MOST_TIMEOUT_S:g}. "
@@ -260,10 +262,7 @@ def _host_timeout_s(environ: Mapping[str, str]) -> float:
     text = environ.get("PYCOMM_HOST_TIMEOUT_S")
     if text is None:
         return DEFAULT_HOST_TIMEOUT_S
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
+    seconds = _number(text)
     if not (1 <= seconds <= 1e6):
         raise InvalidArgumentError(
             f"init: PYCOMM_HOST_TIMEOUT_S={text!r} is not a number of seconds from 1 to 1000000. "
