@@ -139,10 +139,11 @@ class Cluster:
         )
         return Result(done.returncode, done.stdout, done.stderr)
 
-    def mpirun_command(self, map_by: str = "slot") -> list[str]:
+    def mpirun_command(self, map_by: str = "slot", *options: str) -> list[str]:
         hosts = [f"{self._address(index)}:{slots}" for index, slots in enumerate(self._slots)]
         flags = ["--allow-run-as-root", "--host", ",".join(hosts), "-np", str(sum(self._slots))]
-        return [*self._head.enter, "mpirun", *flags, "--map-by", map_by, "--bind-to", "none"]
+        flags += ["--map-by", map_by, "--bind-to", "none", *options]
+        return [*self._head.enter, "mpirun", *flags]
 
     def environment(self) -> dict[str, str]:
         return {
@@ -158,6 +159,11 @@ class Cluster:
     def cut(self, index: int) -> None:
         """Pull the cable of a host: nobody is told, packets are lost."""
         self._head.run(f"ip link set port{index} down")
+
+    def power_off(self, index: int) -> None:
+        """A host and all that runs on it is gone, and no packet of it says so."""
+        self.cut(index)
+        self._hosts[index].stop()
 
     def pids(self) -> list[int]:
         """A process of the head and one of each host, which live as long as they do."""

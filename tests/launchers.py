@@ -13,6 +13,14 @@ import pytest
 
 TIMEOUT_S = 60  # importing torch in four processes on two busy cores takes most of it
 
+# With several hosts ULFM needs all of this, or its own detection hangs or comes late.
+ULFM_BETWEEN_HOSTS = (
+    *("--with-ft", "ulfm", "--mca", "pml", "ob1", "--mca", "btl", "self,sm,tcp"),
+    *("--mca", "mpi_preconnect_mpi", "1", "--mca", "mpi_ft_detector", "1"),
+    *("--mca", "mpi_ft_detector_period", "0.3", "--mca", "mpi_ft_detector_timeout", "1.0"),
+    *("--mca", "mpi_ft_propagator_with_rbcast", "1"),
+)
+
 
 @dataclass(frozen=True)
 class Result:

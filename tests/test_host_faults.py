@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, what_is_missing
-from launchers import mpirun_command, process_options
+from launchers import ULFM_BETWEEN_HOSTS, mpirun_command, process_options
 
 from pycomm.connection import read_settings
 from pycomm.errors import InvalidArgumentError
@@ -21,12 +21,6 @@ from pycomm.errors import InvalidArgumentError
 PROGRAM = Path(__file__).with_name("host_faults_program.py")
 HOST_TIMEOUT_S = 6.0  # four ranks share two busy cores with whatever else tests
 FAULTS = ["give_up", "circle", "absent", "stop"]
-
-# What several hosts need beside ULFM itself, or its own detection hangs or comes late.
-ULFM = ["--with-ft", "ulfm", "--mca", "mpi_ft_detector", "1", "--mca", "mpi_ft_detector_period"]
-ULFM += ["0.3", "--mca", "mpi_ft_detector_timeout", "1.0"]
-ULFM += ["--mca", "mpi_ft_propagator_with_rbcast", "1", "--mca", "mpi_preconnect_mpi", "1"]
-BTL = ["--mca", "pml", "ob1", "--mca", "btl", "self,sm,tcp"]
 
 
 def noted(folder: Path, fault: str, ranks: Iterable[int]) -> list[dict[str, str]]:
@@ -80,8 +74,7 @@ def test_word_of_a_killed_process_reaches_the_other_host(tmp_path: Path) -> None
     done = subprocess.run(
         [
             command[0],
-            *ULFM,
-            *BTL,
+            *ULFM_BETWEEN_HOSTS,
             *command[1:],
             sys.executable,
             str(PROGRAM),
