@@ -13,7 +13,7 @@ namespace pycomm {
 struct Record {
   enum class State : std::uint64_t { kQueued, kRunning, kDone, kFailed };
   enum class What : std::uint8_t { kCollective, kSend, kReceive };
-  static constexpr std::size_t kMaxGroupName = 47;
+  static constexpr std::size_t kMaxGroupName = 43;
 
   /// Among all operations of the process, from 1.
   std::uint64_t number = 0;
@@ -28,8 +28,9 @@ struct Record {
   /// and all before it agree. 0: not yet, or a message.
   std::uint64_t hash = 0;
   std::uint64_t bytes = 0;
-  // Of a message: rank in the group, -1 for any.
+  // Of a message: rank in the group and in the world, -1 for any.
   std::int32_t peer = 0;
+  std::int32_t peer_in_world = -1;
   std::int32_t tag = 0;
   What what = What::kCollective;
   std::array<char, kMaxGroupName> group_name{};  // cut off, ends at the first zero
@@ -39,9 +40,10 @@ struct Record {
   /// "all_reduce of 4096 float32, shape (64, 64), SUM", "send of 16 int64 to rank 3, tag 7".
   std::string describe() const;
   std::string describe_group() const;
+  bool has_ended() const { return state == State::kDone || state == State::kFailed; }
 };
 
-static_assert(sizeof(Record) == 9 * 8 + Record::kMaxGroupName + 1 + sizeof(Signature),
+static_assert(sizeof(Record) == 9 * 8 + 4 + Record::kMaxGroupName + 1 + sizeof(Signature),
               "no padding");
 
 }  // namespace pycomm

@@ -66,4 +66,13 @@ std::optional<Record> Recorder::read(std::uint64_t number) const {
   return std::bit_cast<Record>(words);
 }
 
+std::optional<Record> Recorder::first_unfinished() const {
+  const std::uint64_t last = latest();
+  for (std::uint64_t number = last < kRecords ? 1 : last - kRecords + 1; number <= last; ++number) {
+    const auto record = read(number);
+    if (record && !record->has_ended()) return record;
+  }
+  return std::nullopt;
+}
+
 }  // namespace pycomm

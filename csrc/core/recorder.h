@@ -44,6 +44,9 @@ class Recorder {
   /// Nothing if it has been replaced by a later one, or is being written.
   std::optional<Record> read(std::uint64_t number) const;
 
+  /// The first of those still held that has not ended. Reads all of them.
+  std::optional<Record> first_unfinished() const;
+
  private:
   static constexpr std::size_t kWords = sizeof(Record) / sizeof(std::uint64_t);
   static_assert(kWords * sizeof(std::uint64_t) == sizeof(Record));

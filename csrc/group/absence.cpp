@@ -22,6 +22,34 @@ std::string whereabouts(const Window& window, int peer) {
   return describe_whereabouts(window.process_page(peer), rank_name(window, peer));
 }
 
+bool contains(const std::vector<int>& peers, int peer) {
+  return std::find(peers.begin(), peers.end(), peer) != peers.end();
+}
+
+/// The local peer that is this rank of the world, or -1.
+int local_peer(const Window& window, int world_rank) {
+  for (int peer = 0; peer < window.local_size(); ++peer) {
+    if (window.process_page(peer).identity.rank == world_rank) return peer;
+  }
+  return -1;
+}
+
+/// These, and whom they in turn wait for with a message, and so on: those first who wait for no
+/// other of them.
+std::vector<int> with_whom_they_wait_for(const Window& window, std::vector<int> missing) {
+  std::vector<int> waiting;
+  for (std::size_t i = 0; i < missing.size(); ++i) {
+    const int rank = whom_it_waits_for(window.process_page(missing[i]));
+    const int peer = rank < 0 ? -1 : local_peer(window, rank);
+    if (peer < 0 || peer == window.local_rank()) continue;
+    waiting.push_back(missing[i]);
+    if (!contains(missing, peer)) missing.push_back(peer);
+  }
+  std::stable_partition(missing.begin(), missing.end(),
+                        [&](int peer) { return !contains(waiting, peer); });
+  return missing;
+}
+
 std::string others(const std::vector<int>& missing, const char* separator) {
   if (missing.size() <= kMostDescribed) return "";
   return separator + std::to_string(missing.size() - kMostDescribed) + " other ranks";
@@ -36,31 +64,33 @@ std::string seconds_text(double seconds) {
 }
 
 std::string describe_awaited(const Window& window, const std::vector<int>& missing) {
+  const std::vector<int> all = with_whom_they_wait_for(window, missing);
   std::string text;
-  for (std::size_t i = 0; i < missing.size() && i < kMostDescribed; ++i) {
-    text += (i == 0 ? "" : "; ") + whereabouts(window, missing[i]);
+  for (std::size_t i = 0; i < all.size() && i < kMostDescribed; ++i) {
+    text += (i == 0 ? "" : "; ") + whereabouts(window, all[i]);
   }
-  return text + others(missing, "; ");
+  return text + others(all, "; ");
 }
 
 std::string describe_present(const Window& window, const std::vector<int>& missing) {
   if (missing.empty()) return "";
   std::string here;
   for (int peer = 0; peer < window.local_size(); ++peer) {
-    if (std::find(missing.begin(), missing.end(), peer) != missing.end()) continue;
+    if (contains(missing, peer)) continue;
     here += (here.empty() ? "" : ", ") + std::to_string(window.group_rank(peer));
   }
   return "\n  Of this host's ranks " + here + " got there.";
 }
 
 std::string describe_missing(const Window& window, const std::vector<int>& missing) {
+  const std::vector<int> all = with_whom_they_wait_for(window, missing);
   std::string text;
-  const std::size_t described = std::min(missing.size(), kMostDescribed);
+  const std::size_t described = std::min(all.size(), kMostDescribed);
   for (std::size_t i = 0; i < described; ++i) {
-    text += "\n  " + whereabouts(window, missing[i]) + ":" +
-            stacks_of(window.process_page(missing[i]), kMostStackBytes / described);
+    text += "\n  " + whereabouts(window, all[i]) + ":" +
+            stacks_of(window.process_page(all[i]), kMostStackBytes / described);
   }
-  return text + others(missing, "\n  ");
+  return text + others(all, "\n  ");
 }
 
 }  // namespace pycomm

@@ -19,13 +19,15 @@ constexpr double kFirstWord = 0.5;
 /// "12.3 s"
 std::string seconds_text(double seconds);
 
-/// What the local ranks `missing` are doing, in a line; see describe_whereabouts.
+/// What the local ranks `missing` are doing, and those whose messages they wait for, in a line; see
+/// describe_whereabouts.
 std::string describe_awaited(const Window& window, const std::vector<int>& missing);
 
 /// Which local ranks are not missing; a line to be added to an error.
 std::string describe_present(const Window& window, const std::vector<int>& missing);
 
-/// What the local ranks `missing` are doing, with their stacks: lines to be added to an error.
+/// What the local ranks `missing` are doing, and those whose messages they wait for, with their
+/// stacks: lines to be added to an error.
 /// Waits up to a second for each of the first four.
 std::string describe_missing(const Window& window, const std::vector<int>& missing);
 

@@ -22,7 +22,7 @@ std::uint64_t hash_of_current(const Context& context) {
 }  // namespace
 
 Journal::Journal(Recorder& recorder, int tag, const std::vector<int>& ranks, int world_size)
-    : recorder_(recorder), name_("ranks ") {
+    : recorder_(recorder), ranks_(ranks), name_("ranks ") {
   bool is_world = ranks.size() == static_cast<std::size_t>(world_size);
   for (std::size_t i = 0; i < ranks.size(); ++i) {
     name_ += (i == 0 ? "" : ", ") + std::to_string(ranks[i]);
@@ -79,6 +79,7 @@ Journal::Entry Journal::queue(const Transfer& transfer) const {
   record.started_ns = record.queued_ns;
   record.bytes = transfer.bytes();
   record.peer = transfer.peer;
+  if (transfer.peer >= 0) record.peer_in_world = ranks_[static_cast<std::size_t>(transfer.peer)];
   record.tag = transfer.tag;
   return recorder_.begin(record);
 }

@@ -38,6 +38,7 @@ class Journal {
   Record prepared() const;
 
   Recorder& recorder_;
+  std::vector<int> ranks_;
   std::string name_;
   std::uint64_t key_;
 };

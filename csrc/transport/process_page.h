@@ -16,7 +16,7 @@ namespace pycomm {
 /// Who a process is, for whoever looks at its page from outside. Plain bytes.
 struct Identity {
   /// What every page begins with, and no page of another version of this file.
-  static constexpr std::uint64_t kMagic = 0x3154454741504350;  // "PCPAGET1"
+  static constexpr std::uint64_t kMagic = 0x3254454741504350;  // "PCPAGET2"
 
   std::int32_t rank = -1;
   std::int32_t size = 0;

@@ -64,14 +64,19 @@ const char* meaning(char state) {
   return "in an unknown state";
 }
 
-std::string describe_last(const Record& last) {
-  using State = Record::State;
-  std::string text = last.describe();
-  if (last.what == Record::What::kCollective && last.signature.sequence > 0) {
-    text +=
-        " (call #" + std::to_string(last.signature.sequence) + " of " + last.describe_group() + ")";
+std::string describe_call(const Record& record) {
+  std::string text = record.describe();
+  if (record.what == Record::What::kCollective && record.signature.sequence > 0) {
+    text += " (call #" + std::to_string(record.signature.sequence) + " of " +
+            record.describe_group() + ")";
   }
-  text += last.signature.place();
+  return text + record.signature.place();
+}
+
+/// The last call, which others that have not ended may go before.
+std::string describe_last(const Record& last, const std::optional<Record>& unfinished) {
+  using State = Record::State;
+  const std::string text = describe_call(last);
   switch (last.state) {
     case State::kQueued:
       return "has queued " + text + " " + seconds_since(last.queued_ns) + " ago";
@@ -81,8 +86,12 @@ std::string describe_last(const Record& last) {
     case State::kFailed:
       break;
   }
-  return "last did " + text + ", which " + (last.state == State::kDone ? "ended " : "failed ") +
-         seconds_since(last.ended_ns) + " ago, and is in no call of pycomm";
+  const std::string ended = "last did " + text + ", which " +
+                            (last.state == State::kDone ? "ended " : "failed ") +
+                            seconds_since(last.ended_ns) + " ago, and ";
+  if (!unfinished) return ended + "is in no call of pycomm";
+  return ended + "has been waiting for the end of " + describe_call(*unfinished) + " for " +
+         seconds_since(unfinished->queued_ns);
 }
 
 /// What is at the end of a file, from `offset`.
@@ -167,7 +176,13 @@ std::string describe_whereabouts(const ProcessPage& page, const std::string& nam
   const std::uint64_t latest = page.recorder.latest();
   if (latest == 0) return text + "has made no call of pycomm yet";
   const auto last = page.recorder.read(latest);
-  return text + (last ? describe_last(*last) : "is just making a call");
+  if (!last) return text + "is just making a call";
+  return text + describe_last(*last, page.recorder.first_unfinished());
+}
+
+int whom_it_waits_for(const ProcessPage& page) {
+  const auto unfinished = page.recorder.first_unfinished();
+  return unfinished ? unfinished->peer_in_world : -1;
 }
 
 std::string stacks_of(const ProcessPage& page, std::size_t most_bytes) {

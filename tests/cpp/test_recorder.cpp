@@ -65,6 +65,17 @@ TEST(the_last_ones_are_kept) {
   CHECK_EQUAL(fresh.recorder->read(Recorder::kRecords + 5)->state, Record::State::kQueued);
 }
 
+TEST(what_has_not_ended_is_found_behind_what_has) {
+  Fresh fresh;
+  CHECK(!fresh.recorder->first_unfinished());
+  for (std::uint64_t i = 1; i <= 3; ++i) fresh.recorder->begin(record_of(i));
+  fresh.recorder->end(1, 5, /*failed=*/false, 0, 0);
+  fresh.recorder->end(3, 5, /*failed=*/true, 0, 0);
+  CHECK_EQUAL(fresh.recorder->first_unfinished()->bytes, 2u);
+  fresh.recorder->end(2, 6, /*failed=*/false, 0, 0);
+  CHECK(!fresh.recorder->first_unfinished());
+}
+
 TEST(a_reader_gets_whole_records_while_threads_write) {
   Fresh fresh;
   constexpr std::uint64_t kEach = 20000;
