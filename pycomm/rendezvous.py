@@ -159,25 +159,46 @@ def _all_gather_mpi(
 class _Arrivals:
     """Tells which ranks have come to meet, which an all-gather does not.
 
-    Each rank sends every other an empty message. Not in large worlds, for which that is much.
+    Each rank sends every other an empty message as it comes, and another one once it gives up, or
+    hears that somebody has: who answers that is waiting too. Not in large worlds, for which that
+    is much.
     """
 
     _MOST_RANKS = 256
-    _TAG = 32_701  # MPI guarantees 32,767; who receives any tag just then is the user of `comm`
+    # MPI guarantees 32,767; who receives any tag just then is the user of `comm`.
+    _TAG = 32_701
+    _GIVEN_UP_TAG = 32_702
+    _ANSWER_S = 1.0
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         rank, size = comm.Get_rank(), comm.Get_size()
-        others = [peer for peer in range(size) if peer != rank] if size <= self._MOST_RANKS else []
+        self._comm = comm
+        self._others = (
+            [peer for peer in range(size) if peer != rank] if size <= self._MOST_RANKS else []
+        )
         nothing = bytearray()
-        self._coming = {peer: comm.Irecv(nothing, peer, self._TAG) for peer in others}
-        self._going = [comm.Isend(nothing, peer, self._TAG) for peer in others]
-        self._knows = bool(others)
+        self._coming = {peer: comm.Irecv(nothing, peer, self._TAG) for peer in self._others}
+        self._going = [comm.Isend(nothing, peer, self._TAG) for peer in self._others]
 
-    def missing(self) -> list[int] | None:
-        """Who has not come; None if that is not known."""
-        if not self._knows:
-            return None
-        return [peer for peer, request in self._coming.items() if not request.Test()]
+    def given_up(self) -> bool:
+        """Whether another rank has given up."""
+        return any(self._comm.Iprobe(peer, self._GIVEN_UP_TAG) for peer in self._others)
+
+    def give_up(self) -> tuple[list[int], list[int]]:
+        """Who has not come, and who has and does not answer; nobody if that is not known."""
+        nothing = bytearray()
+        self._going += [
+            self._comm.Isend(nothing, peer, self._GIVEN_UP_TAG) for peer in self._others
+        ]
+        deadline = time.monotonic() + self._ANSWER_S
+        silent = list(self._others)
+        while silent and time.monotonic() < deadline:
+            time.sleep(0.01)
+            silent = [peer for peer in silent if not self._comm.Iprobe(peer, self._GIVEN_UP_TAG)]
+        for peer in set(self._others) - set(silent):
+            self._comm.Recv(nothing, peer, self._GIVEN_UP_TAG)
+        missing = [peer for peer in silent if not self._coming[peer].Test()]
+        return missing, [peer for peer in silent if peer not in missing]
 
     def finish(self) -> None:
         """All have come: what they sent is here, or about to be."""
@@ -196,49 +217,62 @@ def _ranks_text(ranks: list[int]) -> str:
 
 def _gathered(mpi: ModuleType, comm: MPI.Intracomm, timeout_s: float, data: bytes) -> list[bytes]:
     arrivals = _Arrivals(comm)
+    began = time.monotonic()
     try:
-        gathered = _all_gather(mpi, comm, timeout_s, data)
+        gathered = _all_gather(mpi, comm, timeout_s, data, arrivals)
         arrivals.finish()
-    except CommTimeoutError as error:
-        missing = arrivals.missing()
+    except _LateError:
+        waited_s = time.monotonic() - began
+        missing, silent = arrivals.give_up()
         arrivals.abandon()
-        if not missing:
-            raise
-        raise CommTimeoutError(
-            f"init on rank {comm.Get_rank()} of {comm.Get_size()}: {_ranks_text(missing)} did not "
-            f"come to meet within {timeout_s:g} s.\n"
-            "  Read its log first: it is stuck before it gets here; if it is only slow, raise "
-            "init(timeout_s=...), PYCOMM_TIMEOUT_S or init_process_group(timeout=...)."
-        ) from error
+        raise _late(comm, waited_s, missing, silent) from None
     except BaseException:
         arrivals.abandon()
         raise
     return gathered
 
 
-def _all_gather(mpi: ModuleType, comm: MPI.Intracomm, timeout_s: float, data: bytes) -> list[bytes]:
+def _late(
+    comm: MPI.Intracomm, waited_s: float, missing: list[int], silent: list[int]
+) -> CommTimeoutError:
+    within = f"within {waited_s:.1f} s"
+    problem = f"not all ranks came to meet {within}; MPI does not say which"
+    if missing:
+        problem = f"{_ranks_text(missing)} did not come to meet {within}"
+    elif silent:
+        problem = f"{_ranks_text(silent)} came to meet, but did not go on {within}"
+    return CommTimeoutError(
+        f"init on rank {comm.Get_rank()} of {comm.Get_size()}: {problem}.\n"
+        "  Read its log first: it is stuck before it gets here, stopped, or its host is cut off; "
+        "if it is only slow, raise init(timeout_s=...), PYCOMM_TIMEOUT_S or "
+        "init_process_group(timeout=...)."
+    )
+
+
+class _LateError(Exception):
+    """Not all have come to an all-gather in time."""
+
+
+def _all_gather(
+    mpi: ModuleType, comm: MPI.Intracomm, timeout_s: float, data: bytes, arrivals: _Arrivals
+) -> list[bytes]:
     deadline = time.monotonic() + timeout_s
     lengths = array.array("q", bytes(8 * comm.Get_size()))
     request = comm.Iallgather(array.array("q", [len(data)]), lengths)
-    _wait(request, comm, deadline, timeout_s)
+    _wait(request, deadline, arrivals)
     received = bytearray(sum(lengths))
     request = comm.Iallgatherv([bytearray(data), mpi.BYTE], [received, lengths.tolist(), mpi.BYTE])
-    _wait(request, comm, deadline, timeout_s)
+    _wait(request, deadline, arrivals)
     ends = itertools.accumulate(lengths)
     return [bytes(received[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
 
 
-def _wait(request: MPI.Request, comm: MPI.Intracomm, deadline: float, timeout_s: float) -> None:
+def _wait(request: MPI.Request, deadline: float, arrivals: _Arrivals) -> None:
     pause_s = 1e-5
     while not request.Test():
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or (pause_s > 1e-3 and arrivals.given_up()):
             _abandoned.append(request)
-            raise CommTimeoutError(
-                f"init on rank {comm.Get_rank()} of {comm.Get_size()}: not all ranks came to meet "
-                f"within {timeout_s:g} s; MPI does not say which.\n"
-                "  A rank that logs nothing is stuck before it gets here; if it is only slow, "
-                "raise init(timeout_s=...), PYCOMM_TIMEOUT_S or init_process_group(timeout=...)."
-            )
+            raise _LateError
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 5e-3)
 
