@@ -555,10 +555,9 @@ std::exception_ptr Group::fail(const std::string& call) {
     std::rethrow_exception(error);
   } catch (const CommError& comm_error) {
     text = comm_error.what();
-    if (!hint.empty() && text.find(hint) == text.npos) {  // as an error that another rank told has
-      text += hint;
-      error = with_text(error, text);
-    }
+    if (text.starts_with(Channel::kFailure)) text.insert(0, call + ": ");
+    if (text.find(hint) == text.npos) text += hint;  // as an error that another rank told has
+    if (text != comm_error.what()) error = with_text(error, text);
     lasting = error;
   } catch (...) {
     // Not ours (Ctrl-C in the caller): it ends this call alone, the group ends with our own error.

@@ -97,8 +97,8 @@ struct Route {
 
   void check(int code) const {
     if (code == MPI_SUCCESS) return;
-    const std::string failed =
-        "MPI failed while rank " + std::to_string(rank) + " waited for " + awaited() + ": ";
+    const std::string failed = std::string(Channel::kFailure) + " while rank " +
+                               std::to_string(rank) + " waited for " + awaited() + ": ";
     if (means_lost_peer(class_of(code))) {
       throw PeerLostError(failed + "the peer is gone: " + text_of(code) + ".\n  Read " +
                           others_log() + " first.");

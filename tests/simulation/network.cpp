@@ -63,8 +63,9 @@ std::string awaited(const char* verb, int peer, std::size_t bytes, int tag) {
 }
 
 [[noreturn]] void throw_lost(int rank, const std::string& what) {
-  throw pycomm::PeerLostError("MPI failed while rank " + std::to_string(rank) + " waited for " +
-                              what + ": the peer is gone: process failed");
+  throw pycomm::PeerLostError(std::string(pycomm::Channel::kFailure) + " while rank " +
+                              std::to_string(rank) + " waited for " + what +
+                              ": the peer is gone: process failed");
 }
 
 }  // namespace
