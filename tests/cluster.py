@@ -28,7 +28,8 @@ _NETWORK = "10.77.0"
 _LINK = "ip link add br0 type bridge && ip link add port0 type veth peer name eth0"
 
 # What mpirun takes for ssh. Its daemons want to find it, too, though they do not use it. This
-# /dev/shm is the host's own and gone with it.
+# /dev/shm is the host's own and gone with it. As ssh does, it hears nothing of a host whose power
+# is off, and waits for it as long as mpirun is there.
 _AGENT_PATH = "/dev/shm/agent"
 _AGENT = """\
 #!/bin/sh
@@ -37,9 +38,14 @@ case $1 in
 {cases}
   *) echo "agent: no host has the address $1" >&2; exit 255 ;;
 esac
+host=$1
 shift
-exec $enter sh -c "$*"
+$enter sh -c "$*"
+code=$?
+[ -e {off}.$host ] && exec tail --pid=$PPID -f /dev/null
+exit $code
 """
+_OFF_PATH = "/dev/shm/off"
 
 
 def what_is_missing() -> str | None:
@@ -101,7 +107,8 @@ class Cluster:
                 cases="\n".join(
                     f'  {self._address(index)}) enter="{" ".join(host.enter)}" ;;'
                     for index, host in enumerate(self._hosts)
-                )
+                ),
+                off=_OFF_PATH,
             )
             for host in [self._head, *self._hosts]:
                 host.write_program(_AGENT_PATH, agent)
@@ -163,6 +170,7 @@ class Cluster:
     def power_off(self, index: int) -> None:
         """A host and all that runs on it is gone, and no packet of it says so."""
         self.cut(index)
+        self._head.run(f"touch {_OFF_PATH}.{self._address(index)}")
         self._hosts[index].stop()
 
     def pids(self) -> list[int]:

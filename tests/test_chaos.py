@@ -19,8 +19,11 @@ def test_every_kind_meets_every_phase_where_it_can_happen() -> None:
     met = {(fault.kind, fault.phase) for fault in faults}
     for kind in KINDS:
         for phase in PHASES:
-            cannot = kind in ("differ", "leave") and phase in ("start-up", "shutdown")
+            cannot = kind == "recover" or (
+                kind in ("differ", "leave") and phase in ("start-up", "shutdown")
+            )
             assert ((kind, phase) in met) == (not cannot)
+    assert ("recover", "elastic") in met
     assert {fault.rank for fault in faults} == set(range(RANKS))
 
 

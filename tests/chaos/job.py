@@ -2,84 +2,27 @@
 
     mpirun -np 4 python -m chaos.job FOLDER FAULT
 
-Each rank writes what it sees to FOLDER/rank-R.jsonl, a line at a time, with the host's steady
-clock. The victim breaks itself: it knows best when a phase has begun.
+Each rank writes what it sees to FOLDER/rank-R.jsonl, a line at a time, with the machine's steady
+clock.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import nn
 
 import pycomm
 from chaos.plan import Fault
+from chaos.victim import ChaosError, Journal, Victim
 
 _PHASE_S = 0.8  # at least, so that faults of any delay find the phase
-
-
-class Journal:
-    """What this rank has to say, for the one who counts."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._file: IO[str] = open(folder / f"rank-{rank}.jsonl", "a")  # noqa: SIM115
-
-    def write(self, event: str, **fields: object) -> None:
-        line = {"event": event, "t": time.monotonic(), "process": os.getpid(), **fields}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-
-
-class ChaosError(Exception):
-    """What the victim raises."""
-
-
-class Victim:
-    """Breaks this rank if it is the victim, once the moment has come."""
-
-    def __init__(self, fault: Fault, rank: int, journal: Journal) -> None:
-        self._fault = fault if fault.rank == rank else None
-        self._journal = journal
-        self._due = threading.Event()
-
-    def enter(self, phase: str) -> None:
-        """The phase begins."""
-        self._journal.write("phase", phase=phase)
-        if self._fault is None or self._fault.phase != phase:
-            return
-        threading.Thread(target=self._wait, daemon=True).start()
-
-    def _wait(self) -> None:
-        assert self._fault is not None
-        time.sleep(self._fault.delay_s)
-        if self._fault.kind in ("kill", "stop"):
-            self._journal.write("fault")
-            os.kill(os.getpid(), signal.SIGKILL if self._fault.kind == "kill" else signal.SIGSTOP)
-        elif self._fault.kind in ("raise", "differ", "leave"):
-            self._due.set()
-
-    def here(self) -> None:
-        """Between two calls: what a program does wrong it does here."""
-        if not self._due.is_set():
-            return
-        assert self._fault is not None
-        self._due.clear()
-        self._journal.write("fault")
-        if self._fault.kind == "raise":
-            raise ChaosError("bad batch")
-        if self._fault.kind == "leave":
-            pycomm.shutdown()
-            return
-        pycomm.all_reduce_(torch.zeros(3, dtype=torch.int64))  # which nobody else does
 
 
 def repeat(step: Callable[[int], None], victim: Victim) -> None:

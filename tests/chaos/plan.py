@@ -6,13 +6,19 @@ import json
 import random
 from dataclasses import asdict, dataclass
 
-KINDS = ("kill", "stop", "raise", "differ", "leave")
-HOST_KINDS = ("cut", "power off", "kill")  # of rounds on two hosts
+# What a rank does to itself, what happens to a whole host, and a rank that elastic training loses.
+RANK_KINDS = ("kill", "stop", "raise", "differ", "leave")
+HOST_KINDS = ("cut", "power off")
+KINDS = (*RANK_KINDS, *HOST_KINDS, "recover")
+
 PHASES = ("start-up", "training", "pipeline", "checkpoint", "shutdown")
+ELASTIC_PHASES = ("elastic",)
+
 RANKS = 4
+RANKS_OF_A_HOST = 2  # where there are two
 
 # How long after the beginning of the phase on the victim: about as long as a phase takes.
-_LONGEST_DELAY_S = {"start-up": 1.5, "shutdown": 0.02}
+_LONGEST_DELAY_S = {"start-up": 1.5, "shutdown": 0.02, "elastic": 2.0}
 _USUAL_DELAY_S = 0.6
 
 
@@ -21,10 +27,23 @@ class Fault:
     """What happens to whom, and when."""
 
     kind: str
-    rank: int
+    rank: int  # of a host's fault: its host is the one
     phase: str
     delay_s: float  # from the beginning of the phase
     hosts: int = 1  # on which the ranks are
+    twice: bool = False  # a second rank is lost a little later
+
+    @property
+    def host(self) -> int:
+        return self.rank // RANKS_OF_A_HOST if self.hosts > 1 else 0
+
+    @property
+    def victims(self) -> tuple[int, ...]:
+        """Ranks that come to harm, the first one first."""
+        if self.kind in HOST_KINDS:
+            first = self.host * RANKS_OF_A_HOST
+            return tuple(range(first, first + RANKS_OF_A_HOST))
+        return (self.rank, (self.rank + 2) % RANKS) if self.twice else (self.rank,)
 
     def encode(self) -> str:
         return json.dumps(asdict(self))
@@ -34,16 +53,27 @@ class Fault:
         return Fault(**json.loads(text))
 
     def __str__(self) -> str:
+        whom = f"host {self.host}" if self.kind in HOST_KINDS else f"rank {self.rank}"
+        also = " and another" if self.twice else ""
         where = " (2 hosts)" if self.hosts > 1 else ""
-        return f"{self.kind} rank {self.rank} in {self.phase}+{self.delay_s:.3f}s{where}"
+        return f"{self.kind} {whom}{also} in {self.phase}+{self.delay_s:.3f}s{where}"
 
 
-def fault_of(seed: int, number: int, kinds: tuple[str, ...] = KINDS, hosts: int = 1) -> Fault:
+def fault_of(seed: int, number: int) -> Fault:
     """The fault of round ``number``: kinds and phases in turn, all else at random."""
     generator = random.Random(f"{seed}/{number}")
-    kind = kinds[number % len(kinds)]
-    phase = PHASES[number // len(kinds) % len(PHASES)]
+    kind = KINDS[number % len(KINDS)]
+    phase = PHASES[number // len(KINDS) % len(PHASES)]
+    if kind == "recover":
+        phase = ELASTIC_PHASES[0]
     if kind in ("differ", "leave") and phase in ("start-up", "shutdown"):
         phase = "training"  # there is no call that could be another
-    delay_s = generator.uniform(0, _LONGEST_DELAY_S.get(phase, _USUAL_DELAY_S))
-    return Fault(kind, generator.randrange(RANKS), phase, delay_s, hosts)
+    several = kind in HOST_KINDS or (kind in ("kill", "stop") and generator.random() < 1 / 3)
+    return Fault(
+        kind,
+        rank=generator.randrange(RANKS),
+        phase=phase,
+        delay_s=generator.uniform(0, _LONGEST_DELAY_S.get(phase, _USUAL_DELAY_S)),
+        hosts=2 if several else 1,
+        twice=kind == "recover" and generator.random() < 1 / 2,
+    )

@@ -23,6 +23,14 @@ def of_round(value: str) -> Iterator[int]:
                 yield int(process.name)
 
 
+def ranks_of_round(value: str) -> Iterator[int]:
+    """Those of them that are ranks of the job, and not what starts it."""
+    for pid in of_round(value):
+        with contextlib.suppress(OSError):
+            if (Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")[1:2] == [b"-m"]:
+                yield pid
+
+
 def left_after(value: str, within_s: float) -> list[int]:
     """Those of the round that are still there after so long."""
     deadline = time.monotonic() + within_s

@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from chaos.plan import KINDS, fault_of
-from chaos.rounds import COUNTED, Outcome, run
+from chaos.rounds import run
+from chaos.verdict import COUNTED, Outcome
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     folder = chosen.folder.resolve() / f"seed-{chosen.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     numbers = range(chosen.rounds) if chosen.only is None else [chosen.only]
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=160)
     outcomes: list[Outcome] = []
     for number in numbers:
         kept = folder / f"{number}.json"
@@ -74,7 +75,7 @@ def summary(outcomes: Sequence[Outcome]) -> Table:
         of_kind = [outcome for outcome in outcomes if outcome.kind == kind]
         if not of_kind:
             continue
-        seconds = [value for outcome in of_kind for value in outcome.seconds_to_error]
+        seconds = [value for outcome in of_kind for value in outcome.seconds]
         counts = [str(sum(outcome.counts[what] for outcome in of_kind)) for what in COUNTED]
         table.add_row(kind, str(len(of_kind)), str(len(seconds)), *_percentiles(seconds), *counts)
     return table

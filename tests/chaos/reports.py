@@ -1,0 +1,45 @@
+"""What is noted in the folder of a round, by its ranks and by whoever breaks its hosts."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from chaos.plan import RANKS, Fault
+
+HOST_FILE = "host-broke"  # holds when
+
+Line = dict[str, Any]
+
+
+def read(folder: Path) -> dict[int, list[Line]]:
+    """The lines of each rank; a rank that never wrote has none."""
+    found: dict[int, list[Line]] = {rank: _lines(folder, rank) for rank in range(RANKS)}
+    # A rank that MPI_Init holds cannot write anything: it ends with words of the core.
+    output = (folder / "output").read_text(errors="replace")
+    for match in re.finditer(r"init on rank (\d+): MPI did not start within.*", output):
+        found[int(match[1])].append(
+            {"event": "error", "type": "Watchdog", "typed": True, "text": match[0], "t": None}
+        )
+    return found
+
+
+def broke_at(folder: Path, fault: Fault, reports: dict[int, list[Line]]) -> float | None:
+    """When the fault happened; None: it did not."""
+    host = folder / HOST_FILE
+    if host.exists():
+        return float(host.read_text())
+    times = [line["t"] for line in reports[fault.rank] if line["event"] == "fault"]
+    return float(times[0]) if times else None
+
+
+def phase_has_begun(folder: Path, fault: Fault) -> bool:
+    return any(line.get("phase") == fault.phase for line in _lines(folder, fault.rank))
+
+
+def _lines(folder: Path, rank: int) -> list[Line]:
+    path = folder / f"rank-{rank}.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]

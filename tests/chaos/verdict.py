@@ -1,0 +1,140 @@
+"""What came of a round, judged by what its ranks have noted."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from chaos.plan import HOST_KINDS, RANKS, RANKS_OF_A_HOST, Fault
+from chaos.reports import Line
+
+COUNTED = (
+    "hangs",
+    "wrong names",
+    "wrong sums",
+    "wrong commits",
+    "untyped errors",
+    "silent ranks",
+    "leaks",
+)
+
+# The error that every survivor is to get. At shutdown, and for a rank that only leaves, some may
+# have ended already, and that is no fault.
+_EXPECTED = {
+    "kill": ("PeerLostError",),
+    "stop": ("CommTimeoutError",),
+    "raise": ("PeerLostError", "StageError"),
+    "differ": ("MismatchError",),
+    "leave": ("MismatchError",),
+    "cut": ("PeerLostError",),
+    "power off": ("PeerLostError",),
+    "recover": (),
+}
+
+
+@dataclass
+class Outcome:
+    """What came of a round. All counts are to be zero."""
+
+    fault: str
+    kind: str
+    phase: str
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
+    notes: list[str] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # to each survivor's error, or new beginning
+    usable: list[bool | None] = field(default_factory=list)
+    happened: bool = False  # a fault late in its phase may find the job over
+
+    def count(self, what: str, note: str) -> None:
+        self.counts[what] += 1
+        self.notes.append(f"{what}: {note}")
+
+
+def judge(
+    outcome: Outcome, fault: Fault, reports: dict[int, list[Line]], broke: float | None
+) -> None:
+    """Count what must not be in ``reports``. The fault happened at ``broke``, or did not."""
+    outcome.happened = broke is not None
+    for rank, lines in sorted(reports.items()):
+        for line in lines:
+            if line["event"] == "wrong":
+                outcome.count("wrong sums", f"rank {rank}: {line['what']}: {line['found']}")
+        if not _is_judged(fault, rank, lines):
+            continue
+        errors = [line for line in lines if line["event"] == "error"]
+        ended = any(line["event"] == "end" for line in lines)
+        for error in errors:
+            _judge_error(outcome, fault, rank, error, broke is not None)
+            if broke is not None and error["t"] is not None:
+                outcome.seconds.append(error["t"] - broke)
+        if not ended and (not errors or fault.kind == "recover"):
+            why = "" if broke is not None else ", and there was no fault"
+            outcome.count("silent ranks", f"rank {rank} ended without an error{why}")
+    if fault.kind == "recover":
+        _judge_commits(outcome, fault, reports, broke)
+
+
+def _is_judged(fault: Fault, rank: int, lines: list[Line]) -> bool:
+    """What differs raises as the others do, and a host that was cut off goes on."""
+    if rank not in fault.victims or fault.kind in ("differ", "cut"):
+        return True
+    # The second of two may have ended before its turn came.
+    return fault.twice and not any(line["event"] == "fault" for line in lines)
+
+
+def _judge_error(outcome: Outcome, fault: Fault, rank: int, error: Line, broke: bool) -> None:
+    kind, text = str(error["type"]), str(error["text"])
+    outcome.usable.append(error.get("usable"))
+    if not error["typed"]:
+        outcome.count("untyped errors", f"rank {rank}: {kind}: {text[:300]}")
+    elif not broke:
+        outcome.count("wrong names", f"rank {rank}: an error without a fault: {kind}: {text[:300]}")
+    elif kind == "Watchdog":
+        pass  # MPI has not told who is missing
+    elif kind not in _expected(fault):
+        outcome.count("wrong names", f"rank {rank}: {kind}: {text[:300]}")
+    elif not re.search(_victim_pattern(fault, rank), text):
+        outcome.count("wrong names", f"rank {rank} does not name the victim: {text[:300]}")
+
+
+def _expected(fault: Fault) -> tuple[str, ...]:
+    if fault.kind in HOST_KINDS and fault.phase == "start-up":
+        return (*_EXPECTED[fault.kind], "CommTimeoutError")  # hosts do not yet know each other
+    return _EXPECTED[fault.kind]
+
+
+def _victim_pattern(fault: Fault, rank: int) -> str:
+    """What an error on ``rank`` says of who is to blame."""
+    if fault.kind not in HOST_KINDS:
+        return rf"rank {fault.rank}\b"
+    # Each side of a cut cable misses the other.
+    lost = fault.host if rank not in fault.victims else 1 - fault.host
+    ranks = "|".join(str(lost * RANKS_OF_A_HOST + i) for i in range(RANKS_OF_A_HOST))
+    return rf"host 'host{lost}'|rank [\d, ]*\b({ranks})\b"
+
+
+def _judge_commits(
+    outcome: Outcome, fault: Fault, reports: dict[int, list[Line]], broke: float | None
+) -> None:
+    """What ranks commit at a step is the same for all, and none goes back behind a commit."""
+    digests: dict[int, set[str]] = {}
+    ends: set[int] = set()
+    for rank, lines in sorted(reports.items()):
+        latest = 0
+        for line in lines:
+            if line["event"] == "commit":
+                digests.setdefault(line["step"], set()).add(line["digest"])
+                latest = line["step"]
+            elif line["event"] == "resume" and line["step"] < latest:
+                outcome.count("wrong commits", f"rank {rank} went back from {latest}: {line}")
+            elif line["event"] == "end":
+                ends.add(line["step"])
+    for step, found in digests.items():
+        if len(found) > 1:
+            outcome.count("wrong commits", f"step {step}: {len(found)} different states")
+    if len(ends) > 1:
+        outcome.count("wrong commits", f"ranks ended at steps {sorted(ends)}")
+    if broke is not None:
+        for rank in set(range(RANKS)) - set(fault.victims):
+            times = [line["t"] for line in reports[rank] if line["event"] == "resume"]
+            outcome.seconds += [t - broke for t in times if t > broke][:1]
