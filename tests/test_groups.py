@@ -147,6 +147,21 @@ def test_different_lists_are_a_mismatch_that_shows_both():
     run_ranks(2, lambda group: body(group.duplicate()))
 
 
+def test_an_error_of_a_group_says_which_ranks_of_the_job_its_ranks_are():
+    def body(group):
+        some = new_group([2, 1], group=group)
+        if some is not None:
+            with pytest.raises(MismatchError) as caught:
+                all_reduce(torch.zeros(1 + some.rank), group=some)
+            text = str(caught.value)
+            assert text.count("Ranks 0, 1 of this group are ranks 2, 1 of the job.") == 1
+        with pytest.raises(MismatchError) as caught:
+            all_reduce(torch.zeros(1 + group.rank), group=group)
+        assert "of this group" not in str(caught.value)
+
+    run_ranks(3, lambda group: body(group.duplicate()))
+
+
 def test_different_meshes_are_a_mismatch():
     def body(group):
         with pytest.raises(MismatchError, match="Mesh"):

@@ -1,5 +1,7 @@
 """Messages between ranks: pairing, dtypes, layouts, objects, and what bad calls raise."""
 
+import re
+import threading
 import time
 
 import pytest
@@ -276,6 +278,30 @@ def test_a_timeout_names_peer_and_tag(hosts):
                 recv(torch.empty(1), 1, tag=8, group=group, timeout_s=0.2)
 
     run_ranks(2, lambda group: body(group.duplicate()), hosts=hosts)
+
+
+def test_a_timeout_names_whom_the_awaited_rank_waits_for_itself():
+    over = threading.Event()
+
+    def body(group):
+        if group.rank == 0:
+            recv(torch.empty(1), 1, tag=1, group=group)
+            with pytest.raises(CommTimeoutError) as caught:
+                recv(torch.empty(4), 1, tag=2, group=group, timeout_s=1.0)
+            over.set()
+            text = str(caught.value)
+            waits = r"has been waiting for the end of recv of 8 float32.* from rank 2, tag 3"
+            assert re.search(rf"rank 1 \(.*last did send of 1 float32.*, and {waits}", text)
+            assert re.search(r"rank 2 \(process \d+, .*is in no call of pycomm", text)
+        elif group.rank == 1:
+            waiting = irecv(torch.empty(8), 2, tag=3, group=group)
+            send(torch.empty(1), 0, tag=1, group=group)
+            with pytest.raises(CommTimeoutError):
+                waiting.wait()
+        else:
+            over.wait(30)
+
+    run_ranks(3, lambda group: body(group.duplicate()))
 
 
 def test_a_dropped_work_keeps_its_tensors_alive():

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <new>
+#include <numeric>
 #include <utility>
 
 #include "collectives/immediate.h"
@@ -104,6 +105,25 @@ std::string problem_of_counts(const Operation& operation, int rank, int size) {
   if (operation.count == mine) return "";
   return "this rank brings " + std::to_string(operation.count) + " elements, and output_counts[" +
          std::to_string(rank) + "] is " + std::to_string(mine) + ". Pass the same number twice.";
+}
+
+std::string ranks_text(const std::vector<int>& ranks) {
+  constexpr std::size_t kMostListed = 16;
+  std::string text;
+  for (std::size_t i = 0; i < ranks.size() && i < kMostListed; ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(ranks[i]);
+  }
+  return text + (ranks.size() > kMostListed ? ", ..." : "");
+}
+
+/// A line for errors, which name ranks of the group: which ranks of the job they are. Empty if they
+/// are the same.
+std::string describe_ranks(const std::vector<int>& ranks) {
+  std::vector<int> own(ranks.size());
+  std::iota(own.begin(), own.end(), 0);
+  if (ranks == own) return "";
+  return "\n  Ranks " + ranks_text(own) + " of this group are ranks " + ranks_text(ranks) +
+         " of the job.";
 }
 
 }  // namespace
@@ -556,7 +576,9 @@ std::exception_ptr Group::fail(const std::string& call) {
   } catch (const CommError& comm_error) {
     text = comm_error.what();
     if (text.starts_with(Channel::kFailure)) text.insert(0, call + ": ");
-    if (text.find(hint) == text.npos) text += hint;  // as an error that another rank told has
+    for (const std::string& line : {describe_ranks(ranks_), hint}) {
+      if (text.find(line) == text.npos) text += line;  // as an error that another rank told has
+    }
     if (text != comm_error.what()) error = with_text(error, text);
     lasting = error;
   } catch (...) {
