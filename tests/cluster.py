@@ -102,10 +102,10 @@ class Cluster:
                     f"ip link add port{index} type veth peer name eth0 netns {host.pid}; "
                     f"ip link set port{index} master br0 up"
                 )
-                host.run(f"ip addr add {self._address(index)}/24 dev eth0; ip link set eth0 up")
+                host.run(f"ip addr add {self.address(index)}/24 dev eth0; ip link set eth0 up")
             agent = _AGENT.format(
                 cases="\n".join(
-                    f'  {self._address(index)}) enter="{" ".join(host.enter)}" ;;'
+                    f'  {self.address(index)}) enter="{" ".join(host.enter)}" ;;'
                     for index, host in enumerate(self._hosts)
                 ),
                 off=_OFF_PATH,
@@ -147,10 +147,14 @@ class Cluster:
         return Result(done.returncode, done.stdout, done.stderr)
 
     def mpirun_command(self, map_by: str = "slot", *options: str) -> list[str]:
-        hosts = [f"{self._address(index)}:{slots}" for index, slots in enumerate(self._slots)]
+        hosts = [f"{self.address(index)}:{slots}" for index, slots in enumerate(self._slots)]
         flags = ["--allow-run-as-root", "--host", ",".join(hosts), "-np", str(sum(self._slots))]
         flags += ["--map-by", map_by, "--bind-to", "none", *options]
         return [*self._head.enter, "mpirun", *flags]
+
+    def prefix(self, index: int) -> list[str]:
+        """What makes a command run on a host."""
+        return self._hosts[index].enter
 
     def environment(self) -> dict[str, str]:
         return {
@@ -163,6 +167,9 @@ class Cluster:
             "OMPI_MCA_mpi_yield_when_idle": "1",  # the hosts share their cores
         }
 
+    def address(self, index: int) -> str:
+        return f"{_NETWORK}.{index + 1}"
+
     def cut(self, index: int) -> None:
         """Pull the cable of a host: nobody is told, packets are lost."""
         self._head.run(f"ip link set port{index} down")
@@ -170,7 +177,7 @@ class Cluster:
     def power_off(self, index: int) -> None:
         """A host and all that runs on it is gone, and no packet of it says so."""
         self.cut(index)
-        self._head.run(f"touch {_OFF_PATH}.{self._address(index)}")
+        self._head.run(f"touch {_OFF_PATH}.{self.address(index)}")
         self._hosts[index].stop()
 
     def pids(self) -> list[int]:
@@ -180,9 +187,6 @@ class Cluster:
     def running(self) -> list[str]:
         """What still runs on the hosts, apart from their first processes."""
         return [command for host in self._hosts for command in host.running()]
-
-    def _address(self, index: int) -> str:
-        return f"{_NETWORK}.{index + 1}"
 
 
 class _Host:

@@ -1,99 +1,115 @@
 """``python -m chaos.peers``: how soon survivors of a fault hear of it, beside gloo and Open MPI.
 
-Four ranks all-reduce without end; one of them is killed, stopped or raises. Every survivor notes
-when its call fails. The peers take turns, so that all meet the same load of the machine.
+Four ranks all-reduce without end; one of them, or a host of two, is broken. Every survivor notes
+when its call fails, and sums that are wrong. The peers take turns, so that all meet the same load
+of the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import random
-import signal
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from launchers import mpirun_command, process_options
+from cluster import Cluster
+from launchers import ULFM_BETWEEN_HOSTS, mpirun_command, process_options
 from rich.console import Console
 from rich.table import Table
 
 from chaos import processes
-from chaos.plan import RANKS
+from chaos.peer_rank import LONGEST_S, PEERS, TIMEOUT_S
+from chaos.plan import HOST_KINDS, RANK_KINDS, RANKS, RANKS_OF_A_HOST
 
-PEERS = ("pycomm", "gloo", "Open MPI")
-KINDS = ("kill", "stop", "raise")
-LONGEST_S = 20.0  # after which a survivor is said to wait for ever
-_TIMEOUT_S = 3.0  # of pycomm's and gloo's calls
+KINDS = (*RANK_KINDS, *HOST_KINDS)
+_START_S = 60.0
+_LOST_HOST = 1
+
+
+@dataclass
+class Heard:
+    """By the survivors of all rounds of a fault with a peer."""
+
+    seconds: list[float] = field(default_factory=list)  # LONGEST_S: never
+    wrong: int = 0  # survivors that got a wrong sum
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m chaos.peers", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rank", nargs=2, metavar=("PEER", "FAULT"), help=argparse.SUPPRESS)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     chosen = parser.parse_args(arguments)
-    if chosen.rank:
-        _run_rank(*chosen.rank)
-        return 0
-    seconds: dict[tuple[str, str], list[float]] = {}
+    heard: dict[tuple[str, str], Heard] = {}
     for number in range(chosen.rounds):
-        for kind in KINDS:
+        for kind in chosen.kinds:
             for peer in PEERS:
-                seconds.setdefault((kind, peer), []).extend(_run_round(peer, kind, number))
-    Console(soft_wrap=True).print(_table(seconds))
+                _run_round(peer, kind, number, heard.setdefault((kind, peer), Heard()))
+    Console(soft_wrap=True, width=120).print(_table(heard))
     return 0
 
 
-def _table(seconds: dict[tuple[str, str], list[float]]) -> Table:
+def _table(heard: dict[tuple[str, str], Heard]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("fault", "peer", "survivors", "told", "p50 s", "p99 s"):
+    for title in ("fault", "peer", "survivors", "told", "wrong sums", "p50 s", "p99 s"):
         table.add_column(title, justify="left" if title in ("fault", "peer") else "right")
-    for (kind, peer), values in seconds.items():
-        told = [value for value in values if value < LONGEST_S]
-        cuts = statistics.quantiles(values, n=100, method="inclusive")
+    for (kind, peer), found in heard.items():
+        told = sum(value < LONGEST_S for value in found.seconds)
+        cuts = statistics.quantiles(found.seconds, n=100, method="inclusive")
         shown = [f"{cut:.3f}" if cut < LONGEST_S else f"> {LONGEST_S:g}" for cut in cuts]
-        table.add_row(kind, peer, str(len(values)), str(len(told)), shown[49], shown[98])
+        counts = [str(len(found.seconds)), str(told), str(found.wrong)]
+        table.add_row(kind, peer, *counts, shown[49], shown[98])
     return table
 
 
 # --- one round -----------------------------------------------------------------------------------
 
 
-def _run_round(peer: str, kind: str, number: int) -> list[float]:
-    """Seconds from the fault to each survivor's error; LONGEST_S for one that gets none."""
+def _run_round(peer: str, kind: str, number: int, heard: Heard) -> None:
     generator = random.Random(f"{kind}/{number}")
-    fault = {
-        "kind": kind,
-        "rank": generator.randrange(RANKS),
-        "delay_s": generator.uniform(0.2, 1.0),
-    }
-    with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
-        fault["folder"] = temporary
-        started = _start(peer, json.dumps(fault), temporary)
-        times = Path(temporary)
-        deadline = time.monotonic() + 60.0 + LONGEST_S
-        while time.monotonic() < deadline:
-            broke = _time_in(times / f"rank-{fault['rank']}")
-            told = [_time_in(times / f"rank-{rank}") for rank in range(RANKS)]
-            if broke and (all(told) or time.monotonic() > broke + LONGEST_S):
+    rank, delay_s = generator.randrange(RANKS), generator.uniform(0.2, 1.0)
+    lost = [rank]
+    if kind in HOST_KINDS:
+        lost = [_LOST_HOST * RANKS_OF_A_HOST + i for i in range(RANKS_OF_A_HOST)]
+    survivors = [one for one in range(RANKS) if one not in lost]
+    with tempfile.TemporaryDirectory(prefix="chaos-") as temporary, contextlib.ExitStack() as stack:
+        folder = Path(temporary)
+        cluster = None
+        if kind in HOST_KINDS:
+            cluster = stack.enter_context(Cluster([RANKS_OF_A_HOST] * 2))
+        fault = {"kind": kind, "rank": rank, "delay_s": delay_s, "folder": temporary}
+        stack.enter_context(_started(peer, json.dumps(fault), temporary, cluster))
+        _wait(lambda: all((folder / f"rank-{one}.ready").exists() for one in range(RANKS)))
+        if cluster is not None:
+            time.sleep(delay_s)
+            broke = time.monotonic()
+            cluster.cut(_LOST_HOST) if kind == "cut" else cluster.power_off(_LOST_HOST)
+        else:
+            _wait(lambda: _time_in(folder / f"rank-{rank}") is not None)
+            broke = _time_in(folder / f"rank-{rank}") or 0.0
+        while time.monotonic() < broke + LONGEST_S:
+            told = [_time_in(folder / f"rank-{one}") for one in survivors]
+            if all(told):
                 break
             time.sleep(0.05)
-        processes.end(temporary)
-        for process in started:
-            process.wait()
-    if not broke:
-        raise RuntimeError(f"{peer}: rank {fault['rank']} did not come to its fault")
-    return [
-        min((when - broke) if when else LONGEST_S, LONGEST_S)
-        for rank, when in enumerate(told)
-        if rank != fault["rank"]
-    ]
+        heard.wrong += sum((folder / f"rank-{one}.wrong").exists() for one in survivors)
+    heard.seconds += [min((at or float("inf")) - broke, LONGEST_S) for at in told]
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _START_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError("the ranks did not come to their fault")
+        time.sleep(0.01)
 
 
 def _time_in(path: Path) -> float | None:
@@ -103,81 +119,57 @@ def _time_in(path: Path) -> float | None:
         return None
 
 
-def _start(peer: str, fault: str, value: str) -> list[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "chaos.peers", "--rank", peer, fault]
-    options = {
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.DEVNULL,
-        "start_new_session": True,
+@contextlib.contextmanager
+def _started(peer: str, fault: str, value: str, cluster: Cluster | None) -> Iterator[None]:
+    command = [sys.executable, "-m", "chaos.peer_rank", peer, fault]
+    environ = {
+        **(cluster.environment() if cluster else {}),
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "PYCOMM_TRACE_FOLDER": "",
+        "PYCOMM_HOST_TIMEOUT_S": str(TIMEOUT_S),
+        processes.VARIABLE: value,
     }
-    path = str(Path(__file__).parent.parent)
-    environ = {"PYTHONPATH": path, "PYCOMM_TRACE_FOLDER": "", processes.VARIABLE: value}
-    if peer != "gloo":
-        launcher = mpirun_command(RANKS, "--with-ft", "ulfm")
-        return [subprocess.Popen([*launcher, *command], **process_options(**environ), **options)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
-    return [
-        subprocess.Popen(command, **process_options(**environ, RANK=str(rank)), **options)
-        for rank in range(RANKS)
+    if peer == "gloo":
+        commands = [
+            ([*(cluster.prefix(rank // RANKS_OF_A_HOST) if cluster else []), *command], one)
+            for rank, one in enumerate(_gloo_environments(cluster))
+        ]
+    elif cluster is not None:
+        commands = [([*cluster.mpirun_command("slot", *ULFM_BETWEEN_HOSTS), *command], {})]
+    else:
+        commands = [([*mpirun_command(RANKS, "--with-ft", "ulfm"), *command], {})]
+    started = [
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            **process_options(**environ, **more),
+        )
+        for command, more in commands
     ]
-
-
-# --- one rank ------------------------------------------------------------------------------------
-
-
-def _run_rank(peer: str, text: str) -> None:
-    fault = json.loads(text)
-    rank, all_reduce = {"pycomm": _pycomm, "gloo": _gloo, "Open MPI": _open_mpi}[peer]()
-    note = Path(fault["folder"]) / f"rank-{rank}"
-    all_reduce()
-    due = time.monotonic() + (fault["delay_s"] if rank == fault["rank"] else 1e9)
     try:
-        while time.monotonic() < due:
-            all_reduce()
-    except Exception:
-        note.write_text(str(time.monotonic()))
-        time.sleep(LONGEST_S)  # gloo's neighbours hear of a rank that ends
-        raise
-    note.write_text(str(time.monotonic()))
-    if fault["kind"] == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if fault["kind"] == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
-    raise ValueError("bad batch")
+        yield
+    finally:
+        processes.end(value)
+        for process in started:
+            process.kill()
+            process.wait()
 
 
-def _pycomm() -> tuple[int, Callable[[], object]]:
-    import torch
-
-    import pycomm
-
-    pycomm.init(timeout_s=_TIMEOUT_S)
-    tensor = torch.zeros(1000)
-    return pycomm.rank(), lambda: pycomm.all_reduce_(tensor)
-
-
-def _gloo() -> tuple[int, Callable[[], object]]:
-    from datetime import timedelta
-
-    import torch
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", timeout=timedelta(seconds=_TIMEOUT_S))
-    tensor = torch.zeros(1000)
-    return dist.get_rank(), lambda: dist.all_reduce(tensor)
-
-
-def _open_mpi() -> tuple[int, Callable[[], object]]:
-    import numpy as np
-    from mpi4py import MPI
-
-    comm = MPI.COMM_WORLD.Dup()
-    comm.Set_errhandler(MPI.ERRORS_RETURN)
-    values, sums = np.zeros(1000, np.float32), np.zeros(1000, np.float32)
-    return comm.rank, lambda: comm.Allreduce(values, sums)
+def _gloo_environments(cluster: Cluster | None) -> list[dict[str, str]]:
+    if cluster is not None:
+        meeting = {
+            "MASTER_ADDR": cluster.address(0),
+            "MASTER_PORT": "29500",
+            "GLOO_SOCKET_IFNAME": "eth0",
+        }
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [{**meeting, "WORLD_SIZE": str(RANKS), "RANK": str(rank)} for rank in range(RANKS)]
 
 
 if __name__ == "__main__":
