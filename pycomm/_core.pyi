@@ -652,6 +652,9 @@ def leave_at_end(code: int, grace_s: int = 0) -> None:
     Or, with ``grace_s``, while they do it, if that takes longer than so many seconds.
     """
 
+def warn_at_end(seconds: int, text: str) -> None:
+    """When Python has ended and the process is still there after ``seconds``, write ``text``."""
+
 class OperationState(enum.Enum):
     QUEUED = 0
     RUNNING = 1

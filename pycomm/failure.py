@@ -24,6 +24,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -152,6 +153,23 @@ def leave_at_end(grace_s: int = _FINALISE_S) -> None:
     """
     if _leaves_by_itself:
         _core.leave_at_end(0 if _left_with is None else _left_with.number(), grace_s)
+
+
+def warn_at_end(member: Member, after_s: float) -> None:
+    """Have a line written where this process waits in MPI_Finalize for one that does not end.
+
+    That may be meant: a rank that works on, alone, after ``shutdown()``. So nothing is ended.
+
+    Args:
+        after_s: seconds of waiting; 0: never.
+    """
+    seconds = math.ceil(after_s)
+    if seconds > 0:
+        _core.warn_at_end(
+            seconds,
+            f"pycomm: {member} has ended and has waited {seconds} s in MPI_Finalize for another "
+            "rank, which works on after shutdown(), is stopped, or is stuck at its end.\n",
+        )
 
 
 def is_echo(error: BaseException) -> bool:

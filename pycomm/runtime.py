@@ -294,6 +294,8 @@ def _enter(
             leave = functools.partial(failure.abort_mpi, rendezvous.comm)
             member = dataclasses.replace(member, leave=leave)
         failure.watch(member)
+        if rendezvous.comm is not None and rendezvous.rank < 2:
+            failure.warn_at_end(member, settings.warn_after_s)
     _session = _Session(
         world,
         connection.job,

@@ -191,6 +191,23 @@ def test_exit_handlers_are_bounded():
     assert ours(done.err)[-1].endswith(": ValueError: bad batch")
 
 
+def test_who_waits_in_mpi_for_a_rank_that_does_not_end_says_so():
+    done = mpirun(
+        2,
+        """
+        import pycomm, time
+        pycomm.init()
+        rank = pycomm.rank()
+        pycomm.shutdown()
+        time.sleep(3 * rank)
+        """,
+        PYCOMM_WARN_AFTER_S="1",
+    )
+    assert done.returncode == 0, done.err
+    assert done.err.count("has ended and has waited 1 s in MPI_Finalize") == 1
+    assert "rank 0 of 2" in done.err
+
+
 def test_a_caught_exit_is_none():
     done = mpirun(
         2,

@@ -6,6 +6,7 @@
 
 #include <csignal>
 #include <cstdio>
+#include <string>
 
 #include "bindings/bindings.h"
 #include "bindings/call_site.h"
@@ -14,20 +15,46 @@
 
 namespace {
 
-int exit_code = 0;
-unsigned seconds_for_others = 0;
+/// What to do when Python has ended, while other modules finalise theirs: MPI above all.
+struct End {
+  bool leaves = false;
+  int code = 0;
+  unsigned grace_s = 0;
+  std::string warning;
+  unsigned warn_after_s = 0;
+};
+End end;
 
 /// Python runs these functions last, with everything of its own gone, the latest one first.
+void on_end() {
+  std::fflush(nullptr);
+  if (end.leaves && end.grace_s == 0) _exit(end.code);
+  if (end.leaves) {
+    std::signal(SIGALRM, [](int) { _exit(end.code); });
+    alarm(end.grace_s);
+  } else if (end.warn_after_s > 0) {
+    std::signal(SIGALRM, [](int) {
+      [[maybe_unused]] const auto written =
+          write(STDERR_FILENO, end.warning.data(), end.warning.size());
+    });
+    alarm(end.warn_after_s);
+  }
+}
+
+/// False: all 32 places are taken.
+bool register_end() { return Py_AtExit(on_end) == 0; }
+
 void leave_at_end(int code, unsigned grace_s) {
-  exit_code = code;
-  seconds_for_others = grace_s;
-  const int failed = Py_AtExit([] {
-    std::fflush(nullptr);
-    if (seconds_for_others == 0) _exit(exit_code);
-    std::signal(SIGALRM, [](int) { _exit(exit_code); });
-    alarm(seconds_for_others);
-  });
-  if (failed) _exit(code);  // all 32 places are taken
+  end.leaves = true;
+  end.code = code;
+  end.grace_s = grace_s;
+  if (!register_end()) _exit(code);
+}
+
+void warn_at_end(unsigned seconds, const std::string& text) {
+  if (end.warn_after_s == 0) register_end();
+  end.warn_after_s = seconds;
+  end.warning = text;
 }
 
 }  // namespace
@@ -51,6 +78,10 @@ PYBIND11_MODULE(_core, module) {
   module.def("leave_at_end", &leave_at_end, pybind11::arg("code"), pybind11::arg("grace_s") = 0,
              "When Python has ended, leave with `code` before what other modules do then, or while "
              "they do it, after `grace_s`.");
+  module.def(
+      "warn_at_end", &warn_at_end, pybind11::arg("seconds"), pybind11::arg("text"),
+      "When Python has ended and the process is still there after `seconds`, write `text` to "
+      "stderr.");
   module.def("linger", &pycomm::linger, pybind11::arg("seconds"),
              "Keep TCP connections open for `seconds` after the end of this process.");
   module.def("hide_frames_of", &pycomm::hide_frames_of, pybind11::arg("folders"),

@@ -35,6 +35,14 @@ def broke_at(folder: Path, fault: Fault, reports: dict[int, list[Line]]) -> floa
     return float(times[0]) if times else None
 
 
+def all_others_ended(folder: Path, fault: Fault) -> bool:
+    """Whether every rank but the victim has done all its work."""
+    others = [rank for rank in range(RANKS) if rank not in fault.victims]
+    return all(
+        any(line["event"] == "end" for line in _lines(folder, rank)) for rank in others
+    ) and any(line["event"] == "fault" for line in _lines(folder, fault.rank))
+
+
 def phase_has_begun(folder: Path, fault: Fault) -> bool:
     return any(line.get("phase") == fault.phase for line in _lines(folder, fault.rank))
 

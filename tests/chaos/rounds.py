@@ -25,7 +25,9 @@ def run(fault: Fault, folder: Path) -> Outcome:
         try:
             if not _wait(launcher, fault, folder):
                 outcome.count("hangs", f"still ran after {JOB_TIMEOUT_S:g} s")
-            elif left := processes.left_after(str(folder), LEFT_BEHIND_S):
+            elif launcher.poll() is not None and (
+                left := processes.left_after(str(folder), LEFT_BEHIND_S)
+            ):
                 outcome.count("leaks", f"processes {left}")
         finally:
             launcher.kill()
@@ -48,6 +50,8 @@ def _wait(launcher: subprocess.Popen[bytes], fault: Fault, folder: Path) -> bool
         if launcher.poll() is not None:
             return True
         # Open MPI's launcher waits for its daemon on a lost host for ever.
+        if fault.kind == "stop" and reports.all_others_ended(folder, fault):
+            return True  # it is stopped in MPI_Finalize, or on its way: nobody misses it
         host_broke = fault.kind in HOST_KINDS and (folder / reports.HOST_FILE).exists()
         if host_broke and not any(processes.ranks_of_round(str(folder))):
             launcher.kill()
