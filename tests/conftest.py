@@ -75,13 +75,29 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_runtest_protocol(
     item: pytest.Item, nextitem: pytest.Item | None
 ) -> Generator[None, object, object]:
-    mark = item.get_closest_marker("timeout")
-    timeout_s = float(mark.args[0] if mark else item.config.getini("timeout"))
-    dump_stacks_later(max(timeout_s - SECONDS_TO_PRINT, 1.0), item.config)
+    dump_stacks_later(max(_timeout_s(item) - SECONDS_TO_PRINT, 1.0), item.config)
     try:
         return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def _timeout_s(item: pytest.Item) -> float:
+    mark = item.get_closest_marker("timeout")
+    return float(mark.args[0] if mark else item.config.getini("timeout"))
+
+
+def _longest_files_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Those with a test that may take longest, then those of most tests.
+
+    Whole files go to one process: a long one that came last would leave the others without work.
+    """
+    longest: dict[object, float] = {}
+    tests: dict[object, int] = {}
+    for item in items:
+        longest[item.path] = max(longest.get(item.path, 0.0), _timeout_s(item))
+        tests[item.path] = tests.get(item.path, 0) + 1
+    return sorted(items, key=lambda item: (-longest[item.path], -tests[item.path], item.path))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -93,7 +109,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         runs = on_gpus if ON_GPUS else marked == UNDER_MPIRUN and not on_gpus
         runs &= on_double == bool(AUTOGRAD)
         (here if runs else elsewhere).append(item)
-    items[:] = here
+    items[:] = here if UNDER_MPIRUN else _longest_files_first(here)
     if elsewhere:
         config.hook.pytest_deselected(items=elsewhere)
 
