@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from chaos import run
-from chaos.plan import KINDS, PHASES, RANKS, Fault, fault_of
+from chaos.plan import ELASTIC_KINDS, ELASTIC_PHASE, KINDS, PHASES, RANKS, Fault, fault_of
 
 
 def test_a_round_follows_from_its_seed_and_number() -> None:
@@ -19,11 +19,9 @@ def test_every_kind_meets_every_phase_where_it_can_happen() -> None:
     met = {(fault.kind, fault.phase) for fault in faults}
     for kind in KINDS:
         for phase in PHASES:
-            cannot = kind == "recover" or (
-                kind in ("differ", "leave") and phase in ("start-up", "shutdown")
-            )
-            assert ((kind, phase) in met) == (not cannot)
-    assert ("recover", "elastic") in met
+            cannot = kind in ("differ", "leave") and phase in ("start-up", "shutdown")
+            assert ((kind, phase) in met) == (kind not in ELASTIC_KINDS and not cannot)
+    assert {kind for kind, phase in met if phase == ELASTIC_PHASE} == set(ELASTIC_KINDS)
     assert {fault.rank for fault in faults} == set(range(RANKS))
 
 

@@ -20,7 +20,7 @@ from chaos.job import warm_up
 from chaos.plan import Fault
 from chaos.victim import Journal, Victim
 
-SAMPLES, BATCH, EPOCHS = 400, 20, 20
+SAMPLES, BATCH, EPOCHS = 400, 20, 14
 
 
 def digest(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:

@@ -14,7 +14,7 @@ from cluster import Cluster
 from launchers import ULFM_BETWEEN_HOSTS, mpirun_command, process_options
 
 from chaos import processes
-from chaos.plan import HOST_KINDS, RANKS, RANKS_OF_A_HOST, Fault
+from chaos.plan import RANKS, RANKS_OF_A_HOST, Fault
 from chaos.reports import HOST_FILE, phase_has_begun
 
 # In seconds. A start takes 5 on an idle core; the deadline of the job's calls is the first.
@@ -27,7 +27,7 @@ _LOOK_S = 0.01
 @contextlib.contextmanager
 def started(fault: Fault, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
     """The launcher of the job. Hosts that were made for it, and all on them, end with this."""
-    module = "chaos.elastic_job" if fault.kind == "recover" else "chaos.job"
+    module = "chaos.elastic_job" if fault.is_elastic else "chaos.job"
     job = [sys.executable, "-m", module, str(folder), fault.encode()]
     environ = {
         processes.VARIABLE: str(folder),
@@ -42,7 +42,7 @@ def started(fault: Fault, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
             cluster = stack.enter_context(Cluster([RANKS_OF_A_HOST] * fault.hosts))
             command = cluster.mpirun_command("slot", *ULFM_BETWEEN_HOSTS)
             environ = {**cluster.environment(), **environ}
-            if fault.kind in HOST_KINDS:
+            if fault.of_host:
                 over = threading.Event()
                 thread = threading.Thread(
                     target=_break_host, args=(cluster, fault, folder, over), daemon=True
@@ -68,7 +68,7 @@ def _break_host(cluster: Cluster, fault: Fault, folder: Path, over: threading.Ev
     if over.wait(fault.delay_s):
         return
     now = time.monotonic()
-    if fault.kind == "cut":
+    if fault.of_host == "cut":
         cluster.cut(fault.host)
     else:
         cluster.power_off(fault.host)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-# What a rank does to itself, what happens to a whole host, and a rank that elastic training loses.
+# What a rank does to itself, what happens to a whole host, and what elastic training loses: ranks,
+# or a host in one of these ways.
 RANK_KINDS = ("kill", "stop", "raise", "differ", "leave")
 HOST_KINDS = ("cut", "power off")
-KINDS = (*RANK_KINDS, *HOST_KINDS, "recover")
+ELASTIC_KINDS = ("recover", *(f"recover after {kind}" for kind in HOST_KINDS))
+KINDS = (*RANK_KINDS, *HOST_KINDS, *ELASTIC_KINDS)
 
 PHASES = ("start-up", "training", "pipeline", "checkpoint", "shutdown")
-ELASTIC_PHASES = ("elastic",)
+ELASTIC_PHASE = "elastic"
 
 RANKS = 4
 RANKS_OF_A_HOST = 2  # where there are two
@@ -34,13 +36,22 @@ class Fault:
     twice: bool = False  # a second rank is lost a little later
 
     @property
+    def is_elastic(self) -> bool:
+        return self.kind in ELASTIC_KINDS
+
+    @property
+    def of_host(self) -> str | None:
+        """What happens to a host, if that is the fault."""
+        return next((kind for kind in HOST_KINDS if self.kind.endswith(kind)), None)
+
+    @property
     def host(self) -> int:
         return self.rank // RANKS_OF_A_HOST if self.hosts > 1 else 0
 
     @property
     def victims(self) -> tuple[int, ...]:
         """Ranks that come to harm, the first one first."""
-        if self.kind in HOST_KINDS:
+        if self.of_host:
             first = self.host * RANKS_OF_A_HOST
             return tuple(range(first, first + RANKS_OF_A_HOST))
         return (self.rank, (self.rank + 2) % RANKS) if self.twice else (self.rank,)
@@ -53,7 +64,7 @@ class Fault:
         return Fault(**json.loads(text))
 
     def __str__(self) -> str:
-        whom = f"host {self.host}" if self.kind in HOST_KINDS else f"rank {self.rank}"
+        whom = f"host {self.host}" if self.of_host else f"rank {self.rank}"
         also = " and another" if self.twice else ""
         where = " (2 hosts)" if self.hosts > 1 else ""
         return f"{self.kind} {whom}{also} in {self.phase}+{self.delay_s:.3f}s{where}"
@@ -64,16 +75,16 @@ def fault_of(seed: int, number: int) -> Fault:
     generator = random.Random(f"{seed}/{number}")
     kind = KINDS[number % len(KINDS)]
     phase = PHASES[number // len(KINDS) % len(PHASES)]
-    if kind == "recover":
-        phase = ELASTIC_PHASES[0]
+    if kind in ELASTIC_KINDS:
+        phase = ELASTIC_PHASE
     if kind in ("differ", "leave") and phase in ("start-up", "shutdown"):
         phase = "training"  # there is no call that could be another
-    several = kind in HOST_KINDS or (kind in ("kill", "stop") and generator.random() < 1 / 3)
-    return Fault(
+    fault = Fault(
         kind,
         rank=generator.randrange(RANKS),
         phase=phase,
         delay_s=generator.uniform(0, _LONGEST_DELAY_S.get(phase, _USUAL_DELAY_S)),
-        hosts=2 if several else 1,
         twice=kind == "recover" and generator.random() < 1 / 2,
     )
+    several = fault.of_host or (kind in ("kill", "stop") and generator.random() < 1 / 3)
+    return replace(fault, hosts=2) if several else fault

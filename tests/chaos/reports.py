@@ -18,12 +18,16 @@ def read(folder: Path) -> dict[int, list[Line]]:
     """The lines of each rank; a rank that never wrote has none."""
     found: dict[int, list[Line]] = {rank: _lines(folder, rank) for rank in range(RANKS)}
     # A rank that MPI_Init holds cannot write anything: it ends with words of the core.
-    output = (folder / "output").read_text(errors="replace")
-    for match in re.finditer(r"init on rank (\d+): MPI did not start within.*", output):
+    for match in re.finditer(r"init on rank (\d+): MPI did not start within.*", output(folder)):
         found[int(match[1])].append(
             {"event": "error", "type": "Watchdog", "typed": True, "text": match[0], "t": None}
         )
     return found
+
+
+def output(folder: Path) -> str:
+    """What mpirun printed."""
+    return (folder / "output").read_text(errors="replace")
 
 
 def broke_at(folder: Path, fault: Fault, reports: dict[int, list[Line]]) -> float | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from chaos import processes, reports
 from chaos.launch import started
-from chaos.plan import HOST_KINDS, Fault
+from chaos.plan import Fault
 from chaos.verdict import Outcome, judge
 
 JOB_TIMEOUT_S = 90.0  # after which a job counts as hanging
@@ -40,6 +40,10 @@ def run(fault: Fault, folder: Path) -> Outcome:
         outcome.count("leaks", f"file {path.name}")
     found = reports.read(folder)
     judge(outcome, fault, found, reports.broke_at(folder, fault, found))
+    # Of a half that cannot be reached nothing is printed.
+    leaves = fault.is_elastic and fault.of_host and fault.host == 0 and outcome.happened
+    if leaves and "Exit code 75" not in reports.output(folder):
+        outcome.count("silent ranks", "the half without rank 0 did not say that it leaves")
     return outcome
 
 
@@ -52,7 +56,7 @@ def _wait(launcher: subprocess.Popen[bytes], fault: Fault, folder: Path) -> bool
         # Open MPI's launcher waits for its daemon on a lost host for ever.
         if fault.kind == "stop" and reports.all_others_ended(folder, fault):
             return True  # it is stopped in MPI_Finalize, or on its way: nobody misses it
-        host_broke = fault.kind in HOST_KINDS and (folder / reports.HOST_FILE).exists()
+        host_broke = fault.of_host and (folder / reports.HOST_FILE).exists()
         if host_broke and not any(processes.ranks_of_round(str(folder))):
             launcher.kill()
             launcher.wait()

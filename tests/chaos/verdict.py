@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from chaos.plan import HOST_KINDS, RANKS, RANKS_OF_A_HOST, Fault
+from chaos.plan import RANKS, RANKS_OF_A_HOST, Fault
 from chaos.reports import Line
 
 COUNTED = (
@@ -28,7 +28,6 @@ _EXPECTED = {
     "leave": ("MismatchError",),
     "cut": ("PeerLostError",),
     "power off": ("PeerLostError",),
-    "recover": (),
 }
 
 
@@ -67,19 +66,26 @@ def judge(
             _judge_error(outcome, fault, rank, error, broke is not None)
             if broke is not None and error["t"] is not None:
                 outcome.seconds.append(error["t"] - broke)
-        if not ended and (not errors or fault.kind == "recover"):
+        if not ended and not errors and rank not in _leave_to_others(fault, broke):
             why = "" if broke is not None else ", and there was no fault"
             outcome.count("silent ranks", f"rank {rank} ended without an error{why}")
-    if fault.kind == "recover":
-        _judge_commits(outcome, fault, reports, broke)
+    if fault.is_elastic:
+        _judge_commits(outcome, reports, broke)
 
 
 def _is_judged(fault: Fault, rank: int, lines: list[Line]) -> bool:
     """What differs raises as the others do, and a host that was cut off goes on."""
-    if rank not in fault.victims or fault.kind in ("differ", "cut"):
+    if rank not in fault.victims or fault.kind == "differ" or fault.of_host == "cut":
         return True
     # The second of two may have ended before its turn came.
     return fault.twice and not any(line["event"] == "fault" for line in lines)
+
+
+def _leave_to_others(fault: Fault, broke: float | None) -> range:
+    """Ranks of elastic training that end so that others go on: the half without rank 0."""
+    if not (fault.is_elastic and fault.of_host) or broke is None:
+        return range(0)
+    return range(RANKS_OF_A_HOST, RANKS)
 
 
 def _judge_error(outcome: Outcome, fault: Fault, rank: int, error: Line, broke: bool) -> None:
@@ -98,14 +104,15 @@ def _judge_error(outcome: Outcome, fault: Fault, rank: int, error: Line, broke: 
 
 
 def _expected(fault: Fault) -> tuple[str, ...]:
-    if fault.kind in HOST_KINDS and fault.phase == "start-up":
-        return (*_EXPECTED[fault.kind], "CommTimeoutError")  # hosts do not yet know each other
-    return _EXPECTED[fault.kind]
+    expected = _EXPECTED.get(fault.kind, ())
+    if fault.of_host and fault.phase == "start-up":
+        return (*expected, "CommTimeoutError")  # hosts do not yet know each other
+    return expected
 
 
 def _victim_pattern(fault: Fault, rank: int) -> str:
     """What an error on ``rank`` says of who is to blame."""
-    if fault.kind not in HOST_KINDS:
+    if not fault.of_host:
         return rf"rank {fault.rank}\b"
     # Each side of a cut cable misses the other.
     lost = fault.host if rank not in fault.victims else 1 - fault.host
@@ -113,9 +120,7 @@ def _victim_pattern(fault: Fault, rank: int) -> str:
     return rf"host 'host{lost}'|rank [\d, ]*\b({ranks})\b"
 
 
-def _judge_commits(
-    outcome: Outcome, fault: Fault, reports: dict[int, list[Line]], broke: float | None
-) -> None:
+def _judge_commits(outcome: Outcome, reports: dict[int, list[Line]], broke: float | None) -> None:
     """What ranks commit at a step is the same for all, and none goes back behind a commit."""
     digests: dict[int, set[str]] = {}
     ends: set[int] = set()
@@ -135,6 +140,6 @@ def _judge_commits(
     if len(ends) > 1:
         outcome.count("wrong commits", f"ranks ended at steps {sorted(ends)}")
     if broke is not None:
-        for rank in set(range(RANKS)) - set(fault.victims):
-            times = [line["t"] for line in reports[rank] if line["event"] == "resume"]
+        for lines in reports.values():
+            times = [line["t"] for line in lines if line["event"] == "resume"]
             outcome.seconds += [t - broke for t in times if t > broke][:1]
