@@ -74,6 +74,7 @@ Switchboard::Switchboard(Setting setting, Channel& channel, Roster& roster, Noti
     hosts_.push_back({ranks_of(host).front(), Clock::now()});
   }
   last_attended_ = Clock::now();
+  last_tick_ = last_attended_ - period_;  // the first beat goes at once
 }
 
 Switchboard::~Switchboard() {
@@ -425,12 +426,19 @@ void Switchboard::beat() {
 void Switchboard::look_for_silence() {
   const auto now = Clock::now();
   const bool listens = speaks();
+  // Who spoke before may have heard of a host of which this rank never has.
+  const bool all_have_begun = std::any_of(
+      setting_.pages.begin(), setting_.pages.end(),
+      [](const ProcessPage* page) { return page->has_heard_all.load(std::memory_order_relaxed); });
+  bool has_heard_all = true;
   for (int other = 0; other < static_cast<int>(hosts_.size()); ++other) {
     Host& host = hosts_[index(other)];
     if (other == my_host_ || host.is_over) continue;
     if (!listens) host.heard = now;  // who speaks next begins to count
+    has_heard_all = has_heard_all && host.heard_ever;
+    const bool has_begun = host.heard_ever || all_have_begun;
     const Clock::duration silence = now - host.heard;
-    if (silence <= (host.heard_ever ? timeout_ : timeout_ + kStartUp)) continue;
+    if (silence <= (has_begun ? timeout_ : timeout_ + kStartUp)) continue;
     std::vector<int> ranks = ranks_of(other);
     std::erase_if(ranks, [this](int rank) { return is_lost(rank); });
     declare_lost(ranks, "no answer from " + name_of(other) + " (" + list_of(ranks_of(other)) +
@@ -438,6 +446,9 @@ void Switchboard::look_for_silence() {
                             ": it is down, frozen, or the network between is cut.\n  Look at that "
                             "host first. If it is only stopped at times (a virtual machine that "
                             "is moved, a debugger), raise PYCOMM_HOST_TIMEOUT_S.");
+  }
+  if (has_heard_all) {
+    setting_.pages[index(local_rank_)]->has_heard_all.store(true, std::memory_order_relaxed);
   }
 }
 

@@ -16,7 +16,7 @@ namespace pycomm {
 /// Who a process is, for whoever looks at its page from outside. Plain bytes.
 struct Identity {
   /// What every page begins with, and no page of another version of this file.
-  static constexpr std::uint64_t kMagic = 0x3154454741504350;  // "PCPAGET1"
+  static constexpr std::uint64_t kMagic = 0x3254454741504350;  // "PCPAGET2"
 
   std::int32_t rank = -1;
   std::int32_t size = 0;
@@ -52,6 +52,8 @@ struct ProcessPage {
   /// When the progress thread was last seen at work, in ns of the steady clock, which is the same
   /// on all of a host. With several hosts only; 0: not yet.
   std::atomic<std::int64_t> pulse_ns{0};
+  /// It has heard of every other host, as who speaks for this one.
+  std::atomic<bool> has_heard_all{false};
   /// While its calls do not end.
   StandingBoard standing;
   Verdict verdict;

@@ -429,6 +429,28 @@ TEST(groups_without_a_rank_of_the_lost_host_go_on) {
       options(1), cuttable_channels(cables));
 }
 
+// Beats go to the rank that speaks for a host. The next one had never heard of any other, so it
+// gave them the minute that a host has to begin.
+TEST(who_speaks_next_for_a_host_gives_the_others_no_second_start) {
+  const std::vector<int> hosts{0, 0, 1};
+  const auto cables = std::make_shared<CuttableChannel::Cables>(hosts);
+  run_failing(
+      hosts,
+      [&](World& world) {
+        const auto pair = world.group()->new_group({1, 2}, kNoInterrupt);
+        std::this_thread::sleep_for(std::chrono::milliseconds(800));  // the speakers were heard
+        if (pair == nullptr) {
+          cables->cut(1);
+          world.group()->abort("rank 0 goes");
+          return world.close(kNoInterrupt);
+        }
+        std::this_thread::sleep_for(std::chrono::milliseconds(100));
+        const auto text = thrown<pycomm::PeerLostError>([&] { sum(*pair, 1); });
+        CHECK(contains(text, "no answer from host '"));
+      },
+      options(1), cuttable_channels(cables));
+}
+
 TEST(a_host_that_is_only_slow_is_not_lost) {
   run_worlds(
       {0, 0, 1},
