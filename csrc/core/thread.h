@@ -43,7 +43,7 @@ class Thread {
   Simulation::ThreadId simulated_ = -1;
 };
 
-/// std::condition_variable, or a simulation's.
+/// std::condition_variable, or a simulation's, which asks `ready()` as often as it likes.
 class Condition {
  public:
   void notify_one() { condition_.notify_one(); }

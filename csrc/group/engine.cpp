@@ -140,8 +140,11 @@ void Engine::drive() {
 void Engine::idle() {
   // Not at the doorbell, which rings for every blocking call of this process's own threads.
   std::unique_lock lock(mutex_);
-  const auto called = [this] {
-    return !submitted_.empty() || std::exchange(has_news_, false) || stopping_.load();
+  const auto called = [this] { return !submitted_.empty() || has_news_ || stopping_.load(); };
+  const auto called_within = [&](Clock::duration nap) {
+    if (!wake_.wait_for(lock, nap, called)) return false;
+    has_news_ = false;  // whoever is called looks at the switchboard
+    return true;
   };
   if (channel_ != nullptr) {
     // A send is over once its buffer is free; MPI may hold the last bytes until it is called again.
@@ -150,7 +153,7 @@ void Engine::idle() {
     const auto began = Clock::now();
     for (Clock::duration drained{}; drained < kDrain; drained = Clock::now() - began) {
       const auto nap = std::max<Clock::duration>(kShortestDrainNap, drained / 4);
-      if (wake_.wait_for(lock, nap, called)) return;
+      if (called_within(nap)) return;
       lock.unlock();
       channel_->progress();
       if (switchboard_ != nullptr) switchboard_->attend();
@@ -158,7 +161,7 @@ void Engine::idle() {
     }
   }
   if (switchboard_ == nullptr) return wake_.wait(lock, called);
-  while (!wake_.wait_for(lock, switchboard_->period(), called)) {
+  while (!called_within(switchboard_->period())) {
     lock.unlock();
     switchboard_->attend();
     lock.lock();

@@ -49,10 +49,11 @@ std::string text_of_stall(int rank) {
          " does not run, while its host does: it is stopped (SIGSTOP, a debugger), or starved.";
 }
 
-/// Memory of messages that were withdrawn, which the network may still touch.
-void keep_for_ever(std::vector<std::byte> bytes) {
+/// Of a message that is not over the network may still touch the memory: it is kept for ever.
+void withdraw(std::unique_ptr<Message>& message, std::vector<std::byte>& bytes) {
   static std::mutex mutex;
   static auto& kept = *new std::vector<std::vector<std::byte>>();
+  message.reset();
   std::lock_guard lock(mutex);
   kept.push_back(std::move(bytes));
 }
@@ -73,17 +74,12 @@ Switchboard::Switchboard(Setting setting, Channel& channel, Roster& roster, Noti
     hosts_.push_back({ranks_of(host).front(), Clock::now()});
   }
   last_attended_ = Clock::now();
+  last_tick_ = last_attended_ - period_;  // the first beat goes at once
 }
 
 Switchboard::~Switchboard() {
-  for (Letter& letter : on_their_way_) {
-    letter.message.reset();
-    keep_for_ever(std::move(letter.bytes));
-  }
-  for (auto& arriving : arriving_) {
-    arriving->message.reset();
-    keep_for_ever(std::move(arriving->bytes));
-  }
+  for (Letter& letter : on_their_way_) withdraw(letter.message, letter.bytes);
+  for (Arriving& arriving : arriving_) withdraw(arriving.message, arriving.bytes);
 }
 
 std::string Switchboard::name_of(int host) const {
@@ -218,34 +214,26 @@ void Switchboard::send() {
     letters.swap(outbox_);
   }
   std::size_t over = 0;
-  const auto guarded = [&](int to, const auto& call) {
-    try {
-      return call();
-    } catch (const PeerLostError& error) {
-      if (!is_lost(to)) declare_lost({to}, error.what());
-    } catch (const CommError&) {
-      // MPI cannot reach it just now. If that lasts, its host's silence is what counts.
-    }
-    return true;
-  };
   for (Letter& letter : letters) {
-    const bool failed = guarded(letter.to, [&] {
+    const Fate fate = attempt(letter.to, [&] {
       letter.message = channel_.send(letter.to, Channel::kControlTag, letter.bytes);
       return false;
     });
-    if (failed) {
+    if (fate == Fate::kLost) {
       ++over;
     } else {
       on_their_way_.push_back(std::move(letter));
     }
   }
   for (auto letter = on_their_way_.begin(); letter != on_their_way_.end();) {
-    if (guarded(letter->to, [&] { return letter->message->poll(); })) {
-      letter = on_their_way_.erase(letter);
-      ++over;
-    } else {
+    const Fate fate = attempt(letter->to, [&] { return letter->message->poll(); });
+    if (fate == Fate::kOnItsWay) {
       ++letter;
+      continue;
     }
+    if (fate == Fate::kLost) withdraw(letter->message, letter->bytes);
+    letter = on_their_way_.erase(letter);
+    ++over;
   }
   if (over == 0) return;
   {
@@ -255,33 +243,57 @@ void Switchboard::send() {
   sent_.notify_one();
 }
 
-void Switchboard::receive() {
-  if (misunderstood_) return;
+Switchboard::Fate Switchboard::attempt(int peer, const std::function<bool()>& call) {
   try {
-    while (const auto coming = channel_.probe(Channel::kControlTag)) {
-      auto arriving = std::make_unique<Arriving>();
-      arriving->from = coming->peer;
-      if (coming->bytes > control::kMostBytes) control::decode({}, coming->peer, world_size());
-      arriving->bytes.resize(coming->bytes);
-      arriving->message = channel_.receive(coming->peer, Channel::kControlTag, arriving->bytes);
-      arriving->message->poll();  // takes the message, so that the next probe finds the next one
-      arriving_.push_back(std::move(arriving));
-    }
-    std::set<int> behind;  // whose oldest message is still on its way
-    std::erase_if(arriving_, [&](const std::unique_ptr<Arriving>& arriving) {
-      if (behind.contains(arriving->from)) return false;
-      if (!arriving->message->poll()) {
-        behind.insert(arriving->from);
-        return false;
-      }
-      handle(arriving->from, control::decode(arriving->bytes, arriving->from, world_size()));
-      return true;
-    });
-  } catch (const MismatchError& error) {
+    return call() ? Fate::kOver : Fate::kOnItsWay;
+  } catch (const PeerLostError& error) {
+    if (!is_lost(peer)) declare_lost({peer}, error.what());
+  } catch (const CommError&) {
+    // MPI cannot reach it just now. If that lasts, its host's silence is what counts.
+  }
+  return Fate::kLost;
+}
+
+void Switchboard::receive() {
+  const auto misunderstand = [this](const MismatchError& error) {
     misunderstood_ = true;
     job_notice_.post(NoticeKind::kMismatch, setting_.rank, error.what());
+  };
+  if (misunderstood_) return;
+  std::vector<Arriving> arriving = std::exchange(arriving_, {});
+  try {
+    while (const auto coming = channel_.probe(Channel::kControlTag)) {
+      if (coming->bytes > control::kMostBytes) control::decode({}, coming->peer, world_size());
+      Arriving next{coming->peer};
+      next.bytes.resize(coming->bytes);
+      next.message = channel_.receive(next.from, Channel::kControlTag, next.bytes);
+      // Takes the message, so that the next probe finds the next one.
+      next.fate = attempt(next.from, [&] { return next.message->poll(); });
+      arriving.push_back(std::move(next));
+    }
+  } catch (const MismatchError& error) {
+    misunderstand(error);
   } catch (const CommError&) {
     // MPI cannot tell what has come. If that lasts, the silence is what counts.
+  }
+  std::set<int> behind;  // whose oldest message is still on its way
+  for (Arriving& each : arriving) {
+    const bool waits = misunderstood_ || behind.contains(each.from);
+    if (!waits && each.fate == Fate::kOnItsWay) {
+      each.fate = attempt(each.from, [&] { return each.message->poll(); });
+    }
+    if (waits || each.fate == Fate::kOnItsWay) {
+      behind.insert(each.from);
+      arriving_.push_back(std::move(each));
+    } else if (each.fate == Fate::kLost) {
+      withdraw(each.message, each.bytes);
+    } else {
+      try {
+        handle(each.from, control::decode(each.bytes, each.from, world_size()));
+      } catch (const MismatchError& error) {
+        misunderstand(error);
+      }
+    }
   }
 }
 
@@ -414,12 +426,19 @@ void Switchboard::beat() {
 void Switchboard::look_for_silence() {
   const auto now = Clock::now();
   const bool listens = speaks();
+  // Who spoke before may have heard of a host of which this rank never has.
+  const bool all_have_begun = std::any_of(
+      setting_.pages.begin(), setting_.pages.end(),
+      [](const ProcessPage* page) { return page->has_heard_all.load(std::memory_order_relaxed); });
+  bool has_heard_all = true;
   for (int other = 0; other < static_cast<int>(hosts_.size()); ++other) {
     Host& host = hosts_[index(other)];
     if (other == my_host_ || host.is_over) continue;
     if (!listens) host.heard = now;  // who speaks next begins to count
+    has_heard_all = has_heard_all && host.heard_ever;
+    const bool has_begun = host.heard_ever || all_have_begun;
     const Clock::duration silence = now - host.heard;
-    if (silence <= (host.heard_ever ? timeout_ : timeout_ + kStartUp)) continue;
+    if (silence <= (has_begun ? timeout_ : timeout_ + kStartUp)) continue;
     std::vector<int> ranks = ranks_of(other);
     std::erase_if(ranks, [this](int rank) { return is_lost(rank); });
     declare_lost(ranks, "no answer from " + name_of(other) + " (" + list_of(ranks_of(other)) +
@@ -427,6 +446,9 @@ void Switchboard::look_for_silence() {
                             ": it is down, frozen, or the network between is cut.\n  Look at that "
                             "host first. If it is only stopped at times (a virtual machine that "
                             "is moved, a debugger), raise PYCOMM_HOST_TIMEOUT_S.");
+  }
+  if (has_heard_all) {
+    setting_.pages[index(local_rank_)]->has_heard_all.store(true, std::memory_order_relaxed);
   }
 }
 

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -91,11 +92,12 @@ class Switchboard {
     std::vector<std::byte> bytes;
     std::unique_ptr<Message> message = nullptr;  // once it is sent
   };
+  enum class Fate { kOnItsWay, kOver, kLost };
   struct Arriving {
     int from;
-    std::vector<std::byte> bytes;
-    std::size_t length = 0;
-    std::unique_ptr<Message> message;
+    std::vector<std::byte> bytes = {};
+    std::unique_ptr<Message> message = nullptr;
+    Fate fate = Fate::kOnItsWay;
   };
   struct Shown {
     std::uint64_t version = 0;
@@ -111,6 +113,9 @@ class Switchboard {
   void post(const std::vector<int>& to, const control::Body& body);
   void send();
   void receive();
+  /// Send or poll a message: `call` returns whether it is over. One that raises is lost, and is
+  /// polled no more; so is its peer, if that is what it raises.
+  Fate attempt(int peer, const std::function<bool()>& call);
   void handle(int from, const control::Body& body);
   void handle(int from, const control::Beat& beat);
   void handle(int from, const control::Loss& loss);
@@ -147,7 +152,7 @@ class Switchboard {
   // The progress thread's own.
   std::vector<Host> hosts_;
   std::deque<Letter> on_their_way_;
-  std::vector<std::unique_ptr<Arriving>> arriving_;
+  std::vector<Arriving> arriving_;
   std::map<int, Shown> shown_;  // by rank
   std::optional<std::string> suspected_;
   Clock::time_point last_attended_;

@@ -52,6 +52,8 @@ struct ProcessPage {
   /// When the progress thread was last seen at work, in ns of the steady clock, which is the same
   /// on all of a host. With several hosts only; 0: not yet.
   std::atomic<std::int64_t> pulse_ns{0};
+  /// It has heard of every other host, as who speaks for this one.
+  std::atomic<bool> has_heard_all{false};
   /// While its calls do not end.
   StandingBoard standing;
   Verdict verdict;

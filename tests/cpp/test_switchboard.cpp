@@ -9,8 +9,11 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -110,6 +113,69 @@ void run_failing(const std::vector<int>& hosts, const std::function<void(World&)
 }
 
 int rank_of(World& world) { return world.group()->rank(); }
+
+/// A channel on which messages of a rank that dies come halfway: MPI says that it is gone, and goes
+/// on to write to their memory after they were withdrawn.
+class DyingPeerChannel final : public pycomm::Channel {
+ public:
+  DyingPeerChannel(std::shared_ptr<pycomm::Channel> channel, int dying)
+      : channel_(std::move(channel)), dying_(dying) {}
+
+  void die() { dead_.store(true); }
+  /// Messages that were withdrawn.
+  std::size_t withdrawn() const { return withdrawn_.load(); }
+
+  int rank() const override { return channel_->rank(); }
+  int size() const override { return channel_->size(); }
+  void progress() override { channel_->progress(); }
+  std::optional<Incoming> probe(int tag) override {
+    for (const auto& room : late_) std::fill(room.begin(), room.end(), std::byte{0xa5});
+    return channel_->probe(tag);
+  }
+  std::unique_ptr<pycomm::Message> send(int peer, int tag,
+                                        std::span<const std::byte> bytes) override {
+    return channel_->send(peer, tag, bytes);
+  }
+  std::unique_ptr<pycomm::Message> receive(int peer, int tag, std::span<std::byte> bytes) override {
+    auto message = channel_->receive(peer, tag, bytes);
+    if (peer != dying_ || tag != kControlTag || !dead_.load()) return message;
+    return std::make_unique<Half>(*this, std::move(message), bytes);
+  }
+  std::unique_ptr<pycomm::Message> receive_at_most(int peer, int tag, std::span<std::byte> room,
+                                                   std::size_t& length) override {
+    return channel_->receive_at_most(peer, tag, room, length);
+  }
+
+ private:
+  class Half final : public pycomm::Message {
+   public:
+    Half(DyingPeerChannel& channel, std::unique_ptr<pycomm::Message> whole,
+         std::span<std::byte> room)
+        : channel_(channel), whole_(std::move(whole)), room_(room) {}
+    ~Half() override {
+      channel_.late_.push_back(room_);
+      ++channel_.withdrawn_;
+    }
+    bool poll() override {
+      whole_->poll();  // it is taken
+      if (++polls_ > 3) throw pycomm::PeerLostError("MPI says that rank 2 is gone");
+      return false;
+    }
+    std::string describe() const override { return "half of a message"; }
+
+   private:
+    DyingPeerChannel& channel_;
+    const std::unique_ptr<pycomm::Message> whole_;
+    const std::span<std::byte> room_;
+    int polls_ = 0;
+  };
+
+  const std::shared_ptr<pycomm::Channel> channel_;
+  const int dying_;
+  std::atomic<bool> dead_{false};
+  std::atomic<std::size_t> withdrawn_{0};
+  std::vector<std::span<std::byte>> late_;
+};
 
 }  // namespace
 
@@ -363,6 +429,28 @@ TEST(groups_without_a_rank_of_the_lost_host_go_on) {
       options(1), cuttable_channels(cables));
 }
 
+// Beats go to the rank that speaks for a host. The next one had never heard of any other, so it
+// gave them the minute that a host has to begin.
+TEST(who_speaks_next_for_a_host_gives_the_others_no_second_start) {
+  const std::vector<int> hosts{0, 0, 1};
+  const auto cables = std::make_shared<CuttableChannel::Cables>(hosts);
+  run_failing(
+      hosts,
+      [&](World& world) {
+        const auto pair = world.group()->new_group({1, 2}, kNoInterrupt);
+        std::this_thread::sleep_for(std::chrono::milliseconds(800));  // the speakers were heard
+        if (pair == nullptr) {
+          cables->cut(1);
+          world.group()->abort("rank 0 goes");
+          return world.close(kNoInterrupt);
+        }
+        std::this_thread::sleep_for(std::chrono::milliseconds(100));
+        const auto text = thrown<pycomm::PeerLostError>([&] { sum(*pair, 1); });
+        CHECK(contains(text, "no answer from host '"));
+      },
+      options(1), cuttable_channels(cables));
+}
+
 TEST(a_host_that_is_only_slow_is_not_lost) {
   run_worlds(
       {0, 0, 1},
@@ -420,6 +508,31 @@ TEST(word_of_a_dead_process_reaches_the_other_hosts) {
     CHECK(contains(texts[rank], "is gone, its process ended without leaving the job"));
   }
   for (auto& process : processes) process->stop();
+}
+
+// A message that came halfway used to be polled, and to raise, with every look: those behind it
+// were never read, so that their hosts seemed silent, and those before it were handled again or
+// crashed.
+TEST(half_a_message_of_a_dead_rank_keeps_no_other_from_being_heard) {
+  std::vector<std::shared_ptr<pycomm::Channel>> channels;
+  for (auto& channel : pycomm::make_loopback_channels(3)) channels.push_back(std::move(channel));
+  const auto dying = std::make_shared<DyingPeerChannel>(channels[0], 2);
+  channels[0] = dying;
+  std::barrier lost(2);
+  run_failing(
+      {0, 1, 2},
+      [&](World& world) {
+        const auto pair = world.group()->new_group({0, 1}, kNoInterrupt);
+        std::this_thread::sleep_for(std::chrono::milliseconds(300));  // everybody was heard
+        if (pair == nullptr) return dying->die();
+        const auto text = thrown<pycomm::PeerLostError>([&] { sum(*world.group(), 1); });
+        CHECK(contains(text, "MPI says that rank 2 is gone"));
+        lost.arrive_and_wait();
+        std::this_thread::sleep_for(kWhile);  // longer than a host may be silent
+        for (int repeat = 0; repeat < 10; ++repeat) CHECK_EQUAL(sum(*pair, 1), std::int64_t{2});
+      },
+      options(1), channels);
+  CHECK(dying->withdrawn() > 0);
 }
 
 // --- messages ------------------------------------------------------------------------------------
