@@ -1,5 +1,5 @@
 # `make train` and `make test` are all that a new machine needs; `make help` lists the rest.
-.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi chaos simulate test-mutants test-sanitizers test-torch-versions test-torch-training test-programs test-torch-suite test-models fuzz fuzz-parsers soak clean
+.PHONY: help build train bench gpu-check test lint format typecheck test-cpp test-python test-mpi chaos fault-table simulate test-mutants test-sanitizers test-torch-versions test-torch-training test-programs test-torch-suite test-models fuzz fuzz-parsers soak clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -48,6 +48,7 @@ help:
 	@echo 'make test-programs    Ultralytics, MONAI, Lightning and Accelerate train on the backend "pycomm"'
 	@echo 'make format           rewrite the sources as lint wants them'
 	@echo 'make chaos N=200      break a real job so often, and count what must not be; SEED=1; docs/chaos.md'
+	@echo 'make fault-table      make each fault, and write what every rank sees of it into docs/errors.md; ROUNDS=3'
 	@echo 'make test-mutants     defects of the core that the simulation must find; docs/simulation.md'
 	@echo 'make simulate N=100000  that many schedules of faults, from SEED=1 on; docs/simulation.md'
 	@echo 'make test-sanitizers  C++ tests with address, undefined behaviour and thread sanitizers'
@@ -125,6 +126,11 @@ test-cpp: $(built)
 SEED ?= 1
 chaos: $(built)
 	cd tests && python -m chaos.run --rounds $(or $(N),20) --seed $(SEED) $(ARGS)
+
+# Some twenty minutes; needs root, to make hosts. ARGS="--only kill" prints those rows alone.
+ROUNDS ?= 3
+fault-table: $(built)
+	cd tests && python -m faults.table --rounds $(ROUNDS) $(ARGS)
 
 simulate: $(built)
 	cmake --build build/dev --target simulate

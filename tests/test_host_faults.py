@@ -1,7 +1,7 @@
 """Faults between hosts: pretended ones everywhere, real cables where namespaces can be made.
 
 The C++ tests (test_switchboard.cpp, test_fault.cpp) have all cases; these are the processes, MPI
-and cables that those do without. The times go into docs/errors.md (pytest -s prints them).
+and cables that those do without. docs/errors.md has times, which `make fault-table` measures.
 """
 
 import json

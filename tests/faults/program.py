@@ -1,0 +1,131 @@
+"""What every rank runs.
+
+    python -m faults.program FOLDER FAULT...
+
+Each fault in turn. A rank notes in FOLDER/rank-R.jsonl, with the clock that all ranks of a machine
+share, what it raised, whether another call works, and whether ``shutdown()`` and ``init()`` do. A
+fault that loses a rank is the last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import pycomm
+from faults.every import FAULTS
+from faults.fault import RANKS, Fault, Part
+
+_FIRST_INIT_S = 60.0
+
+
+class Notes:
+    """What this rank has seen, a line at a time."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._file = open(folder / f"rank-{rank}.jsonl", "a")  # noqa: SIM115
+
+    def write(self, fault: str, event: str, **fields: object) -> None:
+        line = {"fault": fault, "event": event, "t": time.monotonic(), **fields}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def raised_by(call: Callable[[], object]) -> BaseException | None:
+    try:
+        call()
+    except BaseException as error:
+        return error
+    return None
+
+
+def warm_up() -> None:
+    """What torch does when it is first used takes seconds: ranks are to be in their calls."""
+    weight = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    nn.functional.mse_loss(weight, torch.ones(3)).backward()
+    optimizer.step()
+
+
+def make(fault: Fault, part: Part, notes: Notes) -> None:
+    """The fault, and what comes after."""
+    error = raised_by(lambda: fault.do(part))
+    notes.write(
+        fault.name,
+        "saw",
+        type="" if error is None else type(error).__name__,
+        text=str(error or ""),
+        usable=getattr(error, "group_usable", None),
+    )
+    if fault.lost and part.is_victim and error is not None:
+        raise error
+    if part.again is not None and not fault.early:
+        for deed in part.afterwards:
+            deed()
+        failed = raised_by(part.again)
+        notes.write(fault.name, "again", works=failed is None, text=str(failed or ""))
+
+
+def start_over(fault: Fault, notes: Notes) -> None:
+    def attempt() -> None:
+        with contextlib.suppress(pycomm.CommError):  # of the group that is over
+            pycomm.shutdown()
+        pycomm.init()
+        pycomm.barrier()
+
+    failed = raised_by(attempt)
+    notes.write(fault.name, "over", works=failed is None, text=str(failed or ""))
+    if failed is not None:
+        raise failed
+
+
+def leave(folder: Path, fault: Fault) -> None:
+    """As after a fault: MPI would wait for who is gone. Not before all have seen it."""
+    deadline = time.monotonic() + 20
+    awaited = [rank for rank in range(RANKS) if fault.expected(rank)]
+    while time.monotonic() < deadline:
+        notes = [folder / f"rank-{rank}.jsonl" for rank in awaited]
+        if all(path.exists() and '"saw"' in path.read_text() for path in notes):
+            break
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os._exit(0)
+
+
+def main(folder: Path, names: list[str]) -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
+    torch.set_num_threads(1)
+    notes = Notes(folder, rank)
+    warm_up()
+    faults = [FAULTS[name] for name in names]
+    if not faults[0].early:
+        pycomm.init(timeout_s=_FIRST_INIT_S)
+        pycomm.shutdown()
+        pycomm.init()  # with the deadline of the environment
+    for fault in faults:
+        part = Part(
+            rank,
+            rank == fault.victim_rank,
+            lambda event, name=fault.name: notes.write(name, event),  # type: ignore[misc]
+            float(os.environ["PYCOMM_TIMEOUT_S"]),
+            pycomm.barrier,
+        )
+        make(fault, part, notes)
+        if fault.lost:
+            leave(folder, fault)
+        start_over(fault, notes)
+    pycomm.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
