@@ -89,6 +89,13 @@ std::shared_ptr<Process> Process::connect(int rank, int size, const std::string&
     local_arenas.push_back(descriptors[i] < 0 ? arena : Arena::map(descriptors[i], bytes));
   }
   auto names = names_of(placement, keys);
+  if (channel != nullptr) {
+    std::vector<std::string> by_rank;
+    for (const int host : placement.host_of) {
+      by_rank.push_back(names[static_cast<std::size_t>(host)]);
+    }
+    channel->name_hosts(std::move(by_rank));
+  }
   return std::shared_ptr<Process>(new Process(rank, size, options, std::move(placement),
                                               std::move(names), std::move(page), std::move(arena),
                                               std::move(channel), std::move(local_arenas)));

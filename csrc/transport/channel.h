@@ -4,6 +4,9 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
+#include <utility>
+#include <vector>
 
 #include "core/task.h"
 
@@ -30,6 +33,16 @@ class Channel {
   static constexpr const char* kFailure = "MPI failed";
 
   virtual ~Channel() = default;
+
+  /// Of all ranks, by rank, for errors; before any message.
+  void name_hosts(std::vector<std::string> hosts) { hosts_ = std::move(hosts); }
+
+  /// "rank 3 on host 'b'", once hosts have names.
+  std::string name_of(int peer) const {
+    const std::string name = "rank " + std::to_string(peer);
+    return hosts_.empty() ? name
+                          : name + " on host '" + hosts_[static_cast<std::size_t>(peer)] + "'";
+  }
 
   virtual int rank() const = 0;
   virtual int size() const = 0;
@@ -61,6 +74,9 @@ class Channel {
   /// MPI knows a rank to be gone: of the next rank that has one). A receive takes its message at
   /// its first poll. That a rank is gone is no error here: others may still send.
   virtual std::optional<Incoming> probe(int tag) = 0;
+
+ private:
+  std::vector<std::string> hosts_;
 };
 
 }  // namespace pycomm

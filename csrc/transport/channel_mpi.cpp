@@ -77,7 +77,7 @@ struct Route {
   enum class Direction { kSend, kReceive };
 
   Direction direction;
-  int rank;
+  const Channel& channel;
   int peer;
   int tag;
   std::size_t bytes;
@@ -90,15 +90,15 @@ struct Route {
 
   std::string awaited() const {
     if (peer == MPI_ANY_SOURCE) return "any rank to send (tag " + std::to_string(tag) + ")";
-    return "rank " + std::to_string(peer) +
-           (direction == Direction::kSend ? " to take " : " to send ") + (at_most ? "up to " : "") +
-           std::to_string(bytes) + " bytes (tag " + std::to_string(tag) + ")";
+    return channel.name_of(peer) + (direction == Direction::kSend ? " to take " : " to send ") +
+           (at_most ? "up to " : "") + std::to_string(bytes) + " bytes (tag " +
+           std::to_string(tag) + ")";
   }
 
   void check(int code) const {
     if (code == MPI_SUCCESS) return;
     const std::string failed = std::string(Channel::kFailure) + " while rank " +
-                               std::to_string(rank) + " waited for " + awaited() + ": ";
+                               std::to_string(channel.rank()) + " waited for " + awaited() + ": ";
     if (means_lost_peer(class_of(code))) {
       throw PeerLostError(failed + "the peer is gone: " + text_of(code) + ".\n  Read " +
                           others_log() + " first.");
@@ -110,8 +110,8 @@ struct Route {
 
 int mpi_count(const Route& route) {
   if (route.bytes > INT_MAX) {
-    throw CommError("rank " + std::to_string(route.rank) + " cannot wait for " + route.awaited() +
-                    ": one MPI message holds at most " + std::to_string(INT_MAX) +
+    throw CommError("rank " + std::to_string(route.channel.rank()) + " cannot wait for " +
+                    route.awaited() + ": one MPI message holds at most " + std::to_string(INT_MAX) +
                     " bytes.\n  Use smaller segments.");
   }
   return static_cast<int>(route.bytes);
@@ -221,7 +221,7 @@ class MpiReceive : public Message {
     arriving_bytes_ = static_cast<std::size_t>(length);
     if (arriving_bytes_ == route_.bytes) return;
     if (length_ != nullptr && arriving_bytes_ < route_.bytes) return;
-    throw MismatchError("rank " + std::to_string(route_.rank) + " expected " +
+    throw MismatchError("rank " + std::to_string(route_.channel.rank()) + " expected " +
                         std::to_string(route_.bytes) + " bytes from rank " +
                         std::to_string(route_.peer) + " (tag " + std::to_string(route_.tag) +
                         "), which sent " + std::to_string(length) +
@@ -300,24 +300,24 @@ MpiChannel::MpiChannel(MPI_Comm original) {
 }
 
 std::unique_ptr<Message> MpiChannel::send(int peer, int tag, std::span<const std::byte> bytes) {
-  const Route route{Route::Direction::kSend, rank_, peer, tag, bytes.size()};
+  const Route route{Route::Direction::kSend, *this, peer, tag, bytes.size()};
   return std::make_unique<MpiSend>(inbox_, communicator_, route, bytes.data());
 }
 
 std::unique_ptr<Message> MpiChannel::receive(int peer, int tag, std::span<std::byte> bytes) {
-  const Route route{Route::Direction::kReceive, rank_, peer, tag, bytes.size()};
+  const Route route{Route::Direction::kReceive, *this, peer, tag, bytes.size()};
   return std::make_unique<MpiReceive>(inbox_, route, bytes.data(), nullptr);
 }
 
 std::unique_ptr<Message> MpiChannel::receive_at_most(int peer, int tag, std::span<std::byte> room,
                                                      std::size_t& length) {
-  const Route route{Route::Direction::kReceive, rank_, peer, tag, room.size(), /*at_most=*/true};
+  const Route route{Route::Direction::kReceive, *this, peer, tag, room.size(), /*at_most=*/true};
   return std::make_unique<MpiReceive>(inbox_, route, room.data(), &length);
 }
 
 std::optional<Channel::Incoming> MpiChannel::probe(int tag) {
   const auto look = [&](int peer) -> std::optional<Incoming> {
-    const Route route{Route::Direction::kReceive, rank_, peer, tag, 0};
+    const Route route{Route::Direction::kReceive, *this, peer, tag, 0};
     int arrived = 0;
     int length = 0;
     MPI_Status status;
