@@ -247,6 +247,7 @@ void Program::run() {
   try {
     const auto& steps = run_.plan_.steps;
     bool leaves = false;
+    compute(run_.plan_.warm_up);
     for (step_ = 0; step_ < static_cast<int>(steps.size()); ++step_) {
       points = 0;
       const Step& step = steps[static_cast<std::size_t>(step_)];
