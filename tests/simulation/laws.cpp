@@ -307,9 +307,19 @@ class Laws {
   bool is_alone(int rank) const {
     return std::count(plan_.hosts.begin(), plan_.hosts.end(), host_of(rank)) == 1;
   }
+  /// The others of its host had left before anything of the group raised.
+  bool is_left_alone(int rank, int group) const {
+    for (int other = 0; other < plan_.size(); ++other) {
+      if (other == rank || host_of(other) != host_of(rank)) continue;
+      const Outcome& shutdown = run_.outcome(other, plan_.calls);
+      const bool left = shutdown.state == State::kSucceeded || shutdown.state == State::kRaised;
+      if (!left || shutdown.ended > first_error(group)) return false;
+    }
+    return true;
+  }
   bool hosts_talk() const { return plan_.host_timeout_s > 0; }
   /// How often a rank that does nothing hears of other hosts.
-  double period_s() const { return std::min(1.0, plan_.host_timeout_s / 5); }
+  double period_s() const { return std::min(1.0, plan_.host_timeout_s / 8); }
   /// When a host that is silent since `event` is a lost one, for the group at least.
   nanoseconds lost_by(const Event& event, int group) const {
     nanoseconds since = event.when;
@@ -393,7 +403,7 @@ class Laws {
             }
             break;
           case Fault::Kind::kPause:
-            if (is_alone(event.rank) && outcome.error == Error::kPeerLost &&
+            if (is_left_alone(event.rank, call.group) && outcome.error == Error::kPeerLost &&
                 event.variant + 3000 * period_s() > 1000 * plan_.host_timeout_s) {
               require(Error::kPeerLost, "no answer from host");
             } else {
