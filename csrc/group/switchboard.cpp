@@ -12,7 +12,9 @@ namespace {
 /// Between two looks of a rank that is busy.
 constexpr auto kShortestPause = std::chrono::milliseconds(20);
 constexpr auto kLongestPeriod = std::chrono::seconds(1);
-constexpr int kBeatsInTimeout = 5;
+/// When the rank that speaks for a host is stopped, another does after kPeriodsToStall, and up to
+/// two periods pass besides; a message may take one, and the others' look one more.
+constexpr int kBeatsInTimeout = 8;
 /// A progress thread that was not seen for so many periods is stopped, or gets no processor; for so
 /// many it has itself been away, and cannot say how long others were silent.
 constexpr int kPeriodsToStall = 3;

@@ -16,6 +16,12 @@ using Error = Outcome::Error;
 constexpr nanoseconds kSlack{600'000'000};
 /// How soon the ranks of a host hear of what one of them has noticed, or of a death.
 constexpr nanoseconds kHeard{400'000'000};
+/// When every host has heard every other one, at the latest. One that was never heard has a minute
+/// more than the host timeout.
+constexpr nanoseconds kMet{250'000'000};
+constexpr nanoseconds kStartUp{60'000'000'000};
+
+nanoseconds seconds(double value) { return nanoseconds(static_cast<std::int64_t>(value * 1e9)); }
 
 const char* name_of(Error error) {
   switch (error) {
@@ -106,6 +112,12 @@ class Laws {
     calls_.push_back({plan_.calls, 0, false, members(0)});
   }
 
+  /// A member is on the host of `rank`.
+  bool has_near(int group, int rank) const {
+    return std::any_of(members(group).begin(), members(group).end(),
+                       [&](int member) { return host_of(member) == host_of(rank); });
+  }
+
   bool is_affected(int group) const {
     for (const Event& event : run_.events()) {
       if (event.group >= 0) {
@@ -113,11 +125,10 @@ class Laws {
         continue;
       }
       if (has(group, event.rank) && event.kind != Fault::Kind::kCut) return true;
-      const bool near = std::any_of(members(group).begin(), members(group).end(),
-                                    [&](int rank) { return host_of(rank) == host_of(event.rank); });
+      const bool near = has_near(group, event.rank);
       const bool far = std::any_of(members(group).begin(), members(group).end(),
                                    [&](int rank) { return host_of(rank) != host_of(event.rank); });
-      if (event.kind == Fault::Kind::kAbort && near) return true;
+      if (event.kind == Fault::Kind::kAbort && (near || hosts_talk())) return true;
       if (event.kind == Fault::Kind::kCut && near && far) return true;
     }
     return false;
@@ -135,7 +146,8 @@ class Laws {
         if (outcome.error == Error::kOther) {
           found_.push_back(where(rank, call) + "no typed error: " + outcome.text);
         } else if (outcome.error != Error::kInterrupted &&
-                   outcome.text.find("rank ") == std::string::npos) {
+                   outcome.text.find("rank ") == std::string::npos &&
+                   outcome.text.find("ranks ") == std::string::npos) {
           found_.push_back(where(rank, call) + "an error that names nobody: " + outcome.text);
         }
         if (outcome.after_failure && outcome.error == Error::kInterrupted) {
@@ -221,6 +233,17 @@ class Laws {
     }
   }
 
+  static bool tells_of_circle(const Outcome& outcome) {
+    return outcome.text.find("wait for each other in a circle") != std::string::npos;
+  }
+  bool is_in_circle(int group) const {
+    return std::any_of(calls_.begin(), calls_.end(), [&](const Listed& call) {
+      return call.group == group &&
+             std::any_of(call.ranks.begin(), call.ranks.end(),
+                         [&](int rank) { return tells_of_circle(run_.outcome(rank, call.id)); });
+    });
+  }
+
   void other_groups_do_not_notice() {
     double delay_s = 0;  // that a rank may have spent with groups that failed, or been stopped for
     for (int group = 0; group < group_count(); ++group) {
@@ -228,13 +251,15 @@ class Laws {
     }
     for (const Listed& call : calls_) {
       if (affected_[static_cast<std::size_t>(call.group)]) continue;
+      // A circle of calls ends the groups it goes through; other hosts may not be told.
+      if (!hosts_talk() && is_in_circle(call.group)) continue;
       for (const int rank : call.ranks) {
         const Outcome& outcome = run_.outcome(rank, call.id);
         if (outcome.state != State::kRaised && outcome.state != State::kBegun) continue;
         if (outcome.error == Error::kTimeout && timeout_of(call.group) <= delay_s) continue;
         if (outcome.after_failure) continue;  // the first one tells
         // Whoever waits for a rank that waits elsewhere for ever is part of the circle.
-        if (outcome.text.find("wait for each other in a circle") != std::string::npos) continue;
+        if (tells_of_circle(outcome)) continue;
         found_.push_back(where(rank, call) + "nothing happened to this group, and it raised " +
                          name_of(outcome.error) + ": " + outcome.text);
       }
@@ -278,6 +303,49 @@ class Laws {
     }
   }
 
+  /// Nobody else is on its host, which falls silent with it.
+  bool is_alone(int rank) const {
+    return std::count(plan_.hosts.begin(), plan_.hosts.end(), host_of(rank)) == 1;
+  }
+  /// The others of its host had left before anything of the group raised.
+  bool is_left_alone(int rank, int group) const {
+    for (int other = 0; other < plan_.size(); ++other) {
+      if (other == rank || host_of(other) != host_of(rank)) continue;
+      const Outcome& shutdown = run_.outcome(other, plan_.calls);
+      const bool left = shutdown.state == State::kSucceeded || shutdown.state == State::kRaised;
+      if (!left || shutdown.ended > first_error(group)) return false;
+    }
+    return true;
+  }
+  bool hosts_talk() const { return plan_.host_timeout_s > 0; }
+  /// How often a rank that does nothing hears of other hosts.
+  double period_s() const { return std::min(1.0, plan_.host_timeout_s / 8); }
+  /// When a host that is silent since `event` is a lost one, for the group at least.
+  nanoseconds lost_by(const Event& event, int group) const {
+    nanoseconds since = event.when;
+    for (int rank = 0; rank < plan_.size(); ++rank) {
+      // Who speaks for its host after it begins to count.
+      const Outcome& shutdown = run_.outcome(rank, plan_.calls);
+      if (!is_alone(rank) && shutdown.ended < first_error(group)) {
+        since = std::max(since, shutdown.ended);
+      }
+    }
+    return since + seconds(plan_.host_timeout_s + 2 * period_s()) + kHeard +
+           (event.when < kMet ? kStartUp : nanoseconds(0));
+  }
+  /// When anything of the group first raised; never: the end of time.
+  nanoseconds first_error(int group) const {
+    nanoseconds first = nanoseconds::max();
+    for (const Listed& call : calls_) {
+      if (call.group != group) continue;
+      for (const int rank : call.ranks) {
+        const Outcome& outcome = run_.outcome(rank, call.id);
+        if (outcome.state == State::kRaised) first = std::min(first, outcome.ended);
+      }
+    }
+    return first;
+  }
+
   /// Exactly one thing happened: every error must be its.
   void the_error_is_that_of_the_fault(const Event& event) {
     for (const Listed& call : calls_) {
@@ -298,34 +366,55 @@ class Laws {
                            simulation::name_of(event.kind) + ", and it raised " +
                            name_of(outcome.error) + " without \"" + part + "\": " + outcome.text);
         };
+        // Other hosts have to be told, by who may look only once a period.
         const auto require_soon = [&] {
           const nanoseconds since = std::max(event.when, outcome.begun);
-          if (outcome.ended - since <= kHeard) return;
+          const nanoseconds most = kHeard + (near ? nanoseconds(0) : seconds(2 * period_s()));
+          if (outcome.ended - since <= most) return;
           found_.push_back(where(rank, call) + "heard " +
                            std::to_string((outcome.ended - since).count() / 1000000) +
                            " ms later that rank " + std::to_string(event.rank) + " " +
                            simulation::name_of(event.kind));
         };
+        // A host is silent from the event on: it is lost, unless a deadline came first.
+        const auto require_loss = [&](const std::string& part) {
+          const bool was_due = outcome.error == Error::kTimeout &&
+                               first_error(call.group) <= lost_by(event, call.group);
+          if (!hosts_talk() || was_due) {
+            require(Error::kTimeout, "timeout after");
+          } else {
+            require(Error::kPeerLost, part);
+          }
+        };
         switch (event.kind) {
           case Fault::Kind::kKill:
-            if (near) {
-              require(Error::kPeerLost, named + " is gone");
+            if (near || (hosts_talk() && !is_alone(event.rank))) {
+              require(Error::kPeerLost, "is gone");
               require_soon();
-            } else if (outcome.error != Error::kPeerLost) {
-              require(Error::kTimeout, "timeout after");
+            } else if (outcome.text.find("is gone") == std::string::npos) {  // MPI has not told
+              require_loss("no answer from host");
             }
             break;
           case Fault::Kind::kStop:
-            if (one_group) require(Error::kTimeout, "timeout after");
+            if (is_alone(event.rank)) {
+              if (one_group) require_loss("no answer from host");
+            } else if (one_group) {
+              require(Error::kTimeout, "timeout after");
+            }
             break;
           case Fault::Kind::kPause:
-            require(Error::kTimeout, "timeout after");
+            if (is_left_alone(event.rank, call.group) && outcome.error == Error::kPeerLost &&
+                event.variant + 3000 * period_s() > 1000 * plan_.host_timeout_s) {
+              require(Error::kPeerLost, "no answer from host");
+            } else {
+              require(Error::kTimeout, "timeout after");
+            }
             break;
           case Fault::Kind::kCut:
-            require(Error::kTimeout, "timeout after");
+            require_loss("no answer from host");
             break;
           case Fault::Kind::kAbort:
-            if (near) {
+            if (near || hosts_talk()) {
               require(Error::kPeerLost, "rank " + std::to_string(event.rank) + " failed");
               require_soon();
             } else {
@@ -333,7 +422,7 @@ class Laws {
             }
             break;
           case Fault::Kind::kInterrupt:
-            if (near) {
+            if (near || hosts_talk()) {
               require(Error::kPeerLost, named + " was interrupted in");
               require_soon();
             }

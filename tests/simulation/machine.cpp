@@ -140,7 +140,7 @@ void Machine::yield() {
 nanoseconds Machine::stretched(nanoseconds timeout) {
   nanoseconds longest = timeout;
   if (habits_.oversleep > 0 && random_.chance(habits_.oversleep)) {
-    longest += nanoseconds(random_.below(timeout.count() + 1));
+    longest += nanoseconds(random_.below(std::min(timeout, kLongestSleep).count() + 1));
   }
   if (quiet_ > kQuietSteps && timeout < kLongestSleep) {
     const auto doublings = std::min<std::uint64_t>(10, (quiet_ - kQuietSteps) / 50);

@@ -17,6 +17,8 @@ namespace {
 constexpr nanoseconds kNever = nanoseconds::max();
 /// How long MPI takes to learn of a death.
 constexpr nanoseconds kTold{5'000'000};
+/// Of MPI, until a message has left that did not leave at once.
+constexpr int kMostCalls = 4;
 
 std::uint64_t checksum(std::span<const std::byte> bytes) {
   std::uint64_t hash = 0xcbf29ce484222325;
@@ -39,9 +41,9 @@ struct Network::Parcel {
   std::uint64_t checksum = 0;
   std::uint64_t number = 0;  // by arrival
   bool is_long = false;
-  bool sent = false;       // the sender's memory is free
-  bool withdrawn = false;  // its sender has given up
-  bool in_reach = true;
+  bool sent = false;                 // the sender's memory is free
+  bool withdrawn = false;            // its sender has given up
+  int calls_to_go = 0;               // of its sender, before it leaves
   std::shared_ptr<Receive> receive;  // that has asked for it
 };
 
@@ -265,6 +267,7 @@ std::shared_ptr<Network::Parcel> Network::post(int from, int to, int tag,
   }
   auto& held = held_[static_cast<std::size_t>(from)];
   if (!held.empty() || random_.chance(weather_.held)) {
+    parcel->calls_to_go = random_.between(1, kMostCalls);
     held.push_back(parcel);
   } else {
     depart(parcel);
@@ -298,7 +301,8 @@ void Network::write(Receive& receive) {
 
 void Network::move_sends(int rank) {
   const auto me = static_cast<std::size_t>(rank);
-  while (!held_[me].empty() && (finalized_[me] || random_.chance(0.5))) {
+  for (const auto& parcel : held_[me]) --parcel->calls_to_go;
+  while (!held_[me].empty() && (finalized_[me] || held_[me].front()->calls_to_go <= 0)) {
     depart(held_[me].front());
     held_[me].pop_front();
   }

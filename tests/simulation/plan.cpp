@@ -175,6 +175,8 @@ Plan Plan::of(std::uint64_t seed) {
   }
   const int faults = random.one_of({0, 1, 1, 1, 1, 1, 2, 2, 3});
   for (int i = 0; i < faults; ++i) plan.faults.push_back(draw_fault(random, plan));
+  plan.host_timeout_s = random.one_of({0.0, 1.5, 4.0, 10.0});
+  plan.warm_up = random.one_of({0, 300'000});
   return plan;
 }
 
@@ -252,7 +254,8 @@ std::string Plan::describe() const {
       "; latency " + std::to_string(weather.latency.count()) + " ns x " +
       std::to_string(weather.spread) + ", eager " + std::to_string(weather.eager_bytes) +
       ", held " + std::to_string(weather.held) +
-      (weather.tells_of_deaths ? ", tells of deaths" : "") + "\n";
+      (weather.tells_of_deaths ? ", tells of deaths" : "") + "; hosts lost after " +
+      std::to_string(host_timeout_s) + " s, begin after " + std::to_string(warm_up) + " us\n";
   for (std::size_t i = 0; i < groups.size(); ++i) {
     text += "  group " + std::to_string(i) + ": ranks " + text_of(groups[i]) + ", timeout " +
             std::to_string(timeouts[i]) + " s\n";

@@ -100,7 +100,9 @@ struct Plan {
   pycomm::Algorithm algorithm;
   Habits habits;
   Weather weather;
-  int calls = 0;  // ids are below
+  double host_timeout_s = 0;  // 0: hosts tell each other nothing
+  int warm_up = 0;            // before the first step, in microseconds: hosts hear each other
+  int calls = 0;              // ids are below
 
   static Plan of(std::uint64_t seed);
 

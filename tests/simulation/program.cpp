@@ -228,10 +228,13 @@ void Program::release() {
   groups.clear();
 }
 
-std::function<void()> Program::interrupts() {
-  return [this] {
+std::function<void()> Program::interrupts(int group) {
+  return [this, group] {
     if (run_.ending_) throw Unwound();
-    if (std::exchange(interrupted, false)) throw Interrupted();
+    if (!std::exchange(interrupted, false)) return;
+    // Now, since the rank may be lost before the call has raised.
+    if (group >= 0) run_.note(Fault::Kind::kInterrupt, rank_, group);
+    throw Interrupted();
   };
 }
 
@@ -247,6 +250,7 @@ void Program::run() {
   try {
     const auto& steps = run_.plan_.steps;
     bool leaves = false;
+    compute(run_.plan_.warm_up);
     for (step_ = 0; step_ < static_cast<int>(steps.size()); ++step_) {
       points = 0;
       const Step& step = steps[static_cast<std::size_t>(step_)];
@@ -356,7 +360,6 @@ void Program::fail(Outcome& outcome, int group, const Issued* issued) {
   } catch (const Interrupted& error) {
     outcome.error = Outcome::Error::kInterrupted;
     outcome.text = error.what();
-    run_.note(Fault::Kind::kInterrupt, rank_, group);
   } catch (const std::exception& error) {
     outcome.error = Outcome::Error::kOther;
     outcome.text = error.what();
@@ -477,7 +480,7 @@ void Program::make_group(const Step& step) {
   const auto& members = run_.plan_.groups[static_cast<std::size_t>(step.group)];
   Outcome& outcome = begin(step.calls.front().id, 0);
   try {
-    groups[static_cast<std::size_t>(step.group)] = groups[0]->new_group(members, interrupts());
+    groups[static_cast<std::size_t>(step.group)] = groups[0]->new_group(members, interrupts(0));
     succeed(outcome, nullptr);
   } catch (const Unwound&) {
     throw;
@@ -491,7 +494,7 @@ void Program::run_calls(const Step& step, Group& group) {
     Issued& issued = issue(step, call, group);
     Outcome& outcome = begin(call.id, step.group);
     try {
-      group.run(issued.operation, interrupts());
+      group.run(issued.operation, interrupts(step.group));
       succeed(outcome, &issued);
     } catch (const Unwound&) {
       throw;
@@ -530,7 +533,7 @@ void Program::turn(const Step& step, Group& group) {
     turn->check();
   }
   try {
-    turn->wait(interrupts());
+    turn->wait(interrupts(step.group));
     for (std::size_t i = 0; i < issued.size(); ++i) {
       succeed(outcomes[static_cast<std::size_t>(step.calls[i].id)], issued[i]);
     }
@@ -597,7 +600,7 @@ void Program::letter(const Step& step, Group& group) {
       ++outstanding_[static_cast<std::size_t>(step.group)];
       return;
     }
-    const int peer = group.post_office().run(transfer, timeout_s, interrupts());
+    const int peer = group.post_office().run(transfer, timeout_s, interrupts(step.group));
     if (!sends && peer != letter.from) run_.found("a message from another rank");
     succeed(outcome, &issued);
   } catch (const Unwound&) {
@@ -615,9 +618,9 @@ void Program::wait_for(Awaited& awaited) {
   for (;;) {
     try {
       if (awaited.transfer != nullptr) {
-        groups[group]->post_office().wait(*awaited.transfer, interrupts());
+        groups[group]->post_office().wait(*awaited.transfer, interrupts(-1));
       } else {
-        awaited.work->wait(interrupts());
+        awaited.work->wait(interrupts(-1));
       }
       return succeed(outcome, awaited.issued);
     } catch (const Unwound&) {
@@ -648,7 +651,7 @@ void Program::shut_down() {
   // Not bound by the group's timeout: the others may be with a group that fails.
   const double timeout_s = 4 * run_.plan_.all_timeouts();
   try {
-    world_.close(interrupts(), timeout_s);
+    world_.close(interrupts(0), timeout_s);
     succeed(outcome, nullptr);
   } catch (const Unwound&) {
     throw;

@@ -54,7 +54,9 @@ class Program {
   void succeed(Outcome& outcome, Issued* issued);
   /// With the exception being handled.
   void fail(Outcome& outcome, int group, const Issued* issued);
-  std::function<void()> interrupts();
+  /// What looks for an interrupt in waits.
+  /// @param group  that an interrupt ends; -1: none.
+  std::function<void()> interrupts(int group);
 
   Run& run_;
   const int rank_;

@@ -161,7 +161,7 @@ const std::vector<std::string>& Run::run() {
   // Each process starts its progress thread, in the order of the ranks.
   int next_rank = 0;
   machine_->on_start = [&] { machine_->set_rank(next_rank++); };
-  options.host_timeout_s = 0;
+  options.host_timeout_s = plan_.host_timeout_s;
   worlds_ = pycomm::World::loopback(plan_.hosts, options, network_->channels());
   machine_->on_start = nullptr;
   for (int rank = 0; rank < plan_.size(); ++rank) {
