@@ -26,8 +26,9 @@ def read(folder: Path) -> dict[int, list[Line]]:
 
 
 def output(folder: Path) -> str:
-    """What mpirun printed."""
-    return (folder / "output").read_text(errors="replace")
+    """What mpirun printed, and what ranks wrote to stderr."""
+    files = [folder / "output", *sorted(folder.glob("rank-*.stderr"))]
+    return "\n".join(file.read_text(errors="replace") for file in files)
 
 
 def broke_at(folder: Path, fault: Fault, reports: dict[int, list[Line]]) -> float | None:

@@ -40,8 +40,8 @@ def run(fault: Fault, folder: Path) -> Outcome:
         outcome.count("leaks", f"file {path.name}")
     found = reports.read(folder)
     judge(outcome, fault, found, reports.broke_at(folder, fault, found))
-    # Of a half that cannot be reached nothing is printed.
-    leaves = fault.is_elastic and fault.of_host and fault.host == 0 and outcome.happened
+    gone = fault.of_host == "power off" and fault.host == 1
+    leaves = fault.is_elastic and fault.of_host and outcome.happened and not gone
     if leaves and "Exit code 75" not in reports.output(folder):
         outcome.count("silent ranks", "the half without rank 0 did not say that it leaves")
     return outcome

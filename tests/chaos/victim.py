@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -20,9 +21,15 @@ from chaos.plan import Fault
 
 
 class Journal:
-    """What this rank has to say, for the one who counts."""
+    """What this rank has to say, for the one who counts.
+
+    What it writes to stderr is kept in the folder, too: from a host that was cut off it comes no
+    other way.
+    """
 
     def __init__(self, folder: Path, rank: int) -> None:
+        with open(folder / f"rank-{rank}.stderr", "wb") as words:
+            os.dup2(words.fileno(), sys.stderr.fileno())
         self._file: IO[str] = open(folder / f"rank-{rank}.jsonl", "a")  # noqa: SIM115
 
     def write(self, event: str, **fields: object) -> None:
