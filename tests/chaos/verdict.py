@@ -107,6 +107,8 @@ def _expected(fault: Fault) -> tuple[str, ...]:
     expected = _EXPECTED.get(fault.kind, ())
     if fault.of_host and fault.phase == "start-up":
         return (*expected, "CommTimeoutError")  # hosts do not yet know each other
+    if fault.kind == "stop" and fault.hosts > 1:
+        return (*expected, "PeerLostError")  # MPI's own detector may take it for dead
     return expected
 
 
