@@ -71,7 +71,8 @@ Switchboard::Switchboard(Setting setting, Channel& channel, Roster& roster, Noti
       local_rank_(setting_.placement.local_rank_of[index(setting_.rank)]),
       timeout_(std::chrono::duration_cast<Clock::duration>(
           std::chrono::duration<double>(setting_.host_timeout_s))),
-      period_(std::min<Clock::duration>(kLongestPeriod, timeout_ / kBeatsInTimeout)) {
+      period_(std::min<Clock::duration>(kLongestPeriod, timeout_ / kBeatsInTimeout)),
+      began_(Clock::now()) {
   for (int host = 0; host < setting_.placement.host_count(); ++host) {
     hosts_.push_back({ranks_of(host).front(), Clock::now()});
   }
@@ -364,8 +365,9 @@ bool Switchboard::runs(int local_rank) const {
   if (page.life.owner_died()) return false;
   const std::int64_t pulse = page.pulse_ns.load();
   if (pulse == kHasLeft) return false;
-  if (pulse == 0) return true;  // it begins
-  const std::chrono::nanoseconds age(nanoseconds(Clock::now()) - pulse);
+  // One that has not begun counts from when this rank did.
+  const std::int64_t last_seen = pulse == 0 ? nanoseconds(began_) : pulse;
+  const std::chrono::nanoseconds age(nanoseconds(Clock::now()) - last_seen);
   return age <= kPeriodsToStall * period_;
 }
 

@@ -148,6 +148,7 @@ class Switchboard {
   const int local_rank_;
   const Clock::duration timeout_;
   const Clock::duration period_;
+  const Clock::time_point began_;
 
   // The progress thread's own.
   std::vector<Host> hosts_;

@@ -114,6 +114,38 @@ void run_failing(const std::vector<int>& hosts, const std::function<void(World&)
 
 int rank_of(World& world) { return world.group()->rank(); }
 
+/// A channel whose progress thread is stopped at its first call of it, until it may go on.
+class StoppedChannel final : public pycomm::Channel {
+ public:
+  explicit StoppedChannel(std::shared_ptr<pycomm::Channel> channel)
+      : channel_(std::move(channel)) {}
+
+  void go_on() { stopped_.store(false); }
+
+  int rank() const override { return channel_->rank(); }
+  int size() const override { return channel_->size(); }
+  void progress() override {
+    while (stopped_.load()) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    channel_->progress();
+  }
+  std::optional<Incoming> probe(int tag) override { return channel_->probe(tag); }
+  std::unique_ptr<pycomm::Message> send(int peer, int tag,
+                                        std::span<const std::byte> bytes) override {
+    return channel_->send(peer, tag, bytes);
+  }
+  std::unique_ptr<pycomm::Message> receive(int peer, int tag, std::span<std::byte> bytes) override {
+    return channel_->receive(peer, tag, bytes);
+  }
+  std::unique_ptr<pycomm::Message> receive_at_most(int peer, int tag, std::span<std::byte> room,
+                                                   std::size_t& length) override {
+    return channel_->receive_at_most(peer, tag, room, length);
+  }
+
+ private:
+  const std::shared_ptr<pycomm::Channel> channel_;
+  std::atomic<bool> stopped_{true};
+};
+
 /// A channel on which messages of a rank that dies come halfway: MPI says that it is gone, and goes
 /// on to write to their memory after they were withdrawn.
 class DyingPeerChannel final : public pycomm::Channel {
@@ -449,6 +481,44 @@ TEST(who_speaks_next_for_a_host_gives_the_others_no_second_start) {
         CHECK(contains(text, "no answer from host '"));
       },
       options(1), cuttable_channels(cables));
+}
+
+// It counted as one that begins, and so as the one that speaks for its host, for ever.
+TEST(a_rank_that_is_stopped_before_its_first_beat_does_not_silence_its_host) {
+  std::vector<std::shared_ptr<pycomm::Channel>> channels;
+  for (auto& channel : pycomm::make_loopback_channels(3)) channels.push_back(std::move(channel));
+  const auto stopped = std::make_shared<StoppedChannel>(channels[0]);
+  channels[0] = stopped;
+  std::vector<std::string> brought(2);
+  std::barrier both(2);
+  std::atomic<int> done{0};
+  run_failing(
+      {0, 0, 1},
+      [&](World& world) {
+        if (rank_of(world) == 0) {
+          while (done.load() < 2) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+          return stopped->go_on();
+        }
+        const auto me = static_cast<std::size_t>(rank_of(world) - 1);
+        std::vector<std::shared_ptr<Group>> pairs;
+        for (int i = 0; i < 2; ++i) {
+          pairs.push_back(world.make_group({1, 2}, [&](const std::string& mine) {
+            both.arrive_and_wait();
+            brought[me] = mine;
+            both.arrive_and_wait();
+            return brought;
+          }));
+        }
+        // Its host has been heard of: it has no time to begin any more.
+        if (me == 0) pairs[0]->abort("enough");
+        if (me == 1) thrown<pycomm::PeerLostError>([&] { sum(*pairs[0], 1); });
+        std::this_thread::sleep_for(kWhile);  // longer than a host may be silent
+        if (me == 0) std::this_thread::sleep_for(std::chrono::milliseconds(300));  // rank 2 waits
+        const auto text = thrown<pycomm::CommError>([&] { sum(*pairs[1], 1); });
+        ++done;
+        CHECK_EQUAL(text, std::string("nothing was thrown"));
+      },
+      options(1), channels);
 }
 
 TEST(a_host_that_is_only_slow_is_not_lost) {
