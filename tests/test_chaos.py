@@ -27,4 +27,6 @@ def test_every_kind_meets_every_phase_where_it_can_happen() -> None:
 
 @pytest.mark.timeout(900)
 def test_twenty_broken_jobs(tmp_path: Path) -> None:
-    assert run.main(["--rounds", "20", "--seed", "1", "--folder", str(tmp_path)]) == 0
+    # All kinds twice, over all phases.
+    arguments = ["--rounds", "20", "--stride", "13", "--seed", "1", "--folder", str(tmp_path)]
+    assert run.main(arguments) == 0

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from cluster import what_is_missing
 from rich.console import Console
 from rich.table import Table
 
-from chaos.plan import KINDS, fault_of
+from chaos.plan import KINDS, Fault, fault_of
 from chaos.rounds import run
 from chaos.verdict import COUNTED, Outcome
 
@@ -28,12 +29,17 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m chaos.run", description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--stride", type=int, default=1, help="take every so many-th round")
     parser.add_argument("--only", type=int, metavar="ROUND", help="this one, whatever was done")
     parser.add_argument("--folder", type=Path, default=Path("../runs/chaos"))
     chosen = parser.parse_args(arguments)
     folder = chosen.folder.resolve() / f"seed-{chosen.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = range(chosen.rounds) if chosen.only is None else [chosen.only]
+    numbers = range(0, chosen.rounds * chosen.stride, chosen.stride)
+    if chosen.only is not None:
+        numbers = range(chosen.only, chosen.only + 1)
+    no_hosts = what_is_missing()
+    left_out = 0
     console = Console(soft_wrap=True, width=160)
     outcomes: list[Outcome] = []
     for number in numbers:
@@ -41,7 +47,12 @@ def main(arguments: Sequence[str]) -> int:
         if kept.exists() and chosen.only is None:
             outcomes.append(Outcome(**json.loads(kept.read_text())))
             continue
-        outcome = _round(chosen.seed, number, folder)
+        fault = fault_of(chosen.seed, number)
+        if no_hosts and fault.hosts > 1:
+            console.print(f"{number:4} {fault}: left out: {no_hosts}", highlight=False)
+            left_out += 1
+            continue
+        outcome = _round(fault, folder / str(number))
         kept.write_text(json.dumps(asdict(outcome)))
         outcomes.append(outcome)
         verdict = "; ".join(outcome.notes) or "ok"
@@ -51,18 +62,19 @@ def main(arguments: Sequence[str]) -> int:
     console.print(
         f"{len(outcomes)} rounds of seed {chosen.seed}, "
         f"{sum(outcome.happened for outcome in outcomes)} with a fault: "
-        + ", ".join(f"{count} {what}" for what, count in total.items()),
+        + ", ".join(f"{count} {what}" for what, count in total.items())
+        + (f"; {left_out} left out" if left_out else ""),
         highlight=False,
     )
     return int(any(total.values()))
 
 
-def _round(seed: int, number: int, folder: Path) -> Outcome:
-    """What a round that found something leaves stays, for whoever looks into it."""
+def _round(fault: Fault, folder: Path) -> Outcome:
+    """What a round that found something leaves stays in ``folder``, for whoever looks into it."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
-        outcome = run(fault_of(seed, number), Path(temporary))
+        outcome = run(fault, Path(temporary))
         if outcome.notes:
-            shutil.copytree(temporary, folder / str(number), dirs_exist_ok=True)
+            shutil.copytree(temporary, folder, dirs_exist_ok=True)
     return outcome
 
 
