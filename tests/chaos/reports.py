@@ -40,12 +40,15 @@ def broke_at(folder: Path, fault: Fault, reports: dict[int, list[Line]]) -> floa
     return float(times[0]) if times else None
 
 
-def all_others_ended(folder: Path, fault: Fault) -> bool:
-    """Whether every rank but the victim has done all its work."""
-    others = [rank for rank in range(RANKS) if rank not in fault.victims]
-    return all(
-        any(line["event"] == "end" for line in _lines(folder, rank)) for rank in others
-    ) and any(line["event"] == "fault" for line in _lines(folder, fault.rank))
+def only_mpi_is_left(folder: Path, fault: Fault) -> bool:
+    """Whether the fault came when every rank that can had left the job, or was about to."""
+    stays = () if fault.of_host == "cut" else fault.victims
+    reports = {rank: _lines(folder, rank) for rank in range(RANKS)}
+    return broke_at(folder, fault, reports) is not None and all(
+        any(line["event"] == "end" for line in lines)
+        for rank, lines in reports.items()
+        if rank not in stays
+    )
 
 
 def phase_has_begun(folder: Path, fault: Fault) -> bool:

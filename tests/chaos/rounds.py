@@ -54,8 +54,8 @@ def _wait(launcher: subprocess.Popen[bytes], fault: Fault, folder: Path) -> bool
         if launcher.poll() is not None:
             return True
         # Open MPI's launcher waits for its daemon on a lost host for ever.
-        if fault.kind == "stop" and reports.all_others_ended(folder, fault):
-            return True  # it is stopped in MPI_Finalize, or on its way: nobody misses it
+        if (fault.kind == "stop" or fault.of_host) and reports.only_mpi_is_left(folder, fault):
+            return True  # MPI_Finalize may wait for ever
         host_broke = fault.of_host and (folder / reports.HOST_FILE).exists()
         if host_broke and not any(processes.ranks_of_round(str(folder))):
             launcher.kill()
