@@ -17,12 +17,20 @@ Line = dict[str, Any]
 def read(folder: Path) -> dict[int, list[Line]]:
     """The lines of each rank; a rank that never wrote has none."""
     found: dict[int, list[Line]] = {rank: _lines(folder, rank) for rank in range(RANKS)}
-    # A rank that MPI_Init holds cannot write anything: it ends with words of the core.
+    # A rank that MPI_Init holds cannot write anything: it ends with words of the core, or, if the
+    # others have ended so just before, of MPI.
     for match in re.finditer(r"init on rank (\d+): MPI did not start within.*", output(folder)):
-        found[int(match[1])].append(
-            {"event": "error", "type": "Watchdog", "typed": True, "text": match[0], "t": None}
-        )
+        found[int(match[1])].append(_held_by_mpi(match[0]))
+    for rank, lines in found.items():
+        words = folder / f"rank-{rank}.stderr"
+        in_start_up = [line["event"] for line in lines] == ["phase"]
+        if in_start_up and "MPI_ERRORS_ARE_FATAL" in words.read_text(errors="replace"):
+            lines.append(_held_by_mpi(words.read_text(errors="replace")))
     return found
+
+
+def _held_by_mpi(text: str) -> Line:
+    return {"event": "error", "type": "Watchdog", "typed": True, "text": text, "t": None}
 
 
 def output(folder: Path) -> str:
