@@ -303,7 +303,14 @@ void Switchboard::receive() {
 void Switchboard::handle(int from, const control::Body& body) {
   Host& host = hosts_[index(host_of(from))];
   host.heard = Clock::now();
-  host.heard_ever = true;
+  if (!std::exchange(host.heard_ever, true)) {
+    const bool has_heard_all = std::all_of(hosts_.begin(), hosts_.end(), [this](const Host& other) {
+      return &other == &hosts_[index(my_host_)] || other.heard_ever || other.is_over;
+    });
+    if (has_heard_all) {
+      setting_.pages[index(local_rank_)]->has_heard_all.store(true, std::memory_order_relaxed);
+    }
+  }
   std::visit([&](const auto& plain) { handle(from, plain); }, body);
 }
 
@@ -434,12 +441,10 @@ void Switchboard::look_for_silence() {
   const bool all_have_begun = std::any_of(
       setting_.pages.begin(), setting_.pages.end(),
       [](const ProcessPage* page) { return page->has_heard_all.load(std::memory_order_relaxed); });
-  bool has_heard_all = true;
   for (int other = 0; other < static_cast<int>(hosts_.size()); ++other) {
     Host& host = hosts_[index(other)];
     if (other == my_host_ || host.is_over) continue;
     if (!listens) host.heard = now;  // who speaks next begins to count
-    has_heard_all = has_heard_all && host.heard_ever;
     const bool has_begun = host.heard_ever || all_have_begun;
     const Clock::duration silence = now - host.heard;
     if (silence <= (has_begun ? timeout_ : timeout_ + kStartUp)) continue;
@@ -450,9 +455,6 @@ void Switchboard::look_for_silence() {
                             ": it is down, frozen, or the network between is cut.\n  Look at that "
                             "host first. If it is only stopped at times (a virtual machine that "
                             "is moved, a debugger), raise PYCOMM_HOST_TIMEOUT_S.");
-  }
-  if (has_heard_all) {
-    setting_.pages[index(local_rank_)]->has_heard_all.store(true, std::memory_order_relaxed);
   }
 }
 

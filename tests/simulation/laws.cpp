@@ -247,7 +247,9 @@ class Laws {
   void other_groups_do_not_notice() {
     double delay_s = 0;  // that a rank may have spent with groups that failed, or been stopped for
     for (int group = 0; group < group_count(); ++group) {
-      if (affected_[static_cast<std::size_t>(group)]) delay_s += timeout_of(group) + 1;
+      if (affected_[static_cast<std::size_t>(group)] || (!hosts_talk() && is_in_circle(group))) {
+        delay_s += timeout_of(group) + 1;
+      }
     }
     for (const Listed& call : calls_) {
       if (affected_[static_cast<std::size_t>(call.group)]) continue;
