@@ -18,6 +18,8 @@ constexpr int kBeatsInTimeout = 8;
 /// A progress thread that was not seen for so many periods is stopped, or gets no processor; for so
 /// many it has itself been away, and cannot say how long others were silent.
 constexpr int kPeriodsToStall = 3;
+/// Of a host that was silent for so many periods all ranks are addressed: another may speak for it.
+constexpr int kPeriodsToAskAll = 2;
 /// The ranks of a job do not get as far as their first beat at the same time.
 constexpr auto kStartUp = std::chrono::seconds(60);
 constexpr auto kLongestLeave = std::chrono::milliseconds(50);
@@ -204,7 +206,8 @@ void Switchboard::leave() {
     for (int peer = static_cast<int>(setting_.pages.size()) - 1; peer >= 0; --peer) {
       if (peer != local_rank_ && runs(peer)) body.successor = ranks_of(my_host_)[index(peer)];
     }
-    post(speakers(), body);
+    // Nobody is left to learn who speaks there, so all are told.
+    post(body.successor == control::Leave::kNobody ? of_other_hosts() : speakers(), body);
   }
   const auto until = Clock::now() + kLongestLeave;
   for (send(); !on_their_way_.empty() && Clock::now() < until; send()) yield_core();
@@ -394,13 +397,19 @@ std::vector<int> Switchboard::others() const {
   return ranks;
 }
 
+std::vector<int> Switchboard::of_other_hosts() const {
+  std::vector<int> ranks = others();
+  std::erase_if(ranks, [this](int rank) { return host_of(rank) == my_host_; });
+  return ranks;
+}
+
 std::vector<int> Switchboard::speakers() const {
-  std::vector<int> ranks;
-  for (int host = 0; host < static_cast<int>(hosts_.size()); ++host) {
-    if (host != my_host_ && !hosts_[index(host)].is_over) {
-      ranks.push_back(hosts_[index(host)].speaker);
-    }
-  }
+  const auto now = Clock::now();
+  std::vector<int> ranks = of_other_hosts();
+  std::erase_if(ranks, [&](int rank) {
+    const Host& host = hosts_[index(host_of(rank))];
+    return rank != host.speaker && now - host.heard < kPeriodsToAskAll * period_;
+  });
   return ranks;
 }
 

@@ -127,6 +127,8 @@ class Switchboard {
   bool speaks() const;
   /// Everyone else that can still be told something.
   std::vector<int> others() const;
+  std::vector<int> of_other_hosts() const;
+  /// Who speaks for the other hosts, or may.
   std::vector<int> speakers() const;
   void look_for_deaths();
   void beat();

@@ -483,26 +483,33 @@ TEST(who_speaks_next_for_a_host_gives_the_others_no_second_start) {
       options(1), cuttable_channels(cables));
 }
 
-// It counted as one that begins, and so as the one that speaks for its host, for ever.
-TEST(a_rank_that_is_stopped_before_its_first_beat_does_not_silence_its_host) {
+/// The ranks of `stopped` are, from before their first beat; the two others on two hosts hear of
+/// each other once, and are to make a call long after.
+void check_pair_beside_stopped(const std::vector<int>& hosts, const std::vector<int>& stopped,
+                               const std::vector<int>& pair) {
+  const int size = static_cast<int>(hosts.size());
   std::vector<std::shared_ptr<pycomm::Channel>> channels;
-  for (auto& channel : pycomm::make_loopback_channels(3)) channels.push_back(std::move(channel));
-  const auto stopped = std::make_shared<StoppedChannel>(channels[0]);
-  channels[0] = stopped;
+  for (auto& channel : pycomm::make_loopback_channels(size)) channels.push_back(std::move(channel));
+  std::vector<std::shared_ptr<StoppedChannel>> of_rank(hosts.size());
+  for (const int rank : stopped) {
+    const auto at = static_cast<std::size_t>(rank);
+    of_rank[at] = std::make_shared<StoppedChannel>(channels[at]);
+    channels[at] = of_rank[at];
+  }
   std::vector<std::string> brought(2);
   std::barrier both(2);
   std::atomic<int> done{0};
   run_failing(
-      {0, 0, 1},
+      hosts,
       [&](World& world) {
-        if (rank_of(world) == 0) {
+        if (const auto& channel = of_rank[static_cast<std::size_t>(rank_of(world))]) {
           while (done.load() < 2) std::this_thread::sleep_for(std::chrono::milliseconds(10));
-          return stopped->go_on();
+          return channel->go_on();
         }
-        const auto me = static_cast<std::size_t>(rank_of(world) - 1);
-        std::vector<std::shared_ptr<Group>> pairs;
+        const std::size_t me = rank_of(world) == pair[0] ? 0 : 1;
+        std::vector<std::shared_ptr<Group>> groups;
         for (int i = 0; i < 2; ++i) {
-          pairs.push_back(world.make_group({1, 2}, [&](const std::string& mine) {
+          groups.push_back(world.make_group(pair, [&](const std::string& mine) {
             both.arrive_and_wait();
             brought[me] = mine;
             both.arrive_and_wait();
@@ -510,15 +517,26 @@ TEST(a_rank_that_is_stopped_before_its_first_beat_does_not_silence_its_host) {
           }));
         }
         // Its host has been heard of: it has no time to begin any more.
-        if (me == 0) pairs[0]->abort("enough");
-        if (me == 1) thrown<pycomm::PeerLostError>([&] { sum(*pairs[0], 1); });
+        if (me == 0) groups[0]->abort("enough");
+        if (me == 1) thrown<pycomm::PeerLostError>([&] { sum(*groups[0], 1); });
         std::this_thread::sleep_for(kWhile);  // longer than a host may be silent
-        if (me == 0) std::this_thread::sleep_for(std::chrono::milliseconds(300));  // rank 2 waits
-        const auto text = thrown<pycomm::CommError>([&] { sum(*pairs[1], 1); });
+        if (me == 0)
+          std::this_thread::sleep_for(std::chrono::milliseconds(300));  // the other waits
+        const auto text = thrown<pycomm::CommError>([&] { sum(*groups[1], 1); });
         ++done;
         CHECK_EQUAL(text, std::string("nothing was thrown"));
       },
       options(1), channels);
+}
+
+// It counted as one that begins, and so as the one that speaks for its host, for ever.
+TEST(a_rank_that_is_stopped_before_its_first_beat_does_not_silence_its_host) {
+  check_pair_beside_stopped({0, 0, 1}, {0}, {1, 2});
+}
+
+// Each of those who speak next told the other host's first rank alone.
+TEST(two_hosts_whose_first_ranks_are_stopped_find_each_other) {
+  check_pair_beside_stopped({0, 0, 1, 1}, {0, 2}, {1, 3});
 }
 
 TEST(a_host_that_is_only_slow_is_not_lost) {
