@@ -12,6 +12,7 @@ from chaos.plan import Fault
 from chaos.verdict import Outcome, judge
 
 JOB_TIMEOUT_S = 90.0  # after which a job counts as hanging
+MPI_FINALISES_S = 10.0  # after which MPI_Finalize is held to wait for ever for who is lost
 LEFT_BEHIND_S = 5.0  # for processes to go after the job has ended
 
 _LOOK_S = 0.1
@@ -50,12 +51,15 @@ def run(fault: Fault, folder: Path) -> Outcome:
 def _wait(launcher: subprocess.Popen[bytes], fault: Fault, folder: Path) -> bool:
     """Whether the job ended in time."""
     deadline = time.monotonic() + JOB_TIMEOUT_S
+    patient_until = deadline
     while time.monotonic() < deadline:
         if launcher.poll() is not None:
             return True
         # Open MPI's launcher waits for its daemon on a lost host for ever.
-        if (fault.kind == "stop" or fault.of_host) and reports.only_mpi_is_left(folder, fault):
-            return True  # MPI_Finalize may wait for ever
+        if not reports.only_mpi_is_left(folder, fault):
+            patient_until = time.monotonic() + MPI_FINALISES_S
+        elif time.monotonic() > patient_until:
+            return True
         host_broke = fault.of_host and (folder / reports.HOST_FILE).exists()
         if host_broke and not any(processes.ranks_of_round(str(folder))):
             launcher.kill()
