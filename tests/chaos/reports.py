@@ -26,6 +26,11 @@ def read(folder: Path) -> dict[int, list[Line]]:
         in_start_up = [line["event"] for line in lines] == ["phase"]
         if in_start_up and "MPI_ERRORS_ARE_FATAL" in words.read_text(errors="replace"):
             lines.append(_held_by_mpi(words.read_text(errors="replace")))
+    # Once one has ended so, the launcher may end the others before their time.
+    if any(line.get("type") == "Watchdog" for lines in found.values() for line in lines):
+        for lines in found.values():
+            if [line["event"] for line in lines] == ["phase"]:
+                lines.append(_held_by_mpi("ended by the launcher while MPI started"))
     return found
 
 
