@@ -235,7 +235,7 @@ def _gathered(mpi: ModuleType, comm: MPI.Intracomm, timeout_s: float, data: byte
 def _late(
     comm: MPI.Intracomm, waited_s: float, missing: list[int], silent: list[int]
 ) -> CommTimeoutError:
-    within = f"within {waited_s:.1f} s"
+    within = f"within {round(waited_s, 1):g} s"
     problem = f"not all ranks came to meet {within}; MPI does not say which"
     if missing:
         problem = f"{_ranks_text(missing)} did not come to meet {within}"
