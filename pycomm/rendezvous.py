@@ -223,8 +223,10 @@ def _gathered(mpi: ModuleType, comm: MPI.Intracomm, timeout_s: float, data: byte
         arrivals.finish()
     except _LateError:
         waited_s = time.monotonic() - began
-        missing, silent = arrivals.give_up()
-        arrivals.abandon()
+        try:
+            missing, silent = arrivals.give_up()
+        finally:
+            arrivals.abandon()
         raise _late(comm, waited_s, missing, silent) from None
     except BaseException:
         arrivals.abandon()
