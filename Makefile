@@ -144,8 +144,8 @@ test-mutants: $(installed)
 	ctest --test-dir build/mutants --output-on-failure --no-tests=error -R simulation
 
 # Most tests wait half of their time, for processes or for a timeout: two at once fill two cores. Those
-# of a file share ranks, so they stay together; long files come first (tests/conftest.py). A process that dies, as of a test that hangs, is not
-# replaced: the test would hang again.
+# of a file share ranks, so they stay together; long files come first (tests/conftest.py). A process
+# that dies, as of a test that hangs, is not replaced: the test would hang again.
 test-python: $(built)
 	$(time_limit) 2400 $(pytest) -n 2 --dist loadfile --no-loadscope-reorder \
 	  --max-worker-restart 0 --durations 25 $(ARGS)

@@ -1,5 +1,6 @@
 """The table of faults (`make fault-table`): what it lets pass, and where it is written."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from faults.every import FAULTS
 from faults.fault import RANKS
 from faults.render import BEGIN, END, table, write
 from faults.runner import Notes, Seen
+from faults.table import main
 from faults.verdict import Row
 
 NAME = "another_shape"
@@ -66,3 +68,19 @@ def test_only_what_stands_between_the_marks_is_replaced(tmp_path: Path) -> None:
     page.write_text("neither")
     with pytest.raises(ValueError, match="lacks the lines"):
         write(page, "new\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--only", "no such"], "no fault has that in its name: .*kill"),
+        (["--rounds", "0"], "at least 1"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], problem: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert re.search(problem, capsys.readouterr().err)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from chaos.job import warm_up
 
 import pycomm
 from faults.every import FAULTS
@@ -46,14 +46,6 @@ def raised_by(call: Callable[[], object]) -> BaseException | None:
     except BaseException as error:
         return error
     return None
-
-
-def warm_up() -> None:
-    """What torch does when it is first used takes seconds: ranks are to be in their calls."""
-    weight = nn.Parameter(torch.zeros(3))
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-    nn.functional.mse_loss(weight, torch.ones(3)).backward()
-    optimizer.step()
 
 
 def make(fault: Fault, part: Part, notes: Notes) -> None:

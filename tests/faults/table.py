@@ -27,6 +27,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", metavar="WORD")
     chosen = parser.parse_args(arguments)
     faults = [fault for name, fault in FAULTS.items() if (chosen.only or "") in name]
+    if not faults:
+        parser.error(f"--only {chosen.only}: no fault has that in its name: {', '.join(FAULTS)}")
+    if chosen.rounds < 1:
+        parser.error(f"--rounds {chosen.rounds}: at least 1")
     missing = what_is_missing()
     if missing is not None and any(fault.hosts > 1 for fault in faults):
         print(f"fault-table: several hosts on this machine: {missing}", file=sys.stderr)
