@@ -361,6 +361,42 @@ def test_double_messages_carry_cuda_tensors(starved):
     ]
 
 
+def test_double_collectives_that_wait_for_ranks_hold_up_no_message():
+    """Two messages whose receivers take part in a collective only once they have them.
+
+    ::
+
+        columns   {0, 2}                      {1, 3}
+        rank 1 sends to rank 0                rank 1 begins its collective
+        rank 2 begins its collective          rank 2 sends to rank 3
+        rank 0, once it has received          rank 3, once it has received
+    """
+
+    def body(group):
+        column = group.split(group.rank % 2)
+        peer = {0: 1, 1: 0, 2: 3, 3: 2}[group.rank]
+        message, t = (on_gpu(whole(group.rank, 3), group.rank) for _ in range(2))
+        pycomm.all_reduce(t, group=column)  # connects the column
+        if group.rank in (1, 2):
+            works = [
+                pycomm.isend(message, peer, group=group),
+                pycomm.all_reduce_(t, group=column, async_op=True),
+            ]
+            pycomm.barrier(group=group)  # the receivers come later than the collectives have begun
+            for work in works:
+                work.wait()
+        else:
+            pycomm.barrier(group=group)
+            pycomm.recv(message, peer, group=group)
+            from_gpu(message)  # waits for the GPU, as .item() would
+            pycomm.all_reduce_(t, group=column)
+        return from_gpu(message).tolist(), from_gpu(t).tolist()
+
+    sums = [(whole(r, 3) + whole(r + 2, 3)).tolist() for r in (0, 1)]
+    sent = [whole(r, 3).tolist() for r in (1, 1, 2, 2)]
+    assert run_double_gpu_ranks(4, body) == list(zip(sent, [*sums, *sums], strict=True))
+
+
 BAD_CALLS = {
     "output on the host": (
         lambda t, group: pycomm.all_gather_into(torch.zeros(8, 3), t, group=group),

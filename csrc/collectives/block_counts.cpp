@@ -164,6 +164,7 @@ std::size_t BlockCounts::elements_before_mine(int rank) const {
 
 Task<> compare_block_counts(Context& context, const Operation& operation) {
   BlockCounts counts(context, operation);
+  if (context.host_count() > 1) co_await meet(context);  // all have read the opening's sums there
   co_await counts.agree();
   co_await meet(context);
 }

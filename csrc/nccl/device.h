@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -72,6 +73,8 @@ class Device {
   cudaStream_t stream = nullptr;
   /// Of the progress thread.
   LaunchOrder order;
+  /// Whether this rank has ever begun a message from or to its GPU.
+  std::atomic<bool> has_messages = false;
 
  private:
   const std::string kernels_path_;

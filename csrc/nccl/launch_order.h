@@ -21,8 +21,20 @@ namespace pycomm::nccl {
 ///   rank 2   B proposes 2, A 3 ... A is 3 ... B is 2  | A waits for B, which might be 2: B, A
 ///
 /// Nobody coordinates, no rank outside a group hears of its calls, and groups may overlap in any
-/// way. A call waits here for calls of other groups that this rank has begun, never for later
-/// ones; so where the collectives of the groups do not deadlock, neither does this.
+/// way. A call waits here for calls of other groups that this rank has proposed a time for, never
+/// for later ones. So where the collectives of the groups do not deadlock in the order in which
+/// they are issued, neither does this.
+///
+/// Messages have no such order: two that cross, each issued before its sender's next collective,
+/// are matched when both ranks have issued them, which may be after that collective has begun. If
+/// it proposed its time at once, the message would wait for ranks that are still to begin it, and
+/// these may be waiting for a message that is held up likewise:
+///
+///   rank 0   reads what m brought, begins A     rank 1   sends m, begins B: m waits for B
+///   rank 3   reads what n brought, begins B     rank 2   sends n, begins A: n waits for A
+///
+/// So a rank that has messages proposes a time for a collective only once all ranks have begun it,
+/// in a round of its own: from then on nobody's caller is needed any more.
 ///
 /// Pure: no clock, no communication. One for each GPU of a process, used by its progress thread.
 class LaunchOrder {

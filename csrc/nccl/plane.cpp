@@ -1,7 +1,10 @@
 #include "nccl/plane.h"
 
+#include <algorithm>
 #include <cstring>
+#include <limits>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,6 +16,7 @@
 #include "nccl/communicator.h"
 #include "nccl/device.h"
 #include "nccl/drain.h"
+#include "nccl/everyones.h"
 #include "nccl/exact_order.h"
 #include "nccl/in_flight.h"
 #include "nccl/launch.h"
@@ -53,6 +57,8 @@ class NcclGroup final : public GpuGroup {
   void abort() override;
 
  private:
+  /// Open a call and give it its place in the launch order.
+  Task<> open(Context& context, const Operation& operation, std::optional<Place>& place);
   Task<> connect(Context& context);
   /// @throws RefusedError  these ranks cannot reduce in exact order.
   void check_exact_order(const Context& context, const Operation& operation) const;
@@ -71,15 +77,15 @@ class NcclGroup final : public GpuGroup {
 Task<> NcclGroup::run(Context& context, const Operation& operation) {
   const auto began = Clock::now();
   const auto call = std::static_pointer_cast<Call>(operation.device_call);
-  Place place(device_->order, id_);
   const std::string description = describe_call(context, operation);
-  place.agree(co_await open_with_largest(context, operation, place.proposal()));
+  std::optional<Place> place;
+  co_await open(context, operation, place);
   if (const std::string problem = unsupported(operation); !problem.empty()) {
     throw RefusedError(std::string(name_of(operation.kind)) + ": " + problem);
   }
   if (has_block_counts(operation)) co_await compare_block_counts(context, operation);
   if (communicator_ == nullptr) co_await connect(context);
-  Place::Next next(place);
+  Place::Next next(*place);
   co_await until(next);
   const Launching launching(launching_);
   Communicator::Accepted accepted(*communicator_);
@@ -102,6 +108,22 @@ Task<> NcclGroup::run(Context& context, const Operation& operation) {
   co_await until(accepted);
   call->end();
   calls_.add(call, description, began, operation.timeout_s);
+}
+
+Task<> NcclGroup::open(Context& context, const Operation& operation,
+                       std::optional<Place>& place) {
+  // A rank with messages proposes only once all ranks have begun the call: see LaunchOrder.
+  constexpr std::uint64_t kLater = std::numeric_limits<std::uint64_t>::max();
+  if (!device_->has_messages) place.emplace(device_->order, id_);
+  std::uint64_t tick =
+      co_await open_with_largest(context, operation, place ? place->proposal() : kLater);
+  if (tick == kLater) {
+    if (!place) place.emplace(device_->order, id_);
+    const std::vector<std::uint64_t> proposals =
+        co_await everyones(context, place->proposal(), "the order of GPU calls");
+    tick = *std::max_element(proposals.begin(), proposals.end());
+  }
+  place->agree(tick);
 }
 
 Task<> NcclGroup::connect(Context& context) {
@@ -186,7 +208,9 @@ class CudaPlane final : public Plane {
   }
 
   std::shared_ptr<DeviceCall> record(const char* call, int ordinal, StreamAddress stream) override {
-    return std::make_shared<Call>(device(call, ordinal), stream);
+    const auto gpu = device(call, ordinal);
+    gpu->has_messages = true;
+    return std::make_shared<Call>(gpu, stream);
   }
 
   std::unique_ptr<GpuGroup> join(std::uint64_t id) override {
