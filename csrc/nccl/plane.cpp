@@ -110,8 +110,7 @@ Task<> NcclGroup::run(Context& context, const Operation& operation) {
   calls_.add(call, description, began, operation.timeout_s);
 }
 
-Task<> NcclGroup::open(Context& context, const Operation& operation,
-                       std::optional<Place>& place) {
+Task<> NcclGroup::open(Context& context, const Operation& operation, std::optional<Place>& place) {
   // A rank with messages proposes only once all ranks have begun the call: see LaunchOrder.
   constexpr std::uint64_t kLater = std::numeric_limits<std::uint64_t>::max();
   if (!device_->has_messages) place.emplace(device_->order, id_);
