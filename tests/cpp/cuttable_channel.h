@@ -5,11 +5,12 @@
 #include <utility>
 #include <vector>
 
+#include "forwarding_channel.h"
 #include "transport/channel_loopback.h"
 
 /// A channel between pretend hosts whose cables can be pulled: what is sent over a cut one is lost,
 /// and its sender is not told, as with TCP for minutes.
-class CuttableChannel final : public pycomm::Channel {
+class CuttableChannel final : public ForwardingChannel {
  public:
   struct Cables {
     explicit Cables(std::vector<int> hosts) : host_of(std::move(hosts)), is_cut(host_of.size()) {}
@@ -19,24 +20,13 @@ class CuttableChannel final : public pycomm::Channel {
     std::vector<std::atomic<bool>> is_cut;  // by host
   };
 
-  CuttableChannel(std::shared_ptr<pycomm::LoopbackChannel> channel, std::shared_ptr<Cables> cables)
-      : channel_(std::move(channel)), cables_(std::move(cables)) {}
+  CuttableChannel(std::shared_ptr<pycomm::Channel> channel, std::shared_ptr<Cables> cables)
+      : ForwardingChannel(std::move(channel)), cables_(std::move(cables)) {}
 
-  int rank() const override { return channel_->rank(); }
-  int size() const override { return channel_->size(); }
-  void progress() override { channel_->progress(); }
-  std::optional<Incoming> probe(int tag) override { return channel_->probe(tag); }
   std::unique_ptr<pycomm::Message> send(int peer, int tag,
                                         std::span<const std::byte> bytes) override {
-    if (reaches(peer)) return channel_->send(peer, tag, bytes);
+    if (reaches(peer)) return ForwardingChannel::send(peer, tag, bytes);
     return std::make_unique<Lost>();
-  }
-  std::unique_ptr<pycomm::Message> receive(int peer, int tag, std::span<std::byte> bytes) override {
-    return channel_->receive(peer, tag, bytes);
-  }
-  std::unique_ptr<pycomm::Message> receive_at_most(int peer, int tag, std::span<std::byte> room,
-                                                   std::size_t& length) override {
-    return channel_->receive_at_most(peer, tag, room, length);
   }
 
  private:
@@ -56,7 +46,6 @@ class CuttableChannel final : public pycomm::Channel {
     return here == there || (!cut(here) && !cut(there));
   }
 
-  const std::shared_ptr<pycomm::LoopbackChannel> channel_;
   const std::shared_ptr<Cables> cables_;
 };
 

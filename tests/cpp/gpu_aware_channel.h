@@ -5,41 +5,33 @@
 #include <vector>
 
 #include "double/gpu.h"
+#include "forwarding_channel.h"
 #include "transport/channel_loopback.h"
 
 /// A stand-in for an MPI that takes pointers to GPU memory: a loopback channel that reaches the
 /// double's. It knows no streams: what it sends is what lies there when send() is called, and what
 /// it receives lies there once a poll says so. It counts what it sends from GPUs
 /// (gpu_double::sent).
-class GpuAwareChannel final : public pycomm::Channel {
+class GpuAwareChannel final : public ForwardingChannel {
  public:
-  explicit GpuAwareChannel(std::shared_ptr<pycomm::LoopbackChannel> channel)
-      : channel_(std::move(channel)) {}
-
-  int rank() const override { return channel_->rank(); }
-  int size() const override { return channel_->size(); }
-  void progress() override { channel_->progress(); }
-  std::optional<Incoming> probe(int tag) override { return channel_->probe(tag); }
+  using ForwardingChannel::ForwardingChannel;
 
   std::unique_ptr<pycomm::Message> send(int peer, int tag,
                                         std::span<const std::byte> bytes) override {
-    if (!is_on_gpu(bytes.data())) return channel_->send(peer, tag, bytes);
+    if (!is_on_gpu(bytes.data())) return ForwardingChannel::send(peer, tag, bytes);
     std::unique_ptr<pycomm::Message> message;
     gpu_double::count_sent(rank(), peer, bytes.size());
     gpu_double::change([&] {
       const auto* const from = static_cast<const std::byte*>(gpu_double::reachable(bytes.data()));
-      message = channel_->send(peer, tag, {from, bytes.size()});
+      message = ForwardingChannel::send(peer, tag, {from, bytes.size()});
     });
     return message;
   }
   std::unique_ptr<pycomm::Message> receive(int peer, int tag, std::span<std::byte> bytes) override {
-    if (!is_on_gpu(bytes.data())) return channel_->receive(peer, tag, bytes);
+    if (!is_on_gpu(bytes.data())) return ForwardingChannel::receive(peer, tag, bytes);
     auto* const to = static_cast<std::byte*>(gpu_double::reachable(bytes.data()));
-    return std::make_unique<BetweenSteps>(channel_->receive(peer, tag, {to, bytes.size()}));
-  }
-  std::unique_ptr<pycomm::Message> receive_at_most(int peer, int tag, std::span<std::byte> room,
-                                                   std::size_t& length) override {
-    return channel_->receive_at_most(peer, tag, room, length);
+    return std::make_unique<BetweenSteps>(
+        ForwardingChannel::receive(peer, tag, {to, bytes.size()}));
   }
 
  private:
@@ -62,8 +54,6 @@ class GpuAwareChannel final : public pycomm::Channel {
   static bool is_on_gpu(const std::byte* memory) {
     return gpu_double::memory_offset(memory).has_value();
   }
-
-  const std::shared_ptr<pycomm::LoopbackChannel> channel_;
 };
 
 inline std::vector<std::shared_ptr<pycomm::Channel>> gpu_aware_channels(std::size_t size) {

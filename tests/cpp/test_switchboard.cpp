@@ -19,6 +19,7 @@
 #include "check.h"
 #include "core/error.h"
 #include "cuttable_channel.h"
+#include "forwarding_channel.h"
 #include "group/control_message.h"
 #include "group/group.h"
 #include "group/process.h"
@@ -115,67 +116,40 @@ void run_failing(const std::vector<int>& hosts, const std::function<void(World&)
 int rank_of(World& world) { return world.group()->rank(); }
 
 /// A channel whose progress thread is stopped at its first call of it, until it may go on.
-class StoppedChannel final : public pycomm::Channel {
+class StoppedChannel final : public ForwardingChannel {
  public:
-  explicit StoppedChannel(std::shared_ptr<pycomm::Channel> channel)
-      : channel_(std::move(channel)) {}
+  using ForwardingChannel::ForwardingChannel;
 
   void go_on() { stopped_.store(false); }
 
-  int rank() const override { return channel_->rank(); }
-  int size() const override { return channel_->size(); }
   void progress() override {
     while (stopped_.load()) std::this_thread::sleep_for(std::chrono::milliseconds(10));
-    channel_->progress();
-  }
-  std::optional<Incoming> probe(int tag) override { return channel_->probe(tag); }
-  std::unique_ptr<pycomm::Message> send(int peer, int tag,
-                                        std::span<const std::byte> bytes) override {
-    return channel_->send(peer, tag, bytes);
-  }
-  std::unique_ptr<pycomm::Message> receive(int peer, int tag, std::span<std::byte> bytes) override {
-    return channel_->receive(peer, tag, bytes);
-  }
-  std::unique_ptr<pycomm::Message> receive_at_most(int peer, int tag, std::span<std::byte> room,
-                                                   std::size_t& length) override {
-    return channel_->receive_at_most(peer, tag, room, length);
+    ForwardingChannel::progress();
   }
 
  private:
-  const std::shared_ptr<pycomm::Channel> channel_;
   std::atomic<bool> stopped_{true};
 };
 
 /// A channel on which messages of a rank that dies come halfway: MPI says that it is gone, and goes
 /// on to write to their memory after they were withdrawn.
-class DyingPeerChannel final : public pycomm::Channel {
+class DyingPeerChannel final : public ForwardingChannel {
  public:
   DyingPeerChannel(std::shared_ptr<pycomm::Channel> channel, int dying)
-      : channel_(std::move(channel)), dying_(dying) {}
+      : ForwardingChannel(std::move(channel)), dying_(dying) {}
 
   void die() { dead_.store(true); }
   /// Messages that were withdrawn.
   std::size_t withdrawn() const { return withdrawn_.load(); }
 
-  int rank() const override { return channel_->rank(); }
-  int size() const override { return channel_->size(); }
-  void progress() override { channel_->progress(); }
   std::optional<Incoming> probe(int tag) override {
     for (const auto& room : late_) std::fill(room.begin(), room.end(), std::byte{0xa5});
-    return channel_->probe(tag);
-  }
-  std::unique_ptr<pycomm::Message> send(int peer, int tag,
-                                        std::span<const std::byte> bytes) override {
-    return channel_->send(peer, tag, bytes);
+    return ForwardingChannel::probe(tag);
   }
   std::unique_ptr<pycomm::Message> receive(int peer, int tag, std::span<std::byte> bytes) override {
-    auto message = channel_->receive(peer, tag, bytes);
+    auto message = ForwardingChannel::receive(peer, tag, bytes);
     if (peer != dying_ || tag != kControlTag || !dead_.load()) return message;
     return std::make_unique<Half>(*this, std::move(message), bytes);
-  }
-  std::unique_ptr<pycomm::Message> receive_at_most(int peer, int tag, std::span<std::byte> room,
-                                                   std::size_t& length) override {
-    return channel_->receive_at_most(peer, tag, room, length);
   }
 
  private:
@@ -202,7 +176,6 @@ class DyingPeerChannel final : public pycomm::Channel {
     int polls_ = 0;
   };
 
-  const std::shared_ptr<pycomm::Channel> channel_;
   const int dying_;
   std::atomic<bool> dead_{false};
   std::atomic<std::size_t> withdrawn_{0};
