@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "core/rank_list.h"
 #include "transport/whereabouts.h"
 
 namespace pycomm {
@@ -74,12 +75,11 @@ std::string describe_awaited(const Window& window, const std::vector<int>& missi
 
 std::string describe_present(const Window& window, const std::vector<int>& missing) {
   if (missing.empty()) return "";
-  std::string here;
+  std::vector<int> here;
   for (int peer = 0; peer < window.local_size(); ++peer) {
-    if (contains(missing, peer)) continue;
-    here += (here.empty() ? "" : ", ") + std::to_string(window.group_rank(peer));
+    if (!contains(missing, peer)) here.push_back(window.group_rank(peer));
   }
-  return "\n  Of this host's ranks " + here + " got there.";
+  return "\n  Of this host's ranks " + rank_list(here) + " got there.";
 }
 
 std::string describe_missing(const Window& window, const std::vector<int>& missing) {

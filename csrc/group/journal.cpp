@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <cstring>
 #include <functional>
+#include <numeric>
 
 #include "core/clock.h"
+#include "core/rank_list.h"
 
 namespace pycomm {
 namespace {
@@ -22,12 +24,10 @@ std::uint64_t hash_of_current(const Context& context) {
 }  // namespace
 
 Journal::Journal(Recorder& recorder, int tag, const std::vector<int>& ranks, int world_size)
-    : recorder_(recorder), ranks_(ranks), name_("ranks ") {
-  bool is_world = ranks.size() == static_cast<std::size_t>(world_size);
-  for (std::size_t i = 0; i < ranks.size(); ++i) {
-    name_ += (i == 0 ? "" : ", ") + std::to_string(ranks[i]);
-    is_world = is_world && ranks[i] == static_cast<int>(i);
-  }
+    : recorder_(recorder), ranks_(ranks), name_("ranks " + rank_list(ranks)) {
+  std::vector<int> all(static_cast<std::size_t>(world_size));
+  std::iota(all.begin(), all.end(), 0);
+  const bool is_world = ranks == all;
   // Groups without a common rank may have the same tag, and those of the same ranks have not.
   key_ = std::hash<std::string>()(name_ + " " + std::to_string(tag));
   // The first group of a job is the world itself.

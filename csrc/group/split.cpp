@@ -3,17 +3,12 @@
 #include <utility>
 
 #include "core/error.h"
+#include "core/rank_list.h"
 #include "group/group.h"
 #include "group/process.h"
 
 namespace pycomm {
 namespace {
-
-std::string text_of(const std::vector<int>& ranks) {
-  std::string text;
-  for (const int rank : ranks) text += (text.empty() ? "[" : ", ") + std::to_string(rank);
-  return text.empty() ? "[]" : text + "]";
-}
 
 /// What split() tells the other ranks.
 struct Wish {
@@ -63,7 +58,7 @@ std::shared_ptr<Group> Group::create_from(const std::vector<int>& members, const
 
 std::shared_ptr<Group> Group::new_group(const std::vector<int>& ranks,
                                         const InterruptCheck& check_interrupt) {
-  const std::string call = "new_group(" + text_of(ranks) + ")";
+  const std::string call = "new_group([" + rank_list(ranks) + "])";
   const auto refuse = [&](const std::string& problem) {
     throw InvalidArgumentError(call + " on rank " + std::to_string(rank()) + ": " + problem);
   };

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/error.h"
+#include "core/rank_list.h"
 
 namespace pycomm {
 namespace {
@@ -41,11 +42,7 @@ std::string in_seconds(Clock::duration duration) {
 }
 
 std::string list_of(const std::vector<int>& ranks) {
-  std::string text = ranks.size() == 1 ? "rank " : "ranks ";
-  for (std::size_t i = 0; i < ranks.size(); ++i) {
-    text += (i > 0 ? ", " : "") + std::to_string(ranks[i]);
-  }
-  return text;
+  return (ranks.size() == 1 ? "rank " : "ranks ") + rank_list(ranks);
 }
 
 std::string text_of_stall(int rank) {
