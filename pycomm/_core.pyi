@@ -481,6 +481,8 @@ class World:
 
         ``timeout_s`` is how long to wait for them; 0: the world's default. ``failure`` is why this
         rank leaves, if for an error; ranks that still call something are told.
+
+        Raises what an operation that nobody has waited for has finished its group with.
         """
 
 def loopback_worlds(
@@ -646,10 +648,10 @@ class MachineLimit:
         """A cache line from rank 0 to rank 1 and back; 0 on other ranks."""
 
 def time_all_reduces(group: Group, addresses: Sequence[int], count: int, dtype: DType) -> float: ...
-def leave_at_end(code: int, grace_s: int = 0) -> None:
+def leave_at_end(code: int, seconds: int = 0, text: str = "") -> None:
     """When Python has ended, leave with ``code`` before what other modules do then.
 
-    Or, with ``grace_s``, while they do it, if that takes longer than so many seconds.
+    Or, with ``seconds``, while they do it, if that takes longer; then with ``text`` on stderr.
     """
 
 def warn_at_end(seconds: int, text: str) -> None:

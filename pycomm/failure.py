@@ -74,7 +74,7 @@ class Member:
 
 _member: Member | None = None
 _left_with: _Departure | None = None
-_leaves_by_itself = False  # at the end of Python, whatever MPI does then
+_end_bound: tuple[int, str] | None = None  # see bound_end
 _python_exit = sys.exit
 _previous_hook = sys.excepthook
 _hooked = False
@@ -126,33 +126,51 @@ def _watch_child() -> None:
 
     It finalises MPI when the interpreter has ended, in a child too, where that waits for ever.
     """
-    global _leaves_by_itself
     unwatch()
     if "mpi4py.MPI" in sys.modules:
-        _leaves_by_itself = True
-        atexit.register(leave_at_end, grace_s=0)
+        bound_end(0)
 
 
 def note_loss() -> None:
-    """A process of the job was lost: MPI may then finalise for ever, so ``leave_at_end`` bounds it.
+    """A process of the job was lost: MPI may then finalise for ever.
 
     Seen in about 5 % of such ends with Open MPI 5.0.11.
     """
-    global _leaves_by_itself
-    if "mpi4py.MPI" in sys.modules and not _leaves_by_itself:
-        _install_hooks()  # they note the exit code
-        _leaves_by_itself = True
-        atexit.register(leave_at_end)  # unless the handlers run already: see runtime
+    if "mpi4py.MPI" in sys.modules:
+        bound_end(_FINALISE_S)
 
 
-def leave_at_end(grace_s: int = _FINALISE_S) -> None:
-    """In an exit handler: if it must not be left to MPI, leave when Python and MPI have ended.
+def bound_finalising(member: Member, timeout_s: float) -> None:
+    """Bound the wait for a rank that is lost when this one has left the job.
+
+    For launchers that leave survivors alone: others end the job then.
+    """
+    seconds = min(math.ceil(timeout_s), 1 << 31)
+    bound_end(
+        seconds,
+        f"pycomm: {member} has ended, has waited {seconds} s in MPI_Finalize for another rank, and "
+        "leaves.\n",
+    )
+
+
+def bound_end(seconds: int, text: str = "") -> None:
+    """When Python has ended, MPI gets so many seconds to finalise; of several bounds the shortest.
 
     Args:
-        grace_s: seconds for MPI to finalise.
+        text: for stderr, if it takes longer and this process leaves.
     """
-    if _leaves_by_itself:
-        _core.leave_at_end(0 if _left_with is None else _left_with.number(), grace_s)
+    global _end_bound
+    if _end_bound is None:
+        _install_hooks()  # they note the exit code
+        atexit.register(leave_at_end)  # unless the handlers run already: see runtime
+    if _end_bound is None or seconds < _end_bound[0]:
+        _end_bound = (seconds, text)
+
+
+def leave_at_end() -> None:
+    """In an exit handler: have the end bounded, if it is to be."""
+    if _end_bound is not None:
+        _core.leave_at_end(0 if _left_with is None else _left_with.number(), *_end_bound)
 
 
 def warn_at_end(member: Member, after_s: float) -> None:
@@ -202,7 +220,7 @@ def _on_uncaught(
     member = _member
     if member is None or hasattr(sys, "ps1"):
         _previous_hook(kind, error, trace)
-        if _leaves_by_itself:
+        if _end_bound is not None:
             _left_with = _Departure(1, 0.0)
     elif issubclass(kind, KeyboardInterrupt):
         _end_job(member, 130, "interrupted", f"{member}: interrupted\n", 0.0)
@@ -247,7 +265,7 @@ class _Exit(SystemExit):
 
 
 def _exit(status: object = None, /) -> NoReturn:
-    if _member is None and not _leaves_by_itself:
+    if _member is None and _end_bound is None:
         _python_exit(status)  # type: ignore[arg-type]
     raise _Exit(status)
 

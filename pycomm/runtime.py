@@ -113,6 +113,7 @@ def shutdown() -> None:
 
     Raises:
         MismatchError: another rank still calls something; it raises there as well.
+        CommError: what an asynchronous call failed with, if no call has raised an error since.
     """
     global _session
     session = _session
@@ -296,6 +297,8 @@ def _enter(
         failure.watch(member)
         if rendezvous.comm is not None and rendezvous.rank < 2:
             failure.warn_at_end(member, settings.warn_after_s)
+        if rendezvous.comm is not None and ulfm.is_on(os.environ):
+            failure.bound_finalising(member, settings.timeout_s)
     _session = _Session(
         world,
         connection.job,

@@ -13,6 +13,7 @@ from launchers import (
     alone,
     mpirun,
     mpirun_command,
+    mpirun_ft,
     process_options,
     python_command,
     torchrun,
@@ -206,6 +207,66 @@ def test_who_waits_in_mpi_for_a_rank_that_does_not_end_says_so():
     assert done.returncode == 0, done.err
     assert done.err.count("has ended and has waited 1 s in MPI_Finalize") == 1
     assert "rank 0 of 2" in done.err
+
+
+def test_an_asynchronous_call_that_nobody_waits_for_does_not_fail_in_silence():
+    done = mpirun(
+        2,
+        """
+        import pycomm, time, torch
+        pycomm.init()
+        pycomm.all_reduce(torch.ones(2 + pycomm.rank()), async_op=True)
+        time.sleep(1.0)  # it has failed
+        """,
+    )
+    assert done.returncode == 1
+    assert "MismatchError: call #1 differs" in done.err
+
+
+def test_shutdown_raises_only_what_nobody_was_told_of():
+    done = mpirun(
+        2,
+        """
+        import pycomm, time, torch
+        for tell in (True, False):
+            pycomm.init()
+            pycomm.all_reduce(torch.ones(2 + pycomm.rank()), async_op=True)
+            time.sleep(1.0)
+            if tell:
+                try:
+                    pycomm.barrier()
+                except pycomm.MismatchError:
+                    pycomm.shutdown()
+            else:
+                try:
+                    pycomm.shutdown()
+                except pycomm.MismatchError as error:
+                    print("raised", error)
+        pycomm.init()
+        pycomm.barrier()
+        """,
+    )
+    assert done.returncode == 0, done.err
+    assert done.out.count("raised call #1 differs") == 2, done.out + done.err
+
+
+def test_with_ulfm_nobody_waits_in_mpi_for_ever():
+    """Rank 1 hangs after ``shutdown()``: rank 0 has done all, says what it waits for, and leaves."""
+    done = mpirun_ft(
+        2,
+        """
+        import pycomm, time
+        pycomm.init(timeout_s=3)
+        rank = pycomm.rank()
+        pycomm.shutdown()
+        if rank == 1:
+            time.sleep(8)
+        """,
+        PYCOMM_WARN_AFTER_S="1",
+    )
+    assert done.err.count("rank 0 of 2") == 2, done.err
+    assert "has ended and has waited 1 s in MPI_Finalize" in done.err
+    assert "has ended, has waited 3 s in MPI_Finalize for another rank, and leaves" in done.err
 
 
 def test_a_caught_exit_is_none():

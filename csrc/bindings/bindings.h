@@ -35,9 +35,14 @@ void bind_reducer(pybind11::module_& module);
 void bind_trace(pybind11::module_& module);
 void bind_watchdog(pybind11::module_& module);
 void bind_bits(pybind11::module_& module);
+void bind_process_end(pybind11::module_& module);
 
 /// Turns the exception being handled into a Python error, in functions that pybind11 does not wrap.
 void set_python_error();
+
+/// Whether Python was told of an error that finishes a group, since the last forget_failures().
+bool told_of_failure();
+void forget_failures();
 
 /// Lets Python handle pending signals; throws what a handler raised (KeyboardInterrupt). For waits
 /// without the GIL. Cheap in threads that never handle signals.

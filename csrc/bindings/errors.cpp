@@ -19,6 +19,14 @@ void raise_as(const char* name, const CommError& error) {
   PyErr_SetObject(type.ptr(), decoded.ptr());
 }
 
+/// With Python's lock.
+bool told = false;
+
+void raise_failure_as(const char* name, const CommError& error) {
+  told = true;
+  raise_as(name, error);
+}
+
 /// Sets the Python error for one of ours; throws what is not.
 void translate(const std::exception_ptr& pointer) {
   try {
@@ -26,13 +34,13 @@ void translate(const std::exception_ptr& pointer) {
   } catch (const InvalidArgumentError& error) {
     raise_as("InvalidArgumentError", error);
   } catch (const MismatchError& error) {
-    raise_as("MismatchError", error);
+    raise_failure_as("MismatchError", error);
   } catch (const CommTimeoutError& error) {
-    raise_as("CommTimeoutError", error);
+    raise_failure_as("CommTimeoutError", error);
   } catch (const PeerLostError& error) {
-    raise_as("PeerLostError", error);
+    raise_failure_as("PeerLostError", error);
   } catch (const CommError& error) {
-    raise_as("CommError", error);
+    raise_failure_as("CommError", error);
   }
 }
 
@@ -41,6 +49,10 @@ void translate(const std::exception_ptr& pointer) {
 void bind_errors() {
   py::register_exception_translator([](std::exception_ptr pointer) { translate(pointer); });
 }
+
+bool told_of_failure() { return told; }
+
+void forget_failures() { told = false; }
 
 void set_python_error() {
   try {

@@ -79,6 +79,7 @@ std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
                                const py::object& mpi_problem, const std::string& host_name,
                                const std::string& job, const std::string& trace_folder,
                                double warn_after_s, double host_timeout_s) {
+  forget_failures();
   const auto ask = mpi_problem_of(mpi_problem);
   const auto gather = without_gil(all_gather_bytes);
   const py::gil_scoped_release no_gil;
@@ -124,11 +125,17 @@ void bind_world(py::module_& module) {
       .def(
           "close",
           [](World& world, double timeout_s, const std::string& failure) {
-            const py::gil_scoped_release no_gil;
-            world.close(interrupt_check(), timeout_s, failure);
+            {
+              const py::gil_scoped_release no_gil;
+              world.close(interrupt_check(), timeout_s, failure);
+            }
+            // Of an operation that nobody has waited for.
+            const std::exception_ptr silent = told_of_failure() ? nullptr : world.failure();
+            if (silent) std::rethrow_exception(silent);
           },
           py::kw_only(), py::arg("timeout_s") = 0.0, py::arg("failure") = "",
-          "Leave together with all other ranks.");
+          "Leave together with all other ranks. Raise what has finished a group if nobody was told "
+          "of it.");
   module.def(
       "loopback_worlds",
       [](const std::vector<int>& hosts, double timeout_s, std::size_t piece_bytes,

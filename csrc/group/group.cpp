@@ -8,6 +8,7 @@
 #include "collectives/immediate.h"
 #include "core/error.h"
 #include "core/fork_guard.h"
+#include "core/rank_list.h"
 #include "core/signature.h"
 #include "group/backoff.h"
 #include "group/process.h"
@@ -107,23 +108,15 @@ std::string problem_of_counts(const Operation& operation, int rank, int size) {
          std::to_string(rank) + "] is " + std::to_string(mine) + ". Pass the same number twice.";
 }
 
-std::string ranks_text(const std::vector<int>& ranks) {
-  constexpr std::size_t kMostListed = 16;
-  std::string text;
-  for (std::size_t i = 0; i < ranks.size() && i < kMostListed; ++i) {
-    text += (i == 0 ? "" : ", ") + std::to_string(ranks[i]);
-  }
-  return text + (ranks.size() > kMostListed ? ", ..." : "");
-}
-
 /// A line for errors, which name ranks of the group: which ranks of the job they are. Empty if they
 /// are the same.
 std::string describe_ranks(const std::vector<int>& ranks) {
   std::vector<int> own(ranks.size());
   std::iota(own.begin(), own.end(), 0);
   if (ranks == own) return "";
-  return "\n  Ranks " + ranks_text(own) + " of this group are ranks " + ranks_text(ranks) +
-         " of the job.";
+  constexpr std::size_t kMost = 16;
+  return "\n  Ranks " + rank_list(own, kMost) + " of this group are ranks " +
+         rank_list(ranks, kMost) + " of the job.";
 }
 
 }  // namespace
@@ -464,8 +457,7 @@ Standing::Call Group::current_call() const {
   call.group = id_;
   call.tag = context_.tag;
   call.group_rank = rank();
-  std::string members;
-  for (const int member : ranks_) members += (members.empty() ? "" : ", ") + std::to_string(member);
+  std::string members = rank_list(ranks_);
   if (members.size() > call.members.size()) {
     members.replace(call.members.size() - 3, members.npos, "...");
   }
@@ -631,6 +623,7 @@ void Group::abort(const std::string& reason) {
   if (in_forked_child()) return;
   {
     std::lock_guard lock(mutex_);
+    if (!failure_) aborted_here_ = true;
     finish(std::make_exception_ptr(PeerLostError(reason)));
   }
   tell(NoticeKind::kPeerLost, reason);
@@ -650,6 +643,11 @@ bool Group::given_up_elsewhere() const {
 bool Group::failed() const {
   std::lock_guard lock(mutex_);
   return failure_ != nullptr;
+}
+
+std::exception_ptr Group::failure() const {
+  std::lock_guard lock(mutex_);
+  return aborted_here_ ? nullptr : failure_;
 }
 
 }  // namespace pycomm

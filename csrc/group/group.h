@@ -139,6 +139,7 @@ class Group : public Progressive, public Enrolled, public std::enable_shared_fro
   Standing::Use use() const override;
   Standing::Call current_call() const override;
   bool end(NoticeKind kind, int rank, const std::string& text) override;
+  std::exception_ptr failure() const override;
 
  private:
   friend class PostOffice;
@@ -236,6 +237,7 @@ class Group : public Progressive, public Enrolled, public std::enable_shared_fro
   std::deque<Pending> queue_;
   std::uint64_t queued_ = 0;  // so far
   std::exception_ptr failure_;
+  bool aborted_here_ = false;  // before anything else has finished it
 
   // Touched by the progress thread alone.
   Pending pending_;  // what current_ executes

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -38,6 +39,10 @@ class Enrolled {
   /// Finish it on all ranks of this host, unless it is finished, because of what happened
   /// elsewhere. False if it was finished before. Takes no lock.
   virtual bool end(NoticeKind kind, int rank, const std::string& text) = 0;
+
+  /// The error of an operation that has finished it here; null: there is none, or this rank has
+  /// aborted it.
+  virtual std::exception_ptr failure() const = 0;
 };
 
 /// The number that stands for the calling thread in a Standing.

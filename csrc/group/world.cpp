@@ -147,6 +147,14 @@ void World::close(const InterruptCheck& check_interrupt, double timeout_s,
   leave();
 }
 
+std::exception_ptr World::failure() const {
+  std::exception_ptr first;
+  process_->roster()->for_each_group([&](const Enrolled& group) {
+    if (!first) first = group.failure();
+  });
+  return first;
+}
+
 std::vector<int> World::lost() const {
   std::vector<int> ranks;
   const Placement& placement = process_->placement;

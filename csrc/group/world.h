@@ -66,6 +66,9 @@ class World {
   void close(const InterruptCheck& check_interrupt, double timeout_s = 0,
              const std::string& failure = {});
 
+  /// The error of an operation that has finished one of this rank's groups; null: there is none.
+  std::exception_ptr failure() const;
+
  private:
   World(std::shared_ptr<Process> process, std::shared_ptr<Group> group)
       : process_(std::move(process)), group_(std::move(group)) {}
