@@ -85,19 +85,44 @@ bool Courier::pack(int peer, const Frame& frame, std::span<const std::byte> payl
 
 bool Courier::poll() {
   bool moved = receive();
-  for (; !packed_.empty(); packed_.pop_front()) {
-    Parcel& parcel = packed_.front();
-    parcel.message = channel_.send(parcel.peer, tag_, {parcel.memory->data(), parcel.bytes});
-    sent_.push_back(std::move(parcel));
+  for (; !packed_.empty(); packed_.pop_front()) moved |= post(std::move(packed_.front()));
+  for (auto parcel = sent_.begin(); parcel != sent_.end();) {
+    if (!is_over(*parcel)) {
+      ++parcel;
+      continue;
+    }
+    --to_peer_[parcel->peer];
+    if (parcel->message) spare_.push_back(std::move(parcel->memory));
+    parcel = sent_.erase(parcel);
     moved = true;
   }
-  std::erase_if(sent_, [&](Parcel& parcel) {
-    if (!parcel.message->poll()) return false;
+  if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+  return moved;
+}
+
+bool Courier::post(Parcel parcel) {
+  try {
+    parcel.message = channel_.send(parcel.peer, tag_, {parcel.memory->data(), parcel.bytes});
+  } catch (...) {
+    if (!failure_) failure_ = std::current_exception();
     --to_peer_[parcel.peer];
     spare_.push_back(std::move(parcel.memory));
-    return moved = true;
-  });
-  return moved;
+    return false;
+  }
+  sent_.push_back(std::move(parcel));
+  return true;
+}
+
+bool Courier::is_over(Parcel& parcel) {
+  if (!parcel.message) return true;
+  try {
+    return parcel.message->poll();
+  } catch (...) {
+    if (!failure_) failure_ = std::current_exception();
+    parcel.message.reset();
+    quarantine_(std::move(parcel.memory));
+    return true;
+  }
 }
 
 bool Courier::receive() {
@@ -113,20 +138,21 @@ bool Courier::receive() {
     }
     Parcel parcel{coming->peer, coming->bytes, take_memory(), nullptr};
     parcel.message = channel_.receive(parcel.peer, tag_, {parcel.memory->data(), parcel.bytes});
-    parcel.message->poll();  // takes the message, so that the next probe finds the next one
     arriving_.push_back(std::move(parcel));
+    is_over(arriving_.back());  // takes the message, so that the next probe finds the next one
     moved = true;
   }
   std::set<int> behind;  // peers whose oldest frame is still on its way
-  std::erase_if(arriving_, [&](Parcel& parcel) {
-    if (behind.contains(parcel.peer)) return false;
-    if (!parcel.message->poll()) {
-      behind.insert(parcel.peer);
-      return false;
+  for (auto parcel = arriving_.begin(); parcel != arriving_.end();) {
+    if (behind.contains(parcel->peer) || !is_over(*parcel)) {
+      behind.insert(parcel->peer);
+      ++parcel;
+      continue;
     }
-    links_.at(parcel.peer)->deliver(std::move(parcel));
-    return moved = true;
-  });
+    if (parcel->message) links_.at(parcel->peer)->deliver(std::move(*parcel));
+    parcel = arriving_.erase(parcel);
+    moved = true;
+  }
   return moved;
 }
 

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <map>
 #include <memory>
@@ -40,6 +41,7 @@ class Courier {
   Link& link_to(int world_rank);
 
   /// Send what was packed, receive what has come. True if something moved.
+  /// @throws PeerLostError, CommError  of one parcel, which is given up; all others have moved on.
   bool poll();
   /// Whether everything packed has left its memory.
   bool idle() const { return packed_.empty() && sent_.empty(); }
@@ -50,11 +52,14 @@ class Courier {
     int peer;
     std::size_t bytes;
     std::shared_ptr<ArenaBlock> memory;
-    std::unique_ptr<Message> message;
+    std::unique_ptr<Message> message;  // null: not sent yet, or it has failed, and memory is gone
   };
 
   bool pack(int peer, const Frame& frame, std::span<const std::byte> payload);
   bool receive();
+  bool post(Parcel parcel);
+  /// Whether its message has left, or come, or has failed: that is kept for the end of poll().
+  bool is_over(Parcel& parcel);
   std::shared_ptr<ArenaBlock> take_memory();
 
   Channel& channel_;
@@ -67,6 +72,7 @@ class Courier {
   std::deque<Parcel> arriving_;
   std::map<int, int> to_peer_;  // packed or sent
   std::vector<std::shared_ptr<ArenaBlock>> spare_;
+  std::exception_ptr failure_;  // the first one of this poll()
 };
 
 }  // namespace pycomm
