@@ -8,6 +8,7 @@ import functools
 import gc
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -359,6 +360,21 @@ def test_double_messages_carry_cuda_tensors(starved):
         ([10, 11, 12], [0, 0, 0]),
         ([0, 1, 2], [10, 11, 12]),
     ]
+
+
+@pytest.mark.parametrize("transport", [_core.GpuTransport.NCCL, _core.GpuTransport.STAGED])
+def test_double_ranks_that_wait_for_a_late_one_wait_in_no_circle(transport):
+    """A call on GPUs has parts, which are counted; two looks find no fault."""
+
+    def body(group):
+        t = on_gpu(whole(group.rank, 3), group.rank)
+        pycomm.all_reduce(t, group=group)
+        if group.rank == 0:
+            time.sleep(3.5)
+        return from_gpu(pycomm.all_reduce(t, group=group)).tolist()
+
+    expected = sum(whole(r, 3) for r in range(3)).tolist()
+    assert run_double_gpu_ranks(3, body, transport=transport) == [expected] * 3
 
 
 def test_double_collectives_that_wait_for_ranks_hold_up_no_message():

@@ -73,6 +73,7 @@ struct Context {
   Tuning tuning;
   int rank;
   std::uint64_t sequence = 0;  // of the current operation
+  std::uint64_t parts = 0;     // of the numbers so far, how many went to parts of operations
   /// The last operation this rank has announced: the current one, or the one before it.
   std::uint64_t announced = 0;
   /// The last operation whose part this rank has folded where the buffers lie; it may still wait
@@ -84,6 +85,12 @@ struct Context {
       std::vector<const std::byte*>(static_cast<std::size_t>(window.local_size()));
   std::vector<std::byte*> destinations =
       std::vector<std::byte*>(static_cast<std::size_t>(window.local_size()));
+
+  /// A collective that is a part of the current operation begins, and has a number of its own.
+  void begin_part() {
+    ++sequence;
+    ++parts;
+  }
 
   int size() const { return static_cast<int>(world_ranks.size()); }
   int host() const { return placement.host_of[static_cast<std::size_t>(rank)]; }

@@ -51,7 +51,7 @@ bool waits_for(const Node& from, const Node& to) {
   for (int i = 0; i < to.standing->group_count; ++i) {
     const Standing::Use& use = to.standing->groups[static_cast<std::size_t>(i)];
     if (use.group != from.call->group) continue;
-    return use.issued < from.call->signature.sequence && use.thread == to.call->thread;
+    return use.issued < from.call->number && use.thread == to.call->thread;
   }
   return false;
 }

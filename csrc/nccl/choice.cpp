@@ -39,7 +39,7 @@ class ChoosingGroup final : public GpuGroup {
     if (chosen_ == nullptr) {
       co_await open_operation(context, operation, Announcement::kNotInArena, {});
       co_await choose(context);
-      ++context.sequence;
+      context.begin_part();
     }
     co_await chosen_->run(context, operation);
   }

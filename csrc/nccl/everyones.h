@@ -23,7 +23,7 @@ Task<std::vector<T>> everyones(Context& context, const T& mine, std::string name
   gather.input = reinterpret_cast<const std::byte*>(&mine);
   gather.output = reinterpret_cast<std::byte*>(all.data());
   gather.name = std::move(name);
-  ++context.sequence;
+  context.begin_part();
   co_await run_collective(context, gather);
   co_return all;
 }

@@ -90,7 +90,7 @@ Task<> StagedGroup::run(Context& context, const Operation& operation) {
       co_await run_carried(*carrier, part, context.placement, context.rank, slots.scratch());
       slots.up_follows(device_->stream);
     } else {
-      ++context.sequence;
+      context.begin_part();
       co_await run_collective(context, part);
     }
     slots.copy_up(pieces.up(i, slots.of(i)), i);

@@ -27,8 +27,9 @@ struct Standing {
     std::int32_t tag = 0;  // of the group
     std::int32_t group_rank = 0;
     std::uint32_t unused = 0;
+    std::uint64_t number = 0;                  // which of the operations that Use counts
     std::array<char, kMostMembers> members{};  // "0, 1, 2", cut off; ends at the first zero
-    Signature signature;                       // its sequence is the operation's number
+    Signature signature;
   };
   /// A group of this rank.
   struct Use {

@@ -35,6 +35,7 @@ class Rank {
     call.group_rank = standing_.rank;
     call.thread = thread;
     call.members = {'0', ',', ' ', '1'};
+    call.number = sequence;
     call.signature = Signature::of(operation, sequence, 0);
     call.hash = call.signature.hash();
     return *this;
@@ -69,6 +70,13 @@ constexpr std::uint64_t C = 3;
 TEST(nobody_waits) {
   CHECK_EQUAL(text_of({}), std::string());
   CHECK_EQUAL(text_of({Rank(0).issued(A, 3), Rank(1)}), std::string());
+}
+
+TEST(ranks_in_one_call_do_not_wait_for_each_other_however_many_parts_it_has) {
+  std::vector<Standing> standings = {Rank(1).waits(A, 7).issued(A, 2),
+                                     Rank(2).waits(A, 7).issued(A, 2)};
+  for (Standing& standing : standings) standing.calls[0].number = 2;
+  CHECK_EQUAL(text_of(standings), std::string());
 }
 
 TEST(two_groups_in_opposite_order_are_a_circle) {
