@@ -16,17 +16,23 @@ namespace pycomm {
 /// Who a process is, for whoever looks at its page from outside. Plain bytes.
 struct Identity {
   /// What every page begins with, and no page of another version of this file.
-  static constexpr std::uint64_t kMagic = 0x3254454741504350;  // "PCPAGET2"
+  static constexpr std::uint64_t kMagic = 0x3354454741504350;  // "PCPAGET3"
 
   std::int32_t rank = -1;
   std::int32_t size = 0;
   std::int32_t host = 0;  // its index among the hosts of the job
   std::int32_t process = 0;
+  /// In which namespace that is its number; 0: unknown.
+  std::uint64_t process_namespace = 0;
   /// What to add to the steady clock for the time of day, nanoseconds.
   std::int64_t to_time_of_day_ns = 0;
   // Cut off, end at the first zero.
   std::array<char, 64> host_name{};
   std::array<char, 40> job{};
+
+  /// Whether this process knows that one by the same number. Containers may share a network, so
+  /// that they count as one host, and not their processes.
+  bool shares_process_numbers() const;
 
   static Identity of_this_process(int rank, int size, int host, std::string_view host_name,
                                   std::string_view job);

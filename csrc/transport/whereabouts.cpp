@@ -64,6 +64,12 @@ const char* meaning(char state) {
   return "in an unknown state";
 }
 
+const char* state_of(const ProcessPage& page) {
+  if (page.life.owner_died()) return "dead";
+  if (!page.identity.shares_process_numbers()) return "in another container";
+  return meaning(state_letter(page.identity.process));
+}
+
 std::string describe_call(const Record& record) {
   std::string text = record.describe();
   if (record.what == Record::What::kCollective && record.signature.sequence > 0) {
@@ -138,7 +144,8 @@ std::string indented(const std::string& text, std::size_t most_bytes) {
   return lines;
 }
 
-/// Sends the signal to just this process, even if its number is given to another meanwhile.
+/// Sends the signal to just this process, even if its number is given to another meanwhile. It has
+/// to share this one's process numbers.
 bool send_signal(const ProcessPage& page, int signal) {
   const int process = static_cast<int>(syscall(SYS_pidfd_open, page.identity.process, 0));
   if (process < 0) return false;
@@ -169,9 +176,8 @@ std::string ask(const ProcessPage& page, int signal, int file) {
 }  // namespace
 
 std::string describe_whereabouts(const ProcessPage& page, const std::string& name) {
-  const int process = page.identity.process;
-  std::string text = name + " (process " + std::to_string(process) + ", " +
-                     meaning(page.life.owner_died() ? 'X' : state_letter(process)) + ") ";
+  std::string text =
+      name + " (process " + std::to_string(page.identity.process) + ", " + state_of(page) + ") ";
   if (page.leaving.load(std::memory_order_acquire)) return text + "has called shutdown()";
   const std::uint64_t latest = page.recorder.latest();
   if (latest == 0) return text + "has made no call of pycomm yet";
@@ -187,6 +193,9 @@ int whom_it_waits_for(const ProcessPage& page) {
 
 std::string stacks_of(const ProcessPage& page, std::size_t most_bytes) {
   const std::string none = "\n    No stack: ";
+  if (!page.identity.shares_process_numbers()) {
+    return none + "the process runs in another container.";
+  }
   const int process = page.identity.process;
   const int signal = page.stacks.signal.load(std::memory_order_acquire);
   if (signal == 0) return none + "the process offers none.";
@@ -196,7 +205,7 @@ std::string stacks_of(const ProcessPage& page, std::size_t most_bytes) {
   }
   const std::string path = "/proc/" + std::to_string(process) + "/fd/" +
                            std::to_string(page.stacks.descriptor.load(std::memory_order_relaxed));
-  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (file < 0) return none + path + ": " + std::strerror(errno) + ".";
   const std::string text = ask(page, signal, file);
   close(file);
