@@ -104,10 +104,11 @@ void require_running_with_threads() {
   }
   int level = MPI_THREAD_SINGLE;
   MPI_Query_thread(&level);
-  if (level < MPI_THREAD_SERIALIZED) {
+  if (level < MPI_THREAD_MULTIPLE) {
     throw CommError("init: MPI runs at thread level " + thread_level_name(level) +
-                    ", but pycomm's progress thread needs SERIALIZED, and MULTIPLE if the program "
-                    "calls MPI too.\n  Set mpi4py.rc.thread_level = \"multiple\" before the first "
+                    ", but with several hosts pycomm's progress thread calls it beside the main "
+                    "thread, which needs MULTIPLE.\n  Set mpi4py.rc.thread_level = \"multiple\" "
+                    "before the first "
                     "import of mpi4py.MPI.");
   }
 }

@@ -16,7 +16,7 @@ class MpiInbox;
 /// A channel over MPI point-to-point, on a communicator of its own, so that no message of the
 /// user's is ever taken for one of pycomm's.
 ///
-/// It needs MPI_THREAD_SERIALIZED, or MULTIPLE if the process calls MPI from elsewhere too. An MPI
+/// It needs MPI_THREAD_MULTIPLE, since the process calls MPI from elsewhere too. An MPI
 /// error is thrown, never aborts the job: PeerLostError where MPI knows the peer to be gone, else
 /// CommError. A message of another length than expected, longer or shorter, is a MismatchError and
 /// leaves the buffer as it was; its sender is not told and may wait on. Messages move only while
