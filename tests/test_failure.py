@@ -251,7 +251,7 @@ def test_shutdown_raises_only_what_nobody_was_told_of():
 
 
 def test_with_ulfm_nobody_waits_in_mpi_for_ever():
-    """Rank 1 hangs after ``shutdown()``: rank 0 has done all, says what it waits for, and leaves."""
+    """Rank 1 hangs after ``shutdown()``: rank 0 has done all, says for what it waits, leaves."""
     done = mpirun_ft(
         2,
         """

@@ -154,7 +154,7 @@ def test_an_error_of_a_group_says_which_ranks_of_the_job_its_ranks_are():
             with pytest.raises(MismatchError) as caught:
                 all_reduce(torch.zeros(1 + some.rank), group=some)
             text = str(caught.value)
-            assert text.count("Ranks 0, 1 of this group are ranks 2, 1 of the job.") == 1
+            assert text.count("Ranks 0, 1 of this group are ranks 2, 1 of the job;") == 1
         with pytest.raises(MismatchError) as caught:
             all_reduce(torch.zeros(1 + group.rank), group=group)
         assert "of this group" not in str(caught.value)

@@ -96,6 +96,29 @@ def test_every_host_saves_its_ranks(tmp_path):
     assert [view.rank for view in views_in(tmp_path / "job")] == [0, 1, 2, 3]
 
 
+def test_a_host_that_is_told_of_an_end_saves_its_ranks_too(tmp_path):
+    def calls(group):
+        if group.rank == 0:
+            group.abort("rank 0 has had enough")
+        group.barrier()
+
+    assert sorted(saved_trace(tmp_path / "job", calls, hosts=[0, 0, 1])) == [0, 1, 2]
+    assert [view.rank for view in views_in(tmp_path / "job")] == [0, 1, 2]
+
+
+def test_a_disk_that_hangs_holds_up_no_error(tmp_path):
+    slow = tmp_path / f"host-0.trace.{os.getpid()}.new"
+    os.mkfifo(slow)  # to open it waits for a reader
+
+    def calls(group):
+        reduce_(group, 4 + group.rank)
+
+    began = time.monotonic()
+    assert sorted(saved_trace(tmp_path, calls)) == [0, 1, 2]
+    assert time.monotonic() - began < 15  # its deadline is 20 s
+    slow.read_bytes()
+
+
 def test_only_the_owner_can_read_it(tmp_path):
     saved_trace(tmp_path / "job", lambda group: reduce_(group, 4 + group.rank))
     assert (tmp_path / "job" / "host-0.trace").stat().st_mode & 0o777 == 0o600

@@ -40,4 +40,9 @@ class PeerLostError : public CommError {
   using CommError::CommError;
 };
 
+/// What is said behind the name of a rank whose process has ended in the job.
+inline constexpr const char* kIsGone =
+    " is gone, its process ended without leaving the job (killed, crashed or out of memory).\n  "
+    "Read that rank's log and the kernel's (dmesg).";
+
 }  // namespace pycomm

@@ -93,12 +93,14 @@ Body decode(std::span<const std::byte> bytes, int from, int world_size) {
       body = read_body(header.body, bytes.subspan(sizeof(header)), world_size);
     }
   }
-  if (!body) {
-    throw MismatchError("rank " + std::to_string(from) + " sent a malformed control message of " +
-                        std::to_string(bytes.size()) +
-                        " bytes.\n  All ranks must run the same version of pycomm.");
-  }
+  if (!body) refuse(from, bytes.size());
   return *std::move(body);
+}
+
+void refuse(int from, std::size_t bytes) {
+  throw MismatchError("rank " + std::to_string(from) + " sent a malformed control message of " +
+                      std::to_string(bytes) +
+                      " bytes.\n  All ranks must run the same version of pycomm.");
 }
 
 }  // namespace pycomm::control

@@ -61,6 +61,9 @@ std::vector<std::byte> encode(const Body& body);
 /// @throws MismatchError  `bytes` are no such message.
 Body decode(std::span<const std::byte> bytes, int from, int world_size);
 
+/// What decode() does with a message that cannot be one.
+[[noreturn]] void refuse(int from, std::size_t bytes);
+
 /// As much of `text` as fits, with a zero behind it.
 template <std::size_t N>
 void set_text(std::array<char, N>& field, std::string_view text) {

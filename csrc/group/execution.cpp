@@ -37,9 +37,7 @@ bool Execution::advance() {
 void check_peers(const Window& window, const std::string& call) {
   window.check_notices();
   if (const int lost = window.lost_peer(); lost >= 0) {
-    throw PeerLostError(call + ": rank " + std::to_string(lost) +
-                        " is gone, its process ended without leaving the job (killed, crashed or "
-                        "out of memory).\n  Read that rank's log and the kernel's (dmesg).");
+    throw PeerLostError(call + ": rank " + std::to_string(lost) + kIsGone);
   }
 }
 

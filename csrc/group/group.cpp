@@ -64,6 +64,10 @@ std::exception_ptr with_text(const std::exception_ptr& error, const std::string&
     return std::make_exception_ptr(CommTimeoutError(text));
   } catch (const PeerLostError&) {
     return std::make_exception_ptr(PeerLostError(text));
+  } catch (const InvalidArgumentError&) {
+    return error;
+  } catch (const CommError&) {
+    return std::make_exception_ptr(CommError(text));
   } catch (...) {
     return error;
   }
@@ -116,7 +120,7 @@ std::string describe_ranks(const std::vector<int>& ranks) {
   if (ranks == own) return "";
   constexpr std::size_t kMost = 16;
   return "\n  Ranks " + rank_list(own, kMost) + " of this group are ranks " +
-         rank_list(ranks, kMost) + " of the job.";
+         rank_list(ranks, kMost) + " of the job; what is said of other hosts names those.";
 }
 
 }  // namespace
@@ -462,6 +466,7 @@ Standing::Call Group::current_call() const {
     members.replace(call.members.size() - 3, members.npos, "...");
   }
   std::copy(members.begin(), members.end(), call.members.begin());
+  call.number = context_.sequence - context_.parts;
   call.signature = window_.announced_signature(window_.local_rank(), context_.announced);
   call.hash = window_.announced_hash(window_.local_rank(), context_.announced);
   return call;
@@ -586,14 +591,14 @@ std::exception_ptr Group::fail(const std::string& call) {
 }
 
 void Group::tell(NoticeKind kind, const std::string& text) {
-  // Before the others hear of it: they still are where they were.
+  // Before the others hear of it, if it is from here: they still are where they were.
   BlackBox& black_box = process_->black_box();
-  const bool first = !window_.notice().posted();
-  const Trace trace = first ? black_box.take(text) : Trace();
+  const bool saves = window_.begin_saving();
+  Trace trace = saves ? black_box.take(text) : Trace();
   const bool posted = window_.notice().post(kind, rank(), text);
   window_.ring_all();
   if (posted && spans_hosts()) process_->tell_end(*this, rank(), kind, text);
-  if (first && posted) black_box.save(trace);
+  if (saves) black_box.save(std::move(trace));
 }
 
 void Group::keep_output_of(const Operation& operation) {

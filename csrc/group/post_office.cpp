@@ -168,8 +168,7 @@ bool PostOffice::run_at_once(const Transfer& transfer) {
     if (over) group_.journal_.end(group_.journal_.queue(transfer), /*failed=*/false);
     return over;
   } catch (...) {
-    fail(first_unfinished());
-    throw;
+    std::rethrow_exception(fail(first_unfinished()));
   }
 }
 
@@ -180,8 +179,7 @@ void PostOffice::post(const std::shared_ptr<Item>& item) {
     exchange_->advance();    // what has come already came before what is posted now
     exchange_->post(item);
   } catch (...) {
-    fail(first_unfinished());
-    throw;
+    std::rethrow_exception(fail(first_unfinished()));
   }
   drive();
 }
@@ -345,9 +343,7 @@ void PostOffice::check_peers_and_deadlines() {
   try {
     group_.check_notices();
     if (const int lost = group_.window_.lost_peer(); lost >= 0) {
-      throw PeerLostError(first_unfinished() + ": rank " + std::to_string(lost) +
-                          " is gone, its process ended without leaving the job (killed, crashed or "
-                          "out of memory).\n  Read that rank's log and the kernel's (dmesg).");
+      throw PeerLostError(first_unfinished() + ": rank " + std::to_string(lost) + kIsGone);
     }
     group_.check_other_hosts([&] { return first_unfinished(); });
     for (const auto& transfer : exchange_->unfinished()) check(static_cast<Item&>(*transfer));
@@ -410,8 +406,8 @@ std::string PostOffice::first_unfinished() const {
   return launched.empty() ? "send or recv" : launched;
 }
 
-void PostOffice::fail(const std::string& call) {
-  group_.fail(call);
+std::exception_ptr PostOffice::fail(const std::string& call) {
+  const std::exception_ptr error = group_.fail(call);
   std::exception_ptr lasting;
   {
     std::lock_guard lock(group_.mutex_);
@@ -419,12 +415,13 @@ void PostOffice::fail(const std::string& call) {
   }
   end_all(lasting);
   exchange_->give_up_gpus();
-  if (exchange_->gpus().idle() || group_.process_->stopped()) return;
+  if (exchange_->gpus().idle() || group_.process_->stopped()) return error;
   try {
     submit();
   } catch (const CommError&) {
     // Shut down meanwhile: the GPU is left with the group.
   }
+  return error;
 }
 
 void PostOffice::end_all(const std::exception_ptr& error) {

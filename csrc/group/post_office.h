@@ -105,7 +105,8 @@ class PostOffice : public Progressive {
   bool nobody_left_for(const Item& item) const;
   /// The exception being handled finishes the group.
   /// @param call  what an error that is not ours has interrupted.
-  void fail(const std::string& call);
+  /// @return  what its caller is to be told.
+  std::exception_ptr fail(const std::string& call);
   /// For errors that concern all of them.
   std::string first_unfinished() const;
   void end_all(const std::exception_ptr& error);

@@ -31,7 +31,9 @@ bool enough_cores(int ranks) {
 
 /// The host's name at the end of a key ("boot-id namespace name", "PYCOMM_HOST=name"), for errors.
 std::string name_in(const std::string& host_key) {
-  return host_key.substr(host_key.find_last_of(" =") + 1);
+  constexpr std::string_view kGiven = "PYCOMM_HOST=";
+  return host_key.substr(host_key.starts_with(kGiven) ? kGiven.size()
+                                                      : host_key.find_last_of(' ') + 1);
 }
 
 /// By host.

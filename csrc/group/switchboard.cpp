@@ -266,7 +266,7 @@ void Switchboard::receive() {
   std::vector<Arriving> arriving = std::exchange(arriving_, {});
   try {
     while (const auto coming = channel_.probe(Channel::kControlTag)) {
-      if (coming->bytes > control::kMostBytes) control::decode({}, coming->peer, world_size());
+      if (coming->bytes > control::kMostBytes) control::refuse(coming->peer, coming->bytes);
       Arriving next{coming->peer};
       next.bytes.resize(coming->bytes);
       next.message = channel_.receive(next.from, Channel::kControlTag, next.bytes);
@@ -414,10 +414,7 @@ void Switchboard::look_for_deaths() {
   for (std::size_t peer = 0; peer < setting_.pages.size(); ++peer) {
     const int rank = ranks_of(my_host_)[peer];
     if (!setting_.pages[peer]->life.owner_died() || is_lost(rank) || !speaks()) continue;
-    declare_lost({rank}, "rank " + std::to_string(rank) + " on " + name_of(my_host_) +
-                             " is gone, its process ended without leaving the job (killed, "
-                             "crashed or out of memory).\n  Read that rank's log and the "
-                             "kernel's (dmesg).");
+    declare_lost({rank}, "rank " + std::to_string(rank) + " on " + name_of(my_host_) + kIsGone);
   }
 }
 
@@ -508,7 +505,9 @@ void Switchboard::pass_on_standings() {
     if (version == shown.version) continue;
     const auto standing = board.read();
     if (!standing || standing->rank != rank) continue;  // it changes: the next look finds it
-    const bool matters = standing->call_count > 0 || shown.standing.call_count > 0;
+    // What was told of it by who spoke before may have to be taken back.
+    const bool matters =
+        standing->call_count > 0 || shown.standing.call_count > 0 || shown.version == 0;
     shown = {version, *standing};
     if (matters) post(speakers(), *standing);
   }

@@ -101,9 +101,7 @@ void World::check_present(const std::vector<int>& ranks, const std::string& call
     const auto local = static_cast<std::size_t>(placement.local_rank_of[at]);
     const ProcessPage& page = Process::page_of(*process_->local_arenas[local]);
     if (page.life.owner_died()) {
-      throw PeerLostError(where + std::to_string(rank) +
-                          " is gone, its process ended without leaving the job (killed, crashed or "
-                          "out of memory).\n  Read that rank's log and the kernel's (dmesg).");
+      throw PeerLostError(where + std::to_string(rank) + kIsGone);
     }
     if (page.leaving.load(std::memory_order_acquire)) {
       throw MismatchError(where + std::to_string(rank) +

@@ -20,7 +20,7 @@ namespace pycomm {
 namespace {
 
 /// Ends with the version of what follows.
-constexpr std::string_view kBeginning = "pycomm trace 1\n";
+constexpr std::string_view kBeginning = "pycomm trace 2\n";
 
 class Descriptor {
  public:

@@ -144,6 +144,10 @@ std::vector<int> Window::missing(std::uint64_t sequence) const {
   return unannounced.empty() ? behind : unannounced;
 }
 
+bool Window::begin_saving() const {
+  return !peers_.front().page->saved.exchange(true, std::memory_order_acq_rel);
+}
+
 bool Window::begin_inquiry() const {
   return !peers_.front().page->inquiry.exchange(true, std::memory_order_acq_rel);
 }

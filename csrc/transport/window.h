@@ -54,6 +54,8 @@ struct GroupPage {
   std::atomic<int> left;
   /// On the group's first local rank's page: somebody is asking why a rank does not come.
   std::atomic<bool> inquiry;
+  /// There: somebody saves what the host's ranks did last.
+  std::atomic<bool> saved;
   /// Posted on the group's first local rank's page when the group is finished by an error.
   alignas(128) Notice notice;
 };
@@ -172,6 +174,8 @@ class Window {
   /// Claim the right to ask those who do not come what they are doing: true for the first rank of
   /// the host only, once in the group's life, which the answer ends.
   bool begin_inquiry() const;
+  /// The same for the right to save what the ranks did last.
+  bool begin_saving() const;
 
   /// This rank reads its peers' memory no more.
   void leave() const;
