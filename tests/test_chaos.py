@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 from chaos import run
+from chaos.kept import state_of_code
 from chaos.plan import ELASTIC_KINDS, ELASTIC_PHASE, KINDS, PHASES, RANKS, Fault, fault_of
+from chaos.verdict import Outcome
 
 
 def test_a_round_follows_from_its_seed_and_number() -> None:
@@ -23,6 +25,109 @@ def test_every_kind_meets_every_phase_where_it_can_happen() -> None:
             assert ((kind, phase) in met) == (kind not in ELASTIC_KINDS and not cannot)
     assert {kind for kind, phase in met if phase == ELASTIC_PHASE} == set(ELASTIC_KINDS)
     assert {fault.rank for fault in faults} == set(range(RANKS))
+
+
+class Rounds:
+    """Stands for real ones: which were run, and how they go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.run: list[int] = []
+        self.interrupt_at = -1
+        self.red: set[int] = set()
+        self.code = {"commit": "a"}
+        monkeypatch.setattr(run, "state_of_code", lambda: self.code)
+        monkeypatch.setattr(run, "what_is_missing", lambda: "")
+        monkeypatch.setattr(run, "_round", self._round)
+
+    def _round(self, fault: Fault, folder: Path) -> Outcome:
+        number = int(folder.name)
+        if number == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.run.append(number)
+        outcome = Outcome(str(fault), fault.kind, fault.phase)
+        if number in self.red:
+            outcome.count("hangs", "for ever")
+        return outcome
+
+
+@pytest.fixture
+def rounds(monkeypatch: pytest.MonkeyPatch) -> Rounds:
+    return Rounds(monkeypatch)
+
+
+def test_an_interrupted_run_goes_on(
+    rounds: Rounds, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--rounds", "5", "--folder", str(tmp_path)]
+    rounds.interrupt_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        run.main(arguments)
+    rounds.interrupt_at = -1
+    assert run.main(arguments) == 0
+    assert rounds.run == [0, 1, 2, 3, 4]
+    assert "3 rounds were done before." in capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.new"))
+
+
+def test_a_run_that_had_finished_starts_anew(
+    rounds: Rounds, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It printed the old table, in a second: what was mended since stayed red for ever."""
+    arguments = ["--rounds", "2", "--folder", str(tmp_path)]
+    rounds.red = {1}
+    assert run.main(arguments) == 1
+    rounds.red = set()
+    assert run.main(arguments) == 0
+    assert rounds.run == [0, 1, 0, 1]
+    assert "Starts anew: the last run had finished." in capsys.readouterr().out
+
+
+def test_a_run_of_other_code_is_not_gone_on_with(
+    rounds: Rounds, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--rounds", "2", "--folder", str(tmp_path)]
+    rounds.interrupt_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        run.main(arguments)
+    rounds.interrupt_at = -1
+    rounds.code = {"commit": "b"}
+    assert run.main(arguments) == 0
+    assert rounds.run == [0, 0, 1]
+    assert "Starts anew: the code is not that of the last run." in capsys.readouterr().out
+
+
+def test_a_round_that_is_repeated_alone_is_run_and_not_kept(rounds: Rounds, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert run.main(["--only", "1", "--folder", str(tmp_path)]) == 0
+    assert run.main(["--rounds", "2", "--folder", str(tmp_path)]) == 0
+    assert rounds.run == [1, 1, 0, 1]
+
+
+def test_an_interrupt_while_an_outcome_is_written_loses_only_that(
+    rounds: Rounds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a file was left, on which the next run failed."""
+    arguments = ["--rounds", "2", "--folder", str(tmp_path)]
+    write_text = Path.write_text
+
+    def interrupted(path: Path, text: str) -> int:
+        if not path.name.startswith("1.json"):
+            return write_text(path, text)
+        write_text(path, text[:10])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.main(arguments)
+    assert run.main(arguments) == 0
+    assert rounds.run == [0, 1, 1]
+
+
+def test_the_state_of_the_code_tells_of_the_core() -> None:
+    state = state_of_code()
+    assert state == state_of_code()
+    assert state["core"][0].endswith(".so")
 
 
 @pytest.mark.timeout(900)
