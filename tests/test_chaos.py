@@ -7,7 +7,11 @@ import pytest
 from chaos import run
 from chaos.kept import state_of_code
 from chaos.plan import ELASTIC_KINDS, ELASTIC_PHASE, KINDS, PHASES, RANKS, Fault, fault_of
-from chaos.verdict import Outcome
+from chaos.reports import LEFT_MPI, Line, left_mpi
+from chaos.rounds import _only_the_launcher_waits
+from chaos.verdict import Outcome, judge
+
+from pycomm import failure
 
 
 def test_a_round_follows_from_its_seed_and_number() -> None:
@@ -25,6 +29,88 @@ def test_every_kind_meets_every_phase_where_it_can_happen() -> None:
             assert ((kind, phase) in met) == (kind not in ELASTIC_KINDS and not cannot)
     assert {kind for kind, phase in met if phase == ELASTIC_PHASE} == set(ELASTIC_KINDS)
     assert {fault.rank for fault in faults} == set(range(RANKS))
+
+
+def made_up(*, broke: float = 1.0, end: float = 5.0, waited: bool = False) -> dict[int, list[Line]]:
+    """What four ranks note that lose rank 3 at ``broke``, do their work, and go at ``end``."""
+    done: list[Line] = [{"event": "end", "t": end, "step": 9}]
+    if waited:
+        done.append({"event": LEFT_MPI, "t": None})
+    return {rank: list(done) for rank in range(3)} | {3: [{"event": "fault", "t": broke}]}
+
+
+def judged(
+    fault: Fault, lines: dict[int, list[Line]], broke: float | None = 1.0, exit_code: int | None = 0
+) -> dict[str, int]:
+    """What is counted, without zeros."""
+    outcome = Outcome(str(fault), fault.kind, fault.phase)
+    judge(outcome, fault, lines, broke, exit_code)
+    return {what: count for what, count in outcome.counts.items() if count}
+
+
+RECOVER = Fault("recover", 3, "elastic", 0.5)
+LATE_KILL = Fault("kill", 3, "shutdown", 0.01)
+
+
+def test_who_knows_of_a_loss_does_not_wait_for_it_in_mpi() -> None:
+    """Every round that recovers has survivors that end after the fault: a hang there was "ok"."""
+    assert judged(RECOVER, made_up()) == {}
+    assert judged(RECOVER, made_up(waited=True)) == {"hangs": 3}
+    assert judged(RECOVER, made_up(waited=True), broke=None, exit_code=None) == {"hangs": 3}
+
+
+def test_who_had_left_when_a_rank_was_lost_may_wait_for_it_in_mpi() -> None:
+    assert judged(LATE_KILL, made_up(broke=5.001, waited=True), broke=5.001) == {}
+    assert judged(LATE_KILL, made_up(broke=4.999, waited=True), broke=4.999) == {}
+
+
+def test_without_a_fault_nobody_waits_in_mpi() -> None:
+    lines = made_up(waited=True) | {3: [{"event": "end", "t": 5.0}]}
+    assert judged(LATE_KILL, lines, broke=None) == {"hangs": 3}
+
+
+def test_the_wait_of_a_rank_in_mpi_is_found_in_its_words() -> None:
+    said: list[str] = []
+    member = failure.Member(2, 4, "node7", abort=lambda text: True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(failure, "bound_end", lambda seconds, text: said.append(text))
+        failure.bound_finalising(member, 8.0)
+    assert left_mpi("x\n" + said[0] + "y\n") == [2]
+
+
+@pytest.mark.parametrize(
+    ("fault", "waits"),
+    [(RECOVER, False), (LATE_KILL, False), (Fault("stop", 3, "shutdown", 0), True)],
+)
+def test_only_for_a_stopped_rank_the_launcher_may_wait(
+    fault: Fault, waits: bool, tmp_path: Path
+) -> None:
+    """Ten seconds after the last "end" a round was over, with its ranks there, and no leak."""
+    assert not _only_the_launcher_waits(fault, tmp_path)
+    for rank in range(3):
+        (tmp_path / f"rank-{rank}.jsonl").write_text('{"event": "end", "t": 1.0}\n')
+    assert _only_the_launcher_waits(fault, tmp_path) == waits
+
+
+@pytest.mark.parametrize(("exit_code", "found"), [(0, {}), (None, {}), (137, {"exit codes": 1})])
+def test_when_survivors_end_with_0_so_does_the_launcher(
+    exit_code: int | None, found: dict[str, int]
+) -> None:
+    assert judged(RECOVER, made_up(), exit_code=exit_code) == found
+    assert judged(LATE_KILL, made_up(broke=5.0), broke=5.0, exit_code=exit_code) == found
+
+
+@pytest.mark.parametrize(("exit_code", "found"), [(1, {}), (0, {"exit codes": 1})])
+def test_when_a_survivor_fails_so_does_the_launcher(exit_code: int, found: dict[str, int]) -> None:
+    error = {"event": "error", "t": 1.1, "type": "PeerLostError", "typed": True, "text": "rank 3"}
+    lines = made_up() | {rank: [error] for rank in range(3)}
+    assert judged(Fault("kill", 3, "training", 0.5), lines, exit_code=exit_code) == found
+
+
+def test_the_exit_code_of_a_launcher_that_has_lost_a_host_is_nobodys_promise() -> None:
+    fault = Fault("recover after power off", 3, "elastic", 0.5, hosts=2)
+    lines = made_up() | {2: []}
+    assert judged(fault, lines, exit_code=1) == {}
 
 
 class Rounds:
