@@ -1,15 +1,21 @@
 """Jobs that break at random, a few of them: ``make chaos`` runs hundreds, docs/chaos.md says what
 is counted."""
 
+import mmap
+import os
+import shutil
 from pathlib import Path
 
 import pytest
-from chaos import run
+from chaos import run, shared_memory
+from chaos.job import CHECKPOINT
 from chaos.kept import state_of_code
 from chaos.plan import ELASTIC_KINDS, ELASTIC_PHASE, KINDS, PHASES, RANKS, Fault, fault_of
 from chaos.reports import LEFT_MPI, Line, left_mpi
 from chaos.rounds import _only_the_launcher_waits
+from chaos.saved import _judge_next_save, judge_checkpoint
 from chaos.verdict import Outcome, judge
+from launchers import alone
 
 from pycomm import failure
 
@@ -111,6 +117,83 @@ def test_the_exit_code_of_a_launcher_that_has_lost_a_host_is_nobodys_promise() -
     fault = Fault("recover after power off", 3, "elastic", 0.5, hosts=2)
     lines = made_up() | {2: []}
     assert judged(fault, lines, exit_code=1) == {}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a round whose third save was its last."""
+    folder = tmp_path_factory.mktemp("round")
+    script = """
+    import pycomm, sys
+    from chaos.job import SAVED
+    pycomm.init()
+    pycomm.checkpoint.save(sys.argv[1], {"state": SAVED, "number": 2})
+    """
+    done = alone(script, str(folder / CHECKPOINT), PYTHONPATH=str(Path(__file__).parent))
+    assert done.returncode == 0, done.err
+    return folder
+
+
+SAVING = Fault("kill", 3, "checkpoint", 0.5)
+
+
+def found_of(folder: Path, latest: int, fault: Fault = SAVING) -> dict[str, int]:
+    """What is counted of a checkpoint, where ranks have noted saves up to ``latest``."""
+    outcome = Outcome(str(fault), fault.kind, fault.phase, happened=True)
+    lines: list[Line] = [{"event": "saved", "number": number} for number in range(latest + 1)]
+    judge_checkpoint(outcome, fault, folder, {0: lines, 1: lines[:-1], 2: [], 3: []})
+    return {what: count for what, count in outcome.counts.items() if count}
+
+
+def test_a_checkpoint_that_was_saved_is_whole(checkpoint: Path, tmp_path: Path) -> None:
+    """No round had looked at it: loads come before the fault, or fail for the fault."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "round"))
+    assert found_of(folder, 2) == {}
+    assert found_of(folder, 1) == {}  # it was in place, and no rank was told
+    assert found_of(folder, 3) == {"wrong sums": 1}
+    (folder / CHECKPOINT).rename(folder / f"{CHECKPOINT}.replaced")  # between two renames
+    assert found_of(folder, 2) == {}  # its next save has removed both
+    shutil.rmtree(folder / CHECKPOINT)
+    assert found_of(folder, 2) == {"leaks": 1}
+    assert found_of(folder, -1) == {}
+
+
+def test_a_damaged_checkpoint_is_counted(checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "round"))
+    [values] = folder.glob("*/*.distcp")
+    os.truncate(values, 1000)
+    assert found_of(folder, 2) == {"leaks": 1}
+    assert found_of(folder, -1) == {"leaks": 1}
+
+
+def test_what_a_broken_save_leaves_goes_with_the_next_one(checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "round"))
+    unfinished = folder / f"{CHECKPOINT}.unfinished"
+    unfinished.mkdir()
+    assert found_of(folder, 2, Fault("kill", 3, "shutdown", 0.01)) == {"leaks": 1}
+    assert found_of(folder, 2) == {}
+    assert not unfinished.exists()
+    unfinished.mkdir()
+    (unfinished / "notes.txt").touch()  # for which a save refuses to remove it
+    outcome = Outcome("", "kill", "checkpoint", happened=True)
+    _judge_next_save(outcome, folder, [unfinished.name])
+    assert outcome.counts["leaks"] == 2
+
+
+def test_shared_memory_without_a_process_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name with "pycomm" in it was looked for, and pycomm makes none."""
+    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)
+    (tmp_path / "former").touch()
+    before = shared_memory.names()
+    for name in ("left", "sm_segment.node7.0.1.2", "mapped"):
+        (tmp_path / name).write_bytes(b"x")
+    with open(tmp_path / "mapped", "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with open(tmp_path / "opened", "wb"), mapped:
+        assert shared_memory.left_since(before) == ["left"]
+    assert shared_memory.left_since(before) == ["left", "mapped", "opened"]
 
 
 class Rounds:

@@ -6,9 +6,10 @@ import subprocess
 import time
 from pathlib import Path
 
-from chaos import processes, reports
+from chaos import processes, reports, shared_memory
 from chaos.launch import started
 from chaos.plan import Fault
+from chaos.saved import judge_checkpoint
 from chaos.verdict import Outcome, judge
 
 JOB_TIMEOUT_S = 90.0  # after which a job counts as hanging
@@ -20,7 +21,7 @@ _LOOK_S = 0.1
 def run(fault: Fault, folder: Path) -> Outcome:
     """Run the job once with this fault; ``folder`` is empty."""
     outcome = Outcome(str(fault), fault.kind, fault.phase)
-    before = _shared_memory()
+    before = shared_memory.names()
     with started(fault, folder) as launcher:
         try:
             if not _wait(launcher, fault, folder):
@@ -32,13 +33,13 @@ def run(fault: Fault, folder: Path) -> Outcome:
             launcher.kill()
             processes.end(str(folder))
             launcher.wait()
-    for path in sorted(_shared_memory() - before):
-        if "pycomm" in path:
-            outcome.count("leaks", f"shared memory {path}")
+    for name in shared_memory.left_since(before):
+        outcome.count("leaks", f"shared memory {name}")
     for path in folder.rglob("*.new"):
         outcome.count("leaks", f"file {path.name}")
     found = reports.read(folder)
     judge(outcome, fault, found, reports.broke_at(folder, fault, found), exit_code)
+    judge_checkpoint(outcome, fault, folder, found)
     gone = fault.of_host == "power off" and fault.host == 1
     leaves = fault.is_elastic and fault.of_host and outcome.happened and not gone
     if leaves and "Exit code 75" not in reports.output(folder):
@@ -67,7 +68,3 @@ def _only_the_launcher_waits(fault: Fault, folder: Path) -> bool:
     else:
         waits = fault.kind == "stop" and reports.all_others_ended(folder, fault)
     return waits and not any(processes.running_ranks(str(folder)))
-
-
-def _shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
