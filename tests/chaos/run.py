@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = parser.parse_args(arguments)
     folder = chosen.folder.resolve() / f"seed-{chosen.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    console = Console(soft_wrap=True, width=160)
+    console = Console(soft_wrap=True, width=180)
     if chosen.only is not None:
         outcomes, left_out = _rounds(console, chosen.seed, [chosen.only], folder, None)
     else:
