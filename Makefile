@@ -122,7 +122,8 @@ test-cpp: $(built)
 	ctest --test-dir build/dev --parallel 2 --output-on-failure --no-tests=error
 
 # What it finds it says how to run again. 100000 take some ten minutes of a core.
-# Real jobs, broken on purpose: minutes to hours. One that was interrupted goes on where it was.
+# Real jobs, broken on purpose: minutes to hours. One that was interrupted goes on where it was,
+# if the code is still the same.
 SEED ?= 1
 chaos: $(built)
 	cd tests && python -m chaos.run --rounds $(or $(N),20) --seed $(SEED) $(ARGS)

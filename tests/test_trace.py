@@ -262,6 +262,22 @@ def test_a_mismatch_shows_both_places(job, tmp_path, capsys):
     assert "First divergence, at call #3 of world" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("running", "job", "said"),
+    [
+        (["abc45678-9", "def"], "x", "name begins with 'x'; there are: abc45678, def."),
+        ([], "x", "name begins with 'x'; no job of this user runs here."),
+        (["abc45678-9", "abd", "def"], "ab", "several jobs run on this host: abc45678, abd.\n"),
+        (["abc45678-9", "def"], None, "several jobs run on this host: abc45678, def.\n"),
+    ],
+)
+def test_a_job_that_is_not_one_is_refused(running, job, said, monkeypatch, capsys):
+    """A name that no job has was answered with "several jobs run: none of that name"."""
+    monkeypatch.setattr("pycomm.cli.trace.live_jobs", lambda: {name: [] for name in running})
+    assert main(["trace", *(["--job", job] if job else [])]) == 1
+    assert said in capsys.readouterr().err
+
+
 def test_a_running_job_is_shown_and_one_whose_rank_was_killed(job, capsys):
     process = job("sleep")
     for _ in range(3):

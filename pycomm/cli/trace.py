@@ -67,16 +67,12 @@ def run(chosen: argparse.Namespace) -> int:
 def _load(chosen: argparse.Namespace) -> tuple[str, str, list[RankView]]:
     """A title, the error for which it was saved, and the ranks in order."""
     if chosen.source is None:
-        jobs = {
-            job: ranks for job, ranks in live_jobs().items() if job.startswith(chosen.job or "")
-        }
-        if len(jobs) == 1:
-            [(job, live)] = jobs.items()
+        running = live_jobs()
+        names = _chosen_jobs(running, chosen.job or "")
+        if names:
+            [job] = names
             now_s = time.monotonic()
-            return f"job {job[:8]}, running", "", [RankView(rank, now_s) for rank in live]
-        if jobs or chosen.job:
-            names = ", ".join(job[:8] for job in jobs) or "none of that name"
-            raise CommError(f"trace: several jobs run on this host: {names}.\n  Pass --job NAME.")
+            return f"job {job[:8]}, running", "", [RankView(rank, now_s) for rank in running[job]]
     folder = chosen.source or _newest(Path(DEFAULT_TRACE_FOLDER))
     files = sorted(folder.glob("*.trace")) if folder.is_dir() else [folder]
     if not files:
@@ -95,6 +91,24 @@ def _load(chosen: argparse.Namespace) -> tuple[str, str, list[RankView]]:
     if missing:
         title += f"; nothing of ranks {sorted(missing)}: their hosts have saved theirs elsewhere"
     return title, traces[0].reason, views
+
+
+def _chosen_jobs(running: Iterable[str], prefix: str) -> list[str]:
+    """The one job whose name begins so; none if none runs and none was asked for."""
+    names = sorted(running)
+    found = [job for job in names if job.startswith(prefix)]
+    if prefix and not found:
+        there = f"there are: {_short(names)}" if names else "no job of this user runs here"
+        raise CommError(f"trace: no job on this host whose name begins with {prefix!r}; {there}.")
+    if len(found) > 1:
+        raise CommError(
+            f"trace: several jobs run on this host: {_short(found)}.\n  Pass --job NAME."
+        )
+    return found
+
+
+def _short(jobs: Iterable[str]) -> str:
+    return ", ".join(job[:8] for job in jobs)
 
 
 def _newest(folder: Path) -> Path:

@@ -22,6 +22,9 @@ import pycomm
 from chaos.plan import Fault
 from chaos.victim import ChaosError, Journal, Victim
 
+CHECKPOINT = "checkpoint"  # in the folder of the round; saves have numbers, from 0
+SAVED = torch.arange(500_000, dtype=torch.float32)
+
 _PHASE_S = 0.8  # at least, so that faults of any delay find the phase
 
 
@@ -90,14 +93,13 @@ def run_pipeline(journal: Journal, victim: Victim) -> None:
 
 
 def save_checkpoints(folder: Path, journal: Journal, victim: Victim) -> None:
-    state = torch.arange(500_000, dtype=torch.float32)
+    place = folder / CHECKPOINT
 
     def step(number: int) -> None:
-        pycomm.checkpoint.save(folder / "checkpoint", {"state": state, "number": number})
-        loaded = pycomm.checkpoint.load(
-            folder / "checkpoint", {"state": torch.zeros_like(state), "number": -1}
-        )
-        check(journal, "checkpoint", loaded["state"], state)
+        pycomm.checkpoint.save(place, {"state": SAVED, "number": number})
+        journal.write("saved", number=number)
+        loaded = pycomm.checkpoint.load(place, {"state": torch.zeros_like(SAVED), "number": -1})
+        check(journal, "checkpoint", loaded["state"], SAVED)
 
     repeat(step, victim)
 

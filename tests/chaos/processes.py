@@ -12,20 +12,28 @@ from pathlib import Path
 VARIABLE = "CHAOS_ROUND"
 
 
-def of_round(value: str) -> Iterator[int]:
-    """Process ids; of those that can still do something."""
+_ENDED = "ZX"  # states in /proc/PID/stat
+_STOPPED = "Tt"
+
+
+def of_round(value: str, but: str = _ENDED) -> Iterator[int]:
+    """Process ids; of those that can still do something.
+
+    Args:
+        but: states that do not count.
+    """
     marker = f"{VARIABLE}={value}".encode()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             state = (process / "stat").read_text().rpartition(") ")[2][:1]
             environ = (process / "environ").read_bytes().split(b"\0")
-            if marker in environ and state not in "ZX":
+            if marker in environ and state not in but:
                 yield int(process.name)
 
 
-def ranks_of_round(value: str) -> Iterator[int]:
-    """Those of them that are ranks of the job, and not what starts it."""
-    for pid in of_round(value):
+def running_ranks(value: str) -> Iterator[int]:
+    """Those of them that are ranks of the job, and not what starts it; without stopped ones."""
+    for pid in of_round(value, _ENDED + _STOPPED):
         with contextlib.suppress(OSError):
             if (Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")[1:2] == [b"-m"]:
                 yield pid

@@ -10,6 +10,7 @@ from typing import Any
 from chaos.plan import RANKS, Fault
 
 HOST_FILE = "host-broke"  # holds when
+LEFT_MPI = "left MPI"  # the event of a rank whose wait in MPI_Finalize came to its bound
 
 Line = dict[str, Any]
 
@@ -31,7 +32,15 @@ def read(folder: Path) -> dict[int, list[Line]]:
         for lines in found.values():
             if [line["event"] for line in lines] == ["phase"]:
                 lines.append(_held_by_mpi("ended by the launcher while MPI started"))
+    for rank in left_mpi(output(folder)):
+        found[rank].append({"event": LEFT_MPI, "t": None})
     return found
+
+
+def left_mpi(words: str) -> list[int]:
+    """Ranks that have said that they wait no longer in MPI_Finalize."""
+    found = re.findall(r"rank (\d+) of \d+ on \S+ has ended, has waited \d+ s in MPI_Fin", words)
+    return sorted({int(rank) for rank in found})
 
 
 def _held_by_mpi(text: str) -> Line:
@@ -53,14 +62,12 @@ def broke_at(folder: Path, fault: Fault, reports: dict[int, list[Line]]) -> floa
     return float(times[0]) if times else None
 
 
-def only_mpi_is_left(folder: Path, fault: Fault) -> bool:
-    """Whether the fault came when every rank that can had left the job, or was about to."""
-    stays = () if fault.of_host == "cut" else fault.victims
-    reports = {rank: _lines(folder, rank) for rank in range(RANKS)}
-    return broke_at(folder, fault, reports) is not None and all(
-        any(line["event"] == "end" for line in lines)
-        for rank, lines in reports.items()
-        if rank not in stays
+def all_others_ended(folder: Path, fault: Fault) -> bool:
+    """Whether every rank but the victims has done all its work."""
+    return all(
+        any(line["event"] == "end" for line in _lines(folder, rank))
+        for rank in range(RANKS)
+        if rank not in fault.victims
     )
 
 

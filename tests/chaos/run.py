@@ -1,25 +1,24 @@
 """``python -m chaos.run --rounds 200 --seed 1``: breaks a job so often, and counts.
 
-The state of a run is kept in its folder, so that one that was interrupted goes on where it was:
-rounds follow from the seed. A round can be repeated alone: ``--only 17``.
+A run that was interrupted goes on where it was, unless the code has changed: rounds follow from the
+seed. A round can be repeated alone: ``--only 17``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from cluster import what_is_missing
 from rich.console import Console
 from rich.table import Table
 
+from chaos.kept import Kept, state_of_code
 from chaos.plan import KINDS, Fault, fault_of
 from chaos.rounds import run
 from chaos.verdict import COUNTED, Outcome
@@ -35,28 +34,16 @@ def main(arguments: Sequence[str]) -> int:
     chosen = parser.parse_args(arguments)
     folder = chosen.folder.resolve() / f"seed-{chosen.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    numbers = range(0, chosen.rounds * chosen.stride, chosen.stride)
+    console = Console(soft_wrap=True, width=180)
     if chosen.only is not None:
-        numbers = range(chosen.only, chosen.only + 1)
-    no_hosts = what_is_missing()
-    left_out = 0
-    console = Console(soft_wrap=True, width=160)
-    outcomes: list[Outcome] = []
-    for number in numbers:
-        kept = folder / f"{number}.json"
-        if kept.exists() and chosen.only is None:
-            outcomes.append(Outcome(**json.loads(kept.read_text())))
-            continue
-        fault = fault_of(chosen.seed, number)
-        if no_hosts and fault.hosts > 1:
-            console.print(f"{number:4} {fault}: left out: {no_hosts}", highlight=False)
-            left_out += 1
-            continue
-        outcome = _round(fault, folder / str(number))
-        kept.write_text(json.dumps(asdict(outcome)))
-        outcomes.append(outcome)
-        verdict = "; ".join(outcome.notes) or "ok"
-        console.print(f"{number:4} {outcome.fault}: {verdict}", highlight=False, markup=False)
+        outcomes, left_out = _rounds(console, chosen.seed, [chosen.only], folder, None)
+    else:
+        numbers = range(0, chosen.rounds * chosen.stride, chosen.stride)
+        kept = Kept(folder, state_of_code())
+        if kept.why_anew:
+            console.print(f"Starts anew: {kept.why_anew}.", highlight=False)
+        outcomes, left_out = _rounds(console, chosen.seed, numbers, folder, kept)
+        kept.finish()
     console.print(summary(outcomes))
     total = {what: sum(outcome.counts[what] for outcome in outcomes) for what in COUNTED}
     console.print(
@@ -69,12 +56,40 @@ def main(arguments: Sequence[str]) -> int:
     return int(any(total.values()))
 
 
+def _rounds(
+    console: Console, seed: int, numbers: Sequence[int], folder: Path, kept: Kept | None
+) -> tuple[list[Outcome], int]:
+    """Those that are not kept already; and how many this machine cannot run."""
+    former = {number: kept.outcome(number) for number in numbers} if kept else {}
+    outcomes = [outcome for outcome in former.values() if outcome]
+    if outcomes:
+        console.print(f"{len(outcomes)} rounds were done before.", highlight=False)
+    no_hosts = what_is_missing()
+    left_out = 0
+    for number in numbers:
+        if former.get(number):
+            continue
+        fault = fault_of(seed, number)
+        if no_hosts and fault.hosts > 1:
+            console.print(f"{number:4} {fault}: left out: {no_hosts}", highlight=False)
+            left_out += 1
+            continue
+        outcome = _round(fault, folder / str(number))
+        if kept:
+            kept.keep(number, outcome)
+        outcomes.append(outcome)
+        verdict = "; ".join(outcome.notes) or "ok"
+        console.print(f"{number:4} {outcome.fault}: {verdict}", highlight=False, markup=False)
+    return outcomes, left_out
+
+
 def _round(fault: Fault, folder: Path) -> Outcome:
     """What a round that found something leaves stays in ``folder``, for whoever looks into it."""
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         outcome = run(fault, Path(temporary))
         if outcome.notes:
-            shutil.copytree(temporary, folder, dirs_exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(temporary, folder)
     return outcome
 
 

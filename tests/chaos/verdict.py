@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 from chaos.plan import RANKS, RANKS_OF_A_HOST, Fault
-from chaos.reports import Line
+from chaos.reports import LEFT_MPI, Line
 
 COUNTED = (
     "hangs",
@@ -15,6 +15,7 @@ COUNTED = (
     "wrong commits",
     "untyped errors",
     "silent ranks",
+    "exit codes",
     "leaks",
 )
 
@@ -29,6 +30,10 @@ _EXPECTED = {
     "cut": ("PeerLostError",),
     "power off": ("PeerLostError",),
 }
+
+# Before its own end, so much, may a fault come that a rank has not noticed: it had left the job,
+# and was about to say so.
+_UNNOTICED_S = 1.0
 
 
 @dataclass
@@ -50,9 +55,17 @@ class Outcome:
 
 
 def judge(
-    outcome: Outcome, fault: Fault, reports: dict[int, list[Line]], broke: float | None
+    outcome: Outcome,
+    fault: Fault,
+    reports: dict[int, list[Line]],
+    broke: float | None,
+    exit_code: int | None,
 ) -> None:
-    """Count what must not be in ``reports``. The fault happened at ``broke``, or did not."""
+    """Count what must not be in ``reports``. The fault happened at ``broke``, or did not.
+
+    Args:
+        exit_code: the launcher's; None if it had to be ended.
+    """
     outcome.happened = broke is not None
     for rank, lines in sorted(reports.items()):
         for line in lines:
@@ -69,6 +82,8 @@ def judge(
         if not ended and not errors and rank not in _leave_to_others(fault, broke):
             why = "" if broke is not None else ", and there was no fault"
             outcome.count("silent ranks", f"rank {rank} ended without an error{why}")
+    _judge_waits_in_mpi(outcome, reports, broke)
+    _judge_exit_code(outcome, fault, reports, exit_code)
     if fault.is_elastic:
         _judge_commits(outcome, reports, broke)
 
@@ -126,6 +141,42 @@ def _victim_pattern(fault: Fault, rank: int) -> str:
     lost = fault.host if rank not in fault.victims else 1 - fault.host
     ranks = "|".join(str(lost * RANKS_OF_A_HOST + i) for i in range(RANKS_OF_A_HOST))
     return rf"host 'host{lost}'|rank [\d, ]*\b({ranks})\b"
+
+
+def _judge_waits_in_mpi(
+    outcome: Outcome, reports: dict[int, list[Line]], broke: float | None
+) -> None:
+    """A rank that knows of the loss leaves MPI_Finalize soon, and says nothing.
+
+    ``timeout_s`` is for one that was to find out there.
+    """
+    faults = [line["t"] for lines in reports.values() for line in lines if line["event"] == "fault"]
+    latest = max([*faults, *([] if broke is None else [broke])], default=None)
+    for rank, lines in sorted(reports.items()):
+        ends = [line["t"] for line in lines if line["event"] == "end"]
+        if not ends or not any(line["event"] == LEFT_MPI for line in lines):
+            continue
+        if latest is None:
+            outcome.count("hangs", f"rank {rank} in MPI_Finalize, and there was no fault")
+        elif latest < ends[0] - _UNNOTICED_S:
+            before = f"{ends[0] - latest:.1f} s before it had done its work"
+            outcome.count("hangs", f"rank {rank} in MPI_Finalize, for a rank lost {before}")
+
+
+def _judge_exit_code(
+    outcome: Outcome, fault: Fault, reports: dict[int, list[Line]], exit_code: int | None
+) -> None:
+    """0 if all ranks that could have done their work; 1 if one has failed."""
+    if exit_code is None or (fault.of_host and outcome.happened):  # it has lost a daemon
+        return
+    judged = [lines for rank, lines in reports.items() if _is_judged(fault, rank, lines)]
+    events = [{line["event"] for line in lines} for lines in judged]
+    raised = fault.kind == "raise" and outcome.happened
+    if raised or any("error" in of_rank for of_rank in events):
+        if exit_code != 1:
+            outcome.count("exit codes", f"{exit_code}, and a rank has failed")
+    elif all("end" in of_rank for of_rank in events) and exit_code != 0:
+        outcome.count("exit codes", f"{exit_code}, and all had done their work")
 
 
 def _judge_commits(outcome: Outcome, reports: dict[int, list[Line]], broke: float | None) -> None:
