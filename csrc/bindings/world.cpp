@@ -125,12 +125,12 @@ void bind_world(py::module_& module) {
       .def(
           "close",
           [](World& world, double timeout_s, const std::string& failure) {
+            // Of an operation that nobody has waited for.
+            const std::exception_ptr silent = told_of_failure() ? nullptr : world.failure();
             {
               const py::gil_scoped_release no_gil;
               world.close(interrupt_check(), timeout_s, failure);
             }
-            // Of an operation that nobody has waited for.
-            const std::exception_ptr silent = told_of_failure() ? nullptr : world.failure();
             if (silent) std::rethrow_exception(silent);
           },
           py::kw_only(), py::arg("timeout_s") = 0.0, py::arg("failure") = "",
