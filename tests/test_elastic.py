@@ -343,6 +343,19 @@ def test_tied_tensors_stay_tied_and_untied_ones_apart():
     assert (apart["a"].sum(), apart["b"].sum()) == (0, 3)
 
 
+def test_things_do_not_get_each_others_tensors():
+    """What state_dict() makes may die, and the next one's tensors be made in its place."""
+    net, teacher = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+    state = pycomm.elastic.State(model=net, ema=teacher)
+    for _ in range(20):
+        taken = values.take(state.things(), {})
+        assert equal(taken["model"], net.state_dict())
+        assert equal(taken["ema"], teacher.state_dict())
+    wanted = teacher.weight.detach().clone()
+    state.put(taken)
+    assert torch.equal(teacher.weight, wanted)
+
+
 def equal(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b) and a.dtype == b.dtype
