@@ -162,6 +162,29 @@ def test_ranks_are_lost_in_a_commit_and_in_recoveries():
     assert re.search(r"\b1 go on from commit [23]\.", done.err)
 
 
+# Rank 0 is on a host of its own. Rank 2 is lost, and rank 0 while the ranks that are left meet.
+CUT = """
+    import pycomm.elastic.membership as membership
+    init, own_rank = membership.runtime.init, int(os.environ["OMPI_COMM_WORLD_RANK"])
+    os.environ["PYCOMM_HOST"] = "a" if own_rank == 0 else "b"
+
+    def init_or_die(**keywords):
+        if keywords and own_rank == 0:
+            die()
+        init(**keywords)
+
+    membership.runtime.init = init_or_die
+"""
+
+
+def test_a_host_is_cut_off_while_the_new_world_is_made(tmp_path):
+    arguments = {"folder": str(tmp_path / "checkpoint"), "die": {"1 2": 3}}
+    done = mpirun_ft(3, PROGRAM + CUT + RUN, json.dumps(arguments), timeout_s=170)
+    assert "turn 2" not in done.out
+    assert "1 of 2 ranks are left: the others may be alive" in done.err
+    assert "Exit code 75." in done.err
+
+
 def test_an_exception_is_not_tried_again():
     raising = """
     def step_done(state, rank, steps):

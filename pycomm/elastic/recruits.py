@@ -15,6 +15,8 @@ import time
 from typing import TYPE_CHECKING
 
 from pycomm import failure, ulfm
+from pycomm.elastic import membership
+from pycomm.elastic.membership import Members
 from pycomm.errors import CommError, InvalidArgumentError
 from pycomm_launch.recruit import command
 
@@ -87,14 +89,14 @@ class Recruits:
         except MPI.Exception:  # one is gone again
             return False
 
-    def merged(self, rank: int) -> MPI.Intracomm | None:
+    def merged(self, rank: int) -> Members | None:
         """The ranks and behind them the recruits; None if that fails. Collective over the ranks."""
         from mpi4py import MPI
 
         try:
             if rank == 0:
                 self._tell(_JOIN)
-            merged = ulfm.within(_MERGE_S, "merge", lambda: self._found[0].Merge(False))
+            merged = _merged(self._found[0], recruits=False)
         except (MPI.Exception, CommError):
             return None
         self.count = 0
@@ -154,7 +156,7 @@ def _all_sent() -> bool:
 _enlisted = False
 
 
-def enlist() -> MPI.Intracomm | None:
+def enlist() -> Members | None:
     """If this process is a recruit, wait to be taken in: with the ranks, and behind them.
 
     None if it is none, or was taken in before. Ends the process if it is not needed any more.
@@ -173,10 +175,25 @@ def enlist() -> MPI.Intracomm | None:
     try:
         parent.Send([_READY_TEXT, MPI.BYTE], 0, _READY)
         if _order(parent) == _JOIN:
-            return ulfm.within(_MERGE_S, "merge", lambda: parent.Merge(True))
+            return _merged(parent, recruits=True)
     except (MPI.Exception, CommError):  # those that started it have been lost
         pass
     sys.exit(0)
+
+
+def _merged(others: MPI.Intercomm, recruits: bool) -> Members:
+    """The ranks and behind them the recruits. Collective over both.
+
+    Args:
+        recruits: whether this process is one.
+    """
+    merged = ulfm.within(_MERGE_S, "merge", lambda: others.Merge(recruits))
+    ulfm.raise_errors(merged)
+    try:
+        return membership.members_of(merged, _MERGE_S)
+    except CommError:
+        ulfm.revoke(merged)  # for those that wait for this process
+        raise
 
 
 _READY_TEXT = b"!"

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import torch
 
-from pycomm import _core, failure, runtime
+from pycomm import _core, failure, runtime, ulfm
 from pycomm.collectives import all_reduce_, barrier
 from pycomm.elastic import membership, rescaling, values
 from pycomm.elastic.copies import Copies, Copy, Mark, latest_in_common
@@ -298,6 +298,8 @@ class _Run:
         count, size = self._recruits.count, runtime.size()
         merged = self._recruits.merged(runtime.rank())
         if not membership.all_agree(merged is not None):
+            if merged is not None:
+                ulfm.revoke(merged.comm)  # for recruits that take themselves for taken in
             self._recover(agreed=True)
             return
         assert merged is not None
