@@ -9,11 +9,13 @@ import sys
 
 import pytest
 import torch
+import torch.optim.lr_scheduler as schedules
 from launchers import mpirun, mpirun_command, mpirun_ft, process_options, python_command, torchrun
+from torch.optim.swa_utils import SWALR
 
 import pycomm
 from pycomm import runtime
-from pycomm.elastic import membership, values
+from pycomm.elastic import membership, rescaling, values
 from pycomm.elastic.rescaling import rescale
 from pycomm.errors import InvalidArgumentError
 from pycomm_launch import recruit
@@ -315,6 +317,99 @@ def test_rules(rule, batch, rate):
     optimizer.step()
     schedule.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def sequential(optimizer):
+    parts = [schedules.LinearLR(optimizer, 0.1, total_iters=3), schedules.StepLR(optimizer, 2)]
+    return schedules.SequentialLR(optimizer, parts, milestones=[3])
+
+
+def chained(optimizer):
+    return schedules.ChainedScheduler(
+        [schedules.ConstantLR(optimizer, 0.5, 7), schedules.ExponentialLR(optimizer, 0.9)]
+    )
+
+
+SCHEDULES = {
+    "ChainedScheduler": chained,
+    "ConstantLR": lambda optimizer: schedules.ConstantLR(optimizer, 0.5, 7),
+    "CosineAnnealingLR": lambda optimizer: schedules.CosineAnnealingLR(optimizer, 8, 0.01),
+    "CosineAnnealingWarmRestarts": lambda optimizer: schedules.CosineAnnealingWarmRestarts(
+        optimizer, 3, eta_min=0.01
+    ),
+    "CyclicLR": lambda optimizer: schedules.CyclicLR(optimizer, 0.1, 0.5, 3, cycle_momentum=False),
+    "ExponentialLR": lambda optimizer: schedules.ExponentialLR(optimizer, 0.9),
+    "LambdaLR": lambda optimizer: schedules.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "LinearLR": lambda optimizer: schedules.LinearLR(optimizer, 0.1, total_iters=7),
+    "MultiplicativeLR": lambda optimizer: schedules.MultiplicativeLR(optimizer, lambda step: 0.9),
+    "MultiStepLR": lambda optimizer: schedules.MultiStepLR(optimizer, [2, 5]),
+    "OneCycleLR": lambda optimizer: schedules.OneCycleLR(
+        optimizer, 0.5, total_steps=10, cycle_momentum=False
+    ),
+    "PolynomialLR": lambda optimizer: schedules.PolynomialLR(optimizer, 9),
+    "ReduceLROnPlateau": lambda optimizer: schedules.ReduceLROnPlateau(
+        optimizer, factor=0.5, patience=0, min_lr=0.01
+    ),
+    "SequentialLR": sequential,
+    "StepLR": lambda optimizer: schedules.StepLR(optimizer, 2),
+    "SWALR": lambda optimizer: SWALR(optimizer, 0.05, anneal_epochs=6),
+}
+
+
+@pytest.mark.parametrize("rate_type", [float, torch.tensor])
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_schedule_goes_on_with_scaled_rates(kind, rate_type):
+    """What is left of it is what it would have been, times the factor; with two param groups."""
+
+    def rates_of(factor):
+        weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+        groups = [{"params": [weight]} for weight in weights]
+        optimizer = torch.optim.Adam(groups, lr=rate_type(0.4))
+        schedule = SCHEDULES[kind](optimizer)
+        state = pycomm.elastic.State(optimizer=optimizer, schedule=schedule)
+        rescaling.check("scale_learning_rate", state.things())
+        rates = []
+        for step in range(9):
+            if step == 4:
+                state.put(values.take(state.things(), {}))
+                rescale("scale_learning_rate", state, state.things(), 4, int(4 * factor))
+                rates += schedule.get_last_lr()
+            optimizer.step()
+            schedule.step(*([1.0] if kind == "ReduceLROnPlateau" else []))
+            if step >= 4:
+                rates += [float(group["lr"]) for group in optimizer.param_groups]
+        return [float(rate) for rate in rates]
+
+    wanted = [rate * 0.75 for rate in rates_of(1)]
+    assert rates_of(0.75) == pytest.approx(wanted)
+    assert len(set(wanted)) > 1 or kind == "ReduceLROnPlateau"  # at its lowest rate
+
+
+def test_a_schedule_that_is_not_known_is_refused_at_the_beginning():
+    class Own(schedules.StepLR):
+        pass
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+    inner = schedules.ChainedScheduler([Own(optimizer, 2)])
+    state = pycomm.elastic.State(optimizer=optimizer, schedule=inner)
+    with pytest.raises(InvalidArgumentError, match=r"where 'schedule' keeps .* a .*Own"):
+        pycomm.elastic.run(print, state, rescale="scale_learning_rate")
+    assert not pycomm.is_initialized()
+    rescaling.check("none", state.things())
+
+
+def test_the_batch_comes_back_with_the_ranks():
+    sampler = pycomm.elastic.Sampler(100, 10)
+    state = pycomm.elastic.State(sampler=sampler)
+    batches = []
+    for before, now in ((4, 3), (3, 2), (2, 4), (4, 1), (1, 4)):
+        state.put(values.take(state.things(), {}))
+        rescale("none", state, state.things(), before, now)
+        batches.append(sampler.batch)
+    assert batches == [8, 5, 10, 2, 10]
+    sampler.batch = 20  # the program's own change counts
+    rescale("none", state, state.things(), 4, 2)
+    assert sampler.batch == 10
 
 
 def test_a_rule_of_ones_own():

@@ -56,14 +56,15 @@ def run(
             program from its beginning and join at a commit, where ``train`` is called again.
 
     Raises:
-        InvalidArgumentError: an argument makes no sense, or the checkpoint does not fit.
+        InvalidArgumentError: an argument makes no sense, the state has a schedule that ``rescale``
+            does not know, or the checkpoint does not fit.
         SystemExit: with ``START_AGAIN``, after SIGUSR1 (see docs/elastic.md).
         ...: what ``train`` raises.
 
     A job that cannot go on (no ``mpirun --with-ft ulfm``, too few ranks) ends with ``START_AGAIN``
     if it has a folder to resume from, else with the error.
     """
-    rescaling.check(rescale)
+    rescaling.check(rescale, state.things())
     for name, value, least in (("min_ranks", min_ranks, 1), ("respawns", respawns, 0)):
         if not isinstance(value, int) or value < least:
             raise InvalidArgumentError(f"elastic.run: {name} is {value!r}. Pass at least {least}.")
