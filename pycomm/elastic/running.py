@@ -161,7 +161,8 @@ class _Run:
             self._save()
         if recruits_failed:
             if runtime.rank() == 0:
-                _say(f"no process could be started in a lost one's place: {self._recruits.problem}")
+                problem = self._recruits.problem or "another rank could not start processes"
+                _say(f"nobody takes a lost rank's place: {problem}")
             self._recruits.dismiss(wait=False)
         elif not recruits_missing:
             raise _WorldGrowsError

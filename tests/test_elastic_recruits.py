@@ -1,0 +1,159 @@
+"""Processes in place of lost ranks: attempts to start them that fail, or end late."""
+
+# ruff: noqa: N802  # mpi4py's names
+
+import sys
+import threading
+import types
+
+import pytest
+
+from pycomm import runtime
+from pycomm.elastic import recruits
+from pycomm.elastic.recruits import Recruits
+from pycomm.errors import CommTimeoutError
+
+
+class MpiError(Exception):
+    """As mpi4py raises."""
+
+
+class Request:
+    def __init__(self, is_done):
+        self.is_done = is_done
+
+    def Test(self):
+        if isinstance(self.is_done, Exception):
+            raise self.is_done
+        return self.is_done
+
+    @staticmethod
+    def Testall(requests):
+        return all(request.Test() for request in requests)
+
+
+class Intercomm:
+    """To processes that were started."""
+
+    def __init__(self, is_ready=True):
+        self.is_ready = is_ready
+        self.told = []
+
+    def Set_errhandler(self, handler):
+        pass
+
+    def Irecv(self, buffer, source, tag):
+        return Request(self.is_ready)
+
+    def Issend(self, buffer, recruit, tag):
+        self.told.append((recruit, buffer[0]))
+        return Request(True)
+
+
+class Comm:
+    """Of ranks; ``Spawn`` returns when it is let."""
+
+    def __init__(self, outcome, duplicates=True):
+        self.outcome = outcome
+        self.duplicates = duplicates
+        self.may_return = threading.Event()
+
+    def Get_rank(self):
+        return 0
+
+    def Get_size(self):
+        return 2
+
+    def Set_errhandler(self, handler):
+        pass
+
+    def Idup(self):
+        return self, Request(self.duplicates)
+
+    def Spawn(self, *arguments, **keywords):
+        assert self.may_return.wait(30)
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+    def finish(self):
+        """The spawning thread comes to its end."""
+        threads = [thread for thread in threading.enumerate() if thread.name == "pycomm recruits"]
+        self.may_return.set()
+        if len(threads) == 1:
+            threads[0].join(30)
+
+
+@pytest.fixture(autouse=True)
+def mpi(monkeypatch):
+    fake = types.SimpleNamespace(
+        Exception=MpiError,
+        Request=Request,
+        Info=types.SimpleNamespace(Create=dict),
+        BYTE=None,
+        ERRORS_RETURN=None,
+    )
+    monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=fake))
+    monkeypatch.setattr(runtime, "default_timeout_s", lambda: 0.05)
+    monkeypatch.setattr(recruits, "_sent", [])
+
+
+def begun(comm, count=1):
+    found = Recruits()
+    found.start(comm, count)
+    return found
+
+
+def test_they_are_taken_in_when_all_wait():
+    comm = Comm(Intercomm())
+    found = begun(comm, 2)
+    assert (found.count, found.are_ready(0)) == (2, False)
+    comm.finish()
+    assert found.are_ready(0) and found.are_ready(1)
+
+
+def test_a_failure_is_told_once():
+    comm = Comm(MpiError("no slots"))
+    found = begun(comm)
+    comm.finish()
+    assert found.problem == "no process could be started: no slots"
+    found.dismiss(wait=False)
+    assert (found.problem, found.count) == ("", 0)
+
+
+def test_a_dismissed_attempt_that_fails_is_not_the_next_ones_failure():
+    first, second = Comm(MpiError("a rank was lost")), Comm(Intercomm())
+    found = begun(first)
+    late = threading.enumerate()[-1]
+    found.dismiss(wait=False)
+    found.start(second, 1)
+    first.may_return.set()
+    late.join(30)
+    assert (found.problem, found.count) == ("", 1)
+    second.finish()
+    assert found.are_ready(0)
+
+
+def test_who_starts_after_they_were_dismissed_is_sent_away():
+    comm = Comm(Intercomm())
+    found = begun(comm, 2)
+    found.dismiss(wait=False)
+    assert comm.outcome.told == []
+    comm.finish()
+    assert comm.outcome.told == [(0, b"away"), (1, b"away")]
+    assert not found.are_ready(0) and not found.are_ready(1)
+
+
+def test_one_that_ends_before_it_joins_is_a_failure():
+    comm = Comm(Intercomm(is_ready=MpiError("process failed")))
+    found = begun(comm)
+    comm.finish()
+    assert not found.are_ready(0)
+    assert "ended before it joined" in found.problem
+    found.dismiss(wait=False)
+    assert found.count == 0
+
+
+def test_ranks_that_do_not_come_to_start_processes():
+    with pytest.raises(CommTimeoutError, match=r"rank 0 of 2: not all ranks came to start"):
+        begun(Comm(Intercomm(), duplicates=False))
