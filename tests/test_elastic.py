@@ -15,9 +15,9 @@ from torch.optim.swa_utils import SWALR
 
 import pycomm
 from pycomm import runtime
-from pycomm.elastic import membership, rescaling, values
+from pycomm.elastic import membership, rescaling, running, values
 from pycomm.elastic.rescaling import rescale
-from pycomm.errors import InvalidArgumentError
+from pycomm.errors import CommTimeoutError, InvalidArgumentError, PeerLostError
 from pycomm_launch import recruit
 
 # Four processes import torch, and a fifth one later: on busy cores most of the time goes there.
@@ -162,6 +162,17 @@ def test_ranks_are_lost_in_a_commit_and_in_recoveries():
     # Rank 3 was lost in the third commit. If another rank heard of that at the end of the third
     # step, they go back to the second.
     assert re.search(r"\b1 go on from commit [23]\.", done.err)
+
+
+def test_too_few_ranks_without_a_folder_are_an_error():
+    arguments = {"die": {"1 1": 3}, "run": {"min_ranks": 2}}
+    done = mpirun_ft(2, PROGRAM + RUN, json.dumps(arguments), timeout_s=170)
+    assert done.returncode != 0
+    assert (
+        "PeerLostError: elastic.run: rank 1 was lost: 1 of 2 ranks are left, and min_ranks is 2."
+        in done.err
+    )
+    assert "Exit code 75" not in done.err
 
 
 # Rank 0 is on a host of its own. Rank 2 is lost, and rank 0 while the ranks that are left meet.
@@ -422,6 +433,31 @@ def test_a_rule_of_ones_own():
     assert state.rate == 1.0
     rescale(halve, state, state.things(), 4, 2)
     assert state.rate == 0.5
+
+
+@pytest.mark.parametrize("is_recruit", [True, False])
+@pytest.mark.parametrize("folder", ["checkpoint", None])
+@pytest.mark.parametrize("error", [membership.TooFewError("1 left"), CommTimeoutError("late")])
+def test_ranks_are_lost_while_others_join(monkeypatch, place, is_recruit, folder, error):
+    def fail(members, min_ranks):
+        raise error
+
+    def leave(reason, its_folder):
+        raise SystemExit(f"{reason} {its_folder}")
+
+    place(0, 2)
+    members = membership.Members(None, [])
+    monkeypatch.setattr(running, "enlist", lambda: members)
+    monkeypatch.setattr(running, "leave", leave)
+    monkeypatch.setattr(membership, "all_agree", bool)
+    monkeypatch.setattr(membership, "form", fail)
+    monkeypatch.setattr(running.Recruits, "merged", lambda *_: members)
+    state = pycomm.elastic.State(folder=folder)
+    run = running._Run(print, state, "none", 1, 0, running.Preemption())
+    change = run.go if is_recruit else run._grow
+    ended = (SystemExit, CommTimeoutError if "late" in str(error) else PeerLostError)
+    with pytest.raises(ended[folder is None], match=str(error)):
+        change()
 
 
 def test_what_is_put_back_is_what_was_taken():

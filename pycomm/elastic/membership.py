@@ -25,6 +25,10 @@ class TooFewError(Exception):
     """The ranks that are left must not go on."""
 
 
+class CutOffError(TooFewError):
+    """Others may be alive, cannot be reached, and go on."""
+
+
 class Members(NamedTuple):
     """Those that are to join."""
 
@@ -52,8 +56,8 @@ def leave_the_lost(min_ranks: int) -> None:
     """From here on those that are alive are the ranks, in their order. All of them call it.
 
     Raises:
-        TooFewError: they are fewer than ``min_ranks``; or there may be others that are alive, on
-            hosts that cannot be reached, and are more.
+        TooFewError: they are fewer than ``min_ranks``.
+        CutOffError: there may be others that are alive, on hosts that cannot be reached, and more.
         PeerLostError: an exception on a rank has ended the job.
         CommTimeoutError: a rank that is alive did not come.
     """
@@ -80,7 +84,7 @@ def form(members: Members, min_ranks: int) -> None:
     """They join, without those that are lost meanwhile. All of them call it.
 
     Raises:
-        TooFewError, CommTimeoutError: as ``leave_the_lost``.
+        TooFewError, CutOffError, CommTimeoutError: as ``leave_the_lost``.
         CommError: they cannot join, though nobody is lost.
     """
     # With the same deadline as before; recruits read theirs as the others did.
@@ -133,7 +137,7 @@ def _enough(before: Members, survivors: MPI.Intracomm, min_ranks: int) -> Member
     """Those of ``before`` that are left, if they may go on.
 
     Raises:
-        TooFewError: they may not.
+        TooFewError, CutOffError: they may not.
     """
     from mpi4py import MPI
 
@@ -142,7 +146,7 @@ def _enough(before: Members, survivors: MPI.Intracomm, min_ranks: int) -> Member
     has_first = ranks_now[0] != MPI.UNDEFINED
     problem = too_few(left.Get_size(), were.Get_size(), len(before.hosts), has_first, min_ranks)
     if problem:
-        raise TooFewError(problem)
+        raise (TooFewError if left.Get_size() < min_ranks else CutOffError)(problem)
     here = [[ranks_now[rank] for rank in ranks] for ranks in before.hosts]
     hosts = [[rank for rank in ranks if rank != MPI.UNDEFINED] for ranks in here]
     return Members(survivors, [ranks for ranks in hosts if ranks])

@@ -7,7 +7,7 @@ import gc
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,14 +18,16 @@ from pycomm.collectives import all_reduce_, barrier
 from pycomm.elastic import membership, rescaling, values
 from pycomm.elastic.copies import Copies, Copy, Mark, latest_in_common
 from pycomm.elastic.leaving import START_AGAIN, leave
+from pycomm.elastic.membership import Members
 from pycomm.elastic.preemption import Preemption
 from pycomm.elastic.recruits import Recruits, check_threads, enlist
 from pycomm.elastic.rescaling import Rule
 from pycomm.elastic.state import RECORD, State
-from pycomm.errors import CommError, CommTimeoutError, InvalidArgumentError
+from pycomm.errors import CommError, CommTimeoutError, InvalidArgumentError, PeerLostError
 from pycomm.objects import all_gather_object, broadcast_object
 from pycomm.structures import broadcast_structure
 
+_LOST_IN_GROWTH = "ranks were lost while others joined"
 _NOTICE_S = 2.0  # for MPI to notice that a process of another host is gone
 
 
@@ -59,10 +61,12 @@ def run(
         InvalidArgumentError: an argument makes no sense, the state has a schedule that ``rescale``
             does not know, or the checkpoint does not fit.
         SystemExit: with ``START_AGAIN``, after SIGUSR1 (see docs/elastic.md).
+        PeerLostError, CommTimeoutError: ranks were lost, and those that are left cannot go on.
         ...: what ``train`` raises.
 
-    A job that cannot go on (no ``mpirun --with-ft ulfm``, too few ranks) ends with ``START_AGAIN``
-    if it has a folder to resume from, else with the error.
+    A job that cannot go on (no ``mpirun --with-ft ulfm``, fewer than ``min_ranks``) ends with
+    ``START_AGAIN`` if it has a folder to resume from, else with the error. Ranks that leave the job
+    to others, which may be alive where they cannot be reached, end with ``START_AGAIN``.
     """
     rescaling.check(rescale, state.things())
     for name, value, least in (("min_ranks", min_ranks, 1), ("respawns", respawns, 0)):
@@ -111,7 +115,8 @@ class _Run:
     def go(self) -> None:
         recruited = enlist()
         if recruited is not None:
-            membership.form(recruited, self._min_ranks)
+            with self._leaving(_LOST_IN_GROWTH):
+                membership.form(recruited, self._min_ranks)
         else:
             runtime.init()
             self._wanted = runtime.size()
@@ -281,32 +286,50 @@ class _Run:
         runtime.withdraw()  # who waits for this rank in a group without the lost one
         self._respawned -= self._recruits.count
         self._recruits.dismiss(wait=False)
-        try:
+        with self._leaving(f"{_ranks(lost)} lost"):
             if not agreed:
                 membership.all_agree(False)
             membership.leave_the_lost(self._min_ranks)
-        except (membership.TooFewError, CommTimeoutError) as error:
-            if self._state.folder is None and isinstance(error, CommTimeoutError):
-                raise
-            leave(f"{_ranks(lost)} lost: {error}", self._state.folder)
         seconds = time.monotonic() - began
         self._say_change(f"{_ranks(lost)} lost of {size}; {runtime.size()} left, {seconds:.2f} s.")
 
     def _grow(self) -> None:
         """Take the recruits in."""
-        if not membership.all_agree(True):
-            self._recover(agreed=True)
-            return
         count, size = self._recruits.count, runtime.size()
-        merged = self._recruits.merged(runtime.rank())
-        if not membership.all_agree(merged is not None):
+        with self._leaving(_LOST_IN_GROWTH):
+            merged = self._merged()
             if merged is not None:
-                ulfm.revoke(merged.comm)  # for recruits that take themselves for taken in
+                membership.form(merged, self._min_ranks)
+        if merged is None:
             self._recover(agreed=True)
-            return
-        assert merged is not None
-        membership.form(merged, self._min_ranks)
-        self._say_change(f"{count} more for {size} ranks.")
+        else:
+            self._say_change(f"{count} more for {size} ranks.")
+
+    def _merged(self) -> Members | None:
+        """The ranks and the recruits; None on all ranks if that fails on one."""
+        if not membership.all_agree(True):
+            return None
+        merged = self._recruits.merged(runtime.rank())
+        if membership.all_agree(merged is not None):
+            return merged
+        if merged is not None:
+            ulfm.revoke(merged.comm)  # for recruits that take themselves for taken in
+        return None
+
+    @contextlib.contextmanager
+    def _leaving(self, what_happened: str) -> Iterator[None]:
+        """Where the ranks cannot go on, end the job: to be started again if it can resume."""
+        try:
+            yield
+        except (membership.TooFewError, CommTimeoutError) as error:
+            if self._state.folder is not None or isinstance(error, membership.CutOffError):
+                leave(f"{what_happened}: {error}", self._state.folder)
+            if isinstance(error, CommTimeoutError):
+                raise
+            raise PeerLostError(
+                f"elastic.run: {what_happened}: {error}\n"
+                "  The state has no folder to resume from; pass State(folder=...)."
+            ) from None
 
     def _say_change(self, text: str) -> None:
         self._has_changed = True
