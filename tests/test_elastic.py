@@ -15,6 +15,7 @@ from torch.optim.swa_utils import SWALR
 
 import pycomm
 from pycomm import runtime
+from pycomm.checkpoint import record as checkpoint_record
 from pycomm.elastic import membership, rescaling, running, values
 from pycomm.elastic.rescaling import rescale
 from pycomm.errors import CommTimeoutError, InvalidArgumentError, PeerLostError
@@ -520,6 +521,21 @@ def equal(a, b):
     return a == b
 
 
+def test_a_state_that_cannot_be_written_is_an_error_before_train(tmp_path):
+    trained = []
+    try:
+        for folder, thing in ((tmp_path / "file" / "x", 1), (tmp_path / "x", object())):
+            (tmp_path / "file").touch()
+            state = pycomm.elastic.State(folder=folder, thing=thing)
+            with pytest.raises(InvalidArgumentError, match=r"checkpoint\.save"):
+                pycomm.elastic.run(trained.append, state)
+        pycomm.elastic.run(trained.append, pycomm.elastic.State(folder=tmp_path / "x", epoch=1))
+    finally:
+        pycomm.shutdown()
+    assert len(trained) == 1
+    assert pycomm.checkpoint.read(tmp_path / "x")["elastic"] == {"commit": 0, "ranks": 1}
+
+
 def test_what_cannot_be_in_a_state():
     model = torch.nn.Linear(2, 2)
     state = pycomm.elastic.State(model=model, epoch=0)
@@ -531,8 +547,9 @@ def test_what_cannot_be_in_a_state():
         _ = state.epohc
     with pytest.raises(pycomm.CommError, match=r"outside of pycomm\.elastic\.run"):
         state.commit()
-    with pytest.raises(InvalidArgumentError, match="named 'commit'"):
-        pycomm.elastic.State(commit=3)
+    for name in ("commit", "folder.x", checkpoint_record.NAME):
+        with pytest.raises(InvalidArgumentError, match=f"named '{name}'"):
+            pycomm.elastic.State(**{name: 3})
     pycomm.init()
     try:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

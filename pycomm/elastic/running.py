@@ -27,6 +27,7 @@ from pycomm.errors import CommError, CommTimeoutError, InvalidArgumentError, Pee
 from pycomm.objects import all_gather_object, broadcast_object
 from pycomm.structures import broadcast_structure
 
+_NOTHING = -1  # is on disk
 _LOST_IN_GROWTH = "ranks were lost while others joined"
 _NOTICE_S = 2.0  # for MPI to notice that a process of another host is gone
 
@@ -59,7 +60,7 @@ def run(
 
     Raises:
         InvalidArgumentError: an argument makes no sense, the state has a schedule that ``rescale``
-            does not know, or the checkpoint does not fit.
+            does not know, the checkpoint does not fit, or none can be written.
         SystemExit: with ``START_AGAIN``, after SIGUSR1 (see docs/elastic.md).
         PeerLostError, CommTimeoutError: ranks were lost, and those that are left cannot go on.
         ...: what ``train`` raises.
@@ -107,7 +108,7 @@ class _Run:
         self._recruits = Recruits()
         self._number = 0  # of the last commit
         # The same on all ranks, recruits too, after _restore().
-        self._on_disk = -1  # the last commit that was written
+        self._on_disk = _NOTHING  # the last commit that was written
         self._wanted = 0  # ranks
         self._respawned = 0
         self._has_changed = False  # since train was called last
@@ -207,7 +208,9 @@ class _Run:
         mine = (self._copies.marks(), self._wanted, self._respawned, self._on_disk)
         everyones_marks, wanted, respawned, on_disk = zip(*all_gather_object(mine), strict=True)
         self._wanted, self._respawned = max(wanted), max(respawned)
-        self._on_disk = min(on_disk)  # who was lost in a save left some ranks unsure
+        # Who was lost in a save left some ranks unsure. Who has just come does not know.
+        known = [of for of, marks in zip(on_disk, everyones_marks, strict=True) if marks]
+        self._on_disk = min(known, default=_NOTHING)
         mark = latest_in_common(everyones_marks)
         if mark is None:
             copy = self._beginning()
@@ -222,6 +225,8 @@ class _Run:
             _say(f"{size} go on from commit {self._number}.")
         self._has_changed = False
         rescaling.rescale(self._rescale, self._state, self._state.things(), copy.ranks, size)
+        if self._state.folder is not None and self._on_disk == _NOTHING:
+            self._save()  # what cannot be saved shows now, not hours later
 
     def _beginning(self) -> Copy:
         """What is on disk, else what rank 0 has made."""
