@@ -9,7 +9,7 @@ import types
 import pytest
 
 from pycomm import runtime
-from pycomm.elastic import recruits
+from pycomm.elastic import State, recruits, running
 from pycomm.elastic.recruits import Recruits
 from pycomm.errors import CommTimeoutError
 
@@ -152,6 +152,39 @@ def test_one_that_ends_before_it_joins_is_a_failure():
     assert "ended before it joined" in found.problem
     found.dismiss(wait=False)
     assert found.count == 0
+
+
+@pytest.mark.parametrize("outcome", [Intercomm(), MpiError("a rank was lost")])
+@pytest.mark.parametrize("is_late", [True, False])
+def test_a_process_that_may_have_been_started_counts(outcome, is_late):
+    comm = Comm(outcome)
+    found = begun(comm, 2)
+    if not is_late:
+        comm.finish()
+    assert (found.count, found.unstarted) == (2, 0)
+    comm.finish()
+
+
+def test_one_that_mpi_was_not_asked_for_does_not_count():
+    found = begun(Comm(Intercomm(), duplicates=MpiError("a rank was lost")), 2)
+    assert (found.count, found.unstarted) == (2, 2)
+
+
+def test_what_counts_stays_counted_in_a_recovery(monkeypatch):
+    run = running._Run(print, State(), "none", 1, 3, running.Preemption())
+    monkeypatch.setattr(runtime, "size", lambda: 2)
+    monkeypatch.setattr(runtime, "rank", lambda: 1)
+    monkeypatch.setattr(running.failure, "note_loss", lambda: None)
+    monkeypatch.setattr(running.membership, "leave_the_lost", lambda least: None)
+    comm = Comm(Intercomm())
+    run._respawned = 3
+    run._recruits.start(comm, 2)
+    run._recover(agreed=True)
+    assert run._respawned == 3
+    comm.finish()
+    run._recruits.start(Comm(Intercomm(), duplicates=MpiError("a rank was lost")), 1)
+    run._recover(agreed=True)
+    assert run._respawned == 2
 
 
 def test_ranks_that_do_not_come_to_start_processes():

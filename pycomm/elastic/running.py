@@ -55,8 +55,9 @@ def run(
         rescale: what changes in the training when the number of ranks does, also when a job resumes
             on another number of ranks than it had.
         min_ranks: with fewer the job is not worth going on.
-        respawns: how many processes may be started in place of lost ones, in all. They run this
-            program from its beginning and join at a commit, where ``train`` is called again.
+        respawns: how many processes may be started in place of lost ones, in all, whatever becomes
+            of them. They run this program from its beginning and join at a commit, where ``train``
+            is called again.
 
     Raises:
         InvalidArgumentError: an argument makes no sense, the state has a schedule that ``rescale``
@@ -289,7 +290,7 @@ class _Run:
         lost, size = runtime.lost_ranks(), runtime.size()
         failure.note_loss()
         runtime.withdraw()  # who waits for this rank in a group without the lost one
-        self._respawned -= self._recruits.count
+        self._respawned -= self._recruits.unstarted
         self._recruits.dismiss(wait=False)
         with self._leaving(f"{_ranks(lost)} lost"):
             if not agreed:
