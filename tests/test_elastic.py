@@ -567,10 +567,20 @@ def test_what_cannot_be_in_a_state():
 @pytest.mark.parametrize(
     ("original", "command"),
     [
+        (
+            "python --check-hash-based-pycs never a.py",
+            "--check-hash-based-pycs never -m pycomm_launch.recruit a.py",
+        ),
         ("python train.py -c 3", "-m pycomm_launch.recruit train.py -c 3"),
         ("python -u -X dev -m train x", "-u -X dev -m pycomm_launch.recruit -m train x"),
         ("python -c pass x", "-m pycomm_launch.recruit -c pass x"),
         ("python -u -m pycomm_launch.recruit a.py", "-u -m pycomm_launch.recruit a.py"),
+        ("python -um train -m x", "-u -m pycomm_launch.recruit -m train -m x"),
+        ("python -mtrain", "-m pycomm_launch.recruit -m train"),
+        ("python -Ocpass -u", "-O -m pycomm_launch.recruit -c pass -u"),
+        ("python -Xdev -uWerror a.py -m", "-Xdev -uWerror -m pycomm_launch.recruit a.py -m"),
+        ("python -uX dev a.py", "-uX dev -m pycomm_launch.recruit a.py"),
+        ("python -B -- a.py", "-B -m pycomm_launch.recruit a.py"),
     ],
 )
 def test_the_command_of_a_recruit(original, command):

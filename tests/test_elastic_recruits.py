@@ -2,6 +2,7 @@
 
 # ruff: noqa: N802  # mpi4py's names
 
+import os
 import sys
 import threading
 import types
@@ -70,7 +71,8 @@ class Comm:
     def Idup(self):
         return self, Request(self.duplicates)
 
-    def Spawn(self, *arguments, **keywords):
+    def Spawn(self, *arguments, info, **keywords):
+        self.info = info
         assert self.may_return.wait(30)
         if isinstance(self.outcome, Exception):
             raise self.outcome
@@ -110,6 +112,15 @@ def test_they_are_taken_in_when_all_wait():
     assert (found.count, found.are_ready(0)) == (2, False)
     comm.finish()
     assert found.are_ready(0) and found.are_ready(1)
+
+
+def test_they_start_where_this_process_started(monkeypatch, tmp_path):
+    folder = os.getcwd()
+    monkeypatch.chdir(tmp_path)
+    comm = Comm(Intercomm())
+    begun(comm)
+    comm.finish()
+    assert comm.info == {"wdir": folder}
 
 
 def test_a_failure_is_told_once():

@@ -14,7 +14,7 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from pycomm import failure, runtime, ulfm
+from pycomm import failure, launch, runtime, ulfm
 from pycomm.elastic import membership
 from pycomm.elastic.membership import Members
 from pycomm.errors import CommError, CommTimeoutError, InvalidArgumentError
@@ -138,7 +138,7 @@ class _Attempt:
         from mpi4py import MPI
 
         try:
-            info = MPI.Info.Create({"wdir": os.getcwd()})
+            info = MPI.Info.Create({"wdir": launch.FOLDER})
             arguments = command(sys.orig_argv)
             found = comm.Spawn(sys.executable, arguments, maxprocs=self.count, info=info)
             ulfm.raise_errors(found)
