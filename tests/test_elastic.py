@@ -17,6 +17,7 @@ import pycomm
 from pycomm import runtime
 from pycomm.checkpoint import record as checkpoint_record
 from pycomm.elastic import membership, rescaling, running, values
+from pycomm.elastic.copies import Copy, Mark
 from pycomm.elastic.rescaling import rescale
 from pycomm.errors import CommTimeoutError, InvalidArgumentError, PeerLostError
 from pycomm_launch import recruit
@@ -459,6 +460,28 @@ def test_ranks_are_lost_while_others_join(monkeypatch, place, is_recruit, folder
     ended = (SystemExit, CommTimeoutError if "late" in str(error) else PeerLostError)
     with pytest.raises(ended[folder is None], match=str(error)):
         change()
+
+
+@pytest.mark.parametrize(("holds", "expected"), [(True, "own"), (False, "rank 0's")])
+def test_who_holds_a_copy_goes_back_to_its_own(monkeypatch, place, holds, expected):
+    """In it are buffers that each rank has of its own; who has just come is given another's."""
+    mark = Mark(3, "world")
+    state = pycomm.elastic.State(buffers="")
+    run = running._Run(print, state, "none", 1, 0, running.Preemption())
+    if holds:
+        run._copies.take(Copy(mark, 3, {"buffers": "own"}))
+        run._copies.confirm()
+    marks = [[mark], [mark] if holds else [], []]
+    place(1, 3)
+    monkeypatch.setattr(
+        running, "all_gather_object", lambda mine: [(held, *mine[1:]) for held in marks]
+    )
+    monkeypatch.setattr(
+        running, "_given", lambda held, root: Copy(mark, 3, {"buffers": f"rank {root}'s"})
+    )
+    run._restore()
+    assert state.buffers == expected
+    assert run._number == 3
 
 
 def test_what_is_put_back_is_what_was_taken():

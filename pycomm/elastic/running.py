@@ -218,7 +218,11 @@ class _Run:
         else:
             holders = [rank for rank, marks in enumerate(everyones_marks) if mark in marks]
             held = self._copies.held(mark)
-            copy = held if len(holders) == size else _given(held, holders[0])  # type: ignore[assignment]
+            if len(holders) < size:
+                given = _given(held, holders[0])
+                held = held or given
+            assert held is not None
+            copy = held
         self._copies.settle(copy)
         self._number = copy.mark.number
         self._state.put(copy.values)
