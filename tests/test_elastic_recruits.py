@@ -44,7 +44,7 @@ class Intercomm:
         pass
 
     def Irecv(self, buffer, source, tag):
-        return Request(self.is_ready)
+        return Request(self.is_ready[source] if isinstance(self.is_ready, list) else self.is_ready)
 
     def Issend(self, buffer, recruit, tag):
         self.told.append((recruit, buffer[0]))
@@ -128,7 +128,7 @@ def test_a_failure_is_told_once():
     found = begun(comm)
     comm.finish()
     assert found.problem == "no process could be started: no slots"
-    found.dismiss(wait=False)
+    found.give_up()
     assert (found.problem, found.count) == ("", 0)
 
 
@@ -161,8 +161,32 @@ def test_one_that_ends_before_it_joins_is_a_failure():
     comm.finish()
     assert not found.are_ready(0)
     assert "ended before it joined" in found.problem
-    found.dismiss(wait=False)
-    assert found.count == 0
+    found.give_up()
+    assert (found.count, found.problem, comm.outcome.told) == (0, "", [])
+
+
+def test_one_that_never_says_that_it_waits_is_a_failure(monkeypatch):
+    """Open MPI 5.0.11 tells ranks nothing of a recruit that is killed."""
+    comm = Comm(Intercomm(is_ready=False))
+    found = begun(comm)
+    comm.finish()
+    assert not found.are_ready(0)
+    assert found.problem == ""
+    monkeypatch.setattr(recruits, "_WAIT_S", -1.0)
+    assert not found.are_ready(0)
+    assert "did not come within" in found.problem
+    found.give_up()
+    assert comm.outcome.told == []
+
+
+def test_only_those_that_wait_are_sent_away_when_another_one_does_not_come():
+    comm = Comm(Intercomm())
+    comm.outcome.is_ready = [True, MpiError("process failed")]
+    found = begun(comm, 2)
+    comm.finish()
+    assert not found.are_ready(0)
+    found.give_up()
+    assert comm.outcome.told == [(0, b"away")]
 
 
 @pytest.mark.parametrize("outcome", [Intercomm(), MpiError("a rank was lost")])

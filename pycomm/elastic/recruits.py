@@ -28,7 +28,7 @@ _JOIN, _LEAVE = b"join", b"away"
 _MERGE_S = 60.0
 _START_S = 120.0  # for a process to start, when everybody else has finished
 _ORDER_S = 5.0
-_WAIT_S = 600.0
+_WAIT_S = 600.0  # of recruits and ranks for each other
 
 
 class Recruits:
@@ -100,6 +100,12 @@ class Recruits:
                 time.sleep(1e-3)
         self._forget()
 
+    def give_up(self) -> None:
+        """They will not all come. Collective over the ranks, but nobody waits."""
+        assert self._attempt is not None
+        self._attempt.give_up()
+        self._forget()
+
     def _forget(self) -> None:
         assert self._attempt is not None
         self._dismissed.append(self._attempt)
@@ -117,6 +123,7 @@ class _Attempt:
         self.found: MPI.Intercomm | None = None
         self._waiting: list[MPI.Request] = []  # messages that say: I wait to be taken in
         self._thread: threading.Thread | None = None
+        self._started = 0.0
         self._lock = threading.Lock()
         self._is_dismissed = False
 
@@ -145,6 +152,7 @@ class _Attempt:
         except MPI.Exception as error:
             self.problem = _problem(error)
             return
+        self._started = time.monotonic()
         with self._lock:
             self.found = found
             is_late = self._is_dismissed
@@ -165,10 +173,14 @@ class _Attempt:
                     self.found.Irecv([bytearray(1), MPI.BYTE], source, _READY)
                     for source in range(self.count)
                 ]
-            return MPI.Request.Testall(self._waiting)
+            if MPI.Request.Testall(self._waiting):
+                return True
         except MPI.Exception:
-            self.problem = "a process that was started ended before it joined."
-            return False
+            self.problem = "a process that was started ended before it joined"
+        else:  # MPI does not always say that it ended
+            if time.monotonic() > self._started + _WAIT_S:
+                self.problem = f"a process that was started did not come within {_WAIT_S:g} s"
+        return False
 
     def wait(self, timeout_s: float) -> None:
         """Until the processes have started, or could not be."""
@@ -182,14 +194,31 @@ class _Attempt:
         if self.found is not None:
             self.tell(_LEAVE)
 
+    def give_up(self) -> None:
+        """Those that wait end. MPI may crash in a message to one that is gone, so others get none.
+
+        One that comes later ends by itself.
+        """
+        from mpi4py import MPI
+
+        with self._lock:
+            self._is_dismissed = True
+        for recruit, request in enumerate(self._waiting):
+            with contextlib.suppress(MPI.Exception):
+                if request.Test():
+                    self._tell(recruit, _LEAVE)
+
     def tell(self, order: bytes) -> None:
         """All of them."""
+        for recruit in range(self.count):
+            self._tell(recruit, order)
+
+    def _tell(self, recruit: int, order: bytes) -> None:
         from mpi4py import MPI
 
         assert self.found is not None
-        for recruit in range(self.count):
-            with contextlib.suppress(MPI.Exception):  # it is gone
-                _sent.append(self.found.Issend([order, MPI.BYTE], recruit, _ORDER))
+        with contextlib.suppress(MPI.Exception):  # it is gone
+            _sent.append(self.found.Issend([order, MPI.BYTE], recruit, _ORDER))
 
 
 def _problem(error: Exception) -> str:

@@ -170,7 +170,7 @@ class _Run:
             if runtime.rank() == 0:
                 problem = self._recruits.problem or "another rank could not start processes"
                 _say(f"nobody takes a lost rank's place: {problem}")
-            self._recruits.dismiss(wait=False)
+            self._recruits.give_up()
         elif not recruits_missing:
             raise _WorldGrowsError
         missing = min(self._wanted - runtime.size(), self._respawns - self._respawned)
