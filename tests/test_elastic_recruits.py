@@ -98,6 +98,7 @@ def mpi(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", types.SimpleNamespace(MPI=fake))
     monkeypatch.setattr(runtime, "default_timeout_s", lambda: 0.05)
     monkeypatch.setattr(recruits, "_sent", [])
+    monkeypatch.setattr(recruits.failure, "bound_end", lambda seconds: None)
 
 
 def begun(comm, count=1):
@@ -163,6 +164,17 @@ def test_one_that_ends_before_it_joins_is_a_failure():
     assert "ended before it joined" in found.problem
     found.give_up()
     assert (found.count, found.problem, comm.outcome.told) == (0, "", [])
+
+
+def test_mpi_is_not_finalised_once_one_was_given_up(monkeypatch):
+    bounds = []
+    monkeypatch.setattr(recruits.failure, "bound_end", bounds.append)
+    for outcome, bounds_then in ((MpiError("no slots"), []), (Intercomm(), [0])):
+        comm = Comm(outcome)
+        found = begun(comm)
+        comm.finish()
+        found.give_up()
+        assert bounds == bounds_then
 
 
 def test_one_that_never_says_that_it_waits_is_a_failure(monkeypatch):

@@ -203,6 +203,8 @@ class _Attempt:
 
         with self._lock:
             self._is_dismissed = True
+        if self.found is not None:
+            failure.bound_end(0)  # MPI_Finalize sends something to those that are gone, too
         for recruit, request in enumerate(self._waiting):
             with contextlib.suppress(MPI.Exception):
                 if request.Test():
