@@ -20,16 +20,33 @@ def command(orig_argv: Sequence[str]) -> list[str]:
     Args:
         orig_argv: that process's ``sys.orig_argv``.
     """
-    _, *arguments = orig_argv
-    at = 0
-    while at < len(arguments) and arguments[at].startswith("-"):
-        if arguments[at] in ("-c", "-m"):
+    options: list[str] = []
+    program = list(orig_argv[1:])
+    while program and program[0].startswith("-") and program[0] != "-":
+        option = program.pop(0)
+        if option == "--":
             break
-        at += 2 if arguments[at] in ("-X", "-W") else 1  # with a value behind them
-    options, program = arguments[:at], arguments[at:]
+        flags, last, value = _parts(option)
+        if last in ("-c", "-m"):
+            options += [flags] if flags else []
+            program = [last, *([value] if value else []), *program]
+            break
+        options.append(option)
+        if last and not value:  # it is the next argument
+            options.append(program.pop(0))
     if program[:2] == ["-m", NAME]:
         program = program[2:]
     return [*options, "-m", NAME, *program]
+
+
+def _parts(option: str) -> tuple[str, str, str]:
+    """``-uXdev`` as ``("-u", "-X", "dev")``: the one that takes a value is the last of several."""
+    if option.startswith("--"):
+        return "", option if option == "--check-hash-based-pycs" else "", ""
+    for at, letter in enumerate(option):
+        if letter in "cmWX":
+            return option[:at] if at > 1 else "", f"-{letter}", option[at + 1 :]
+    return option, "", ""
 
 
 def main(program: list[str]) -> None:

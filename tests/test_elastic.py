@@ -9,13 +9,17 @@ import sys
 
 import pytest
 import torch
+import torch.optim.lr_scheduler as schedules
 from launchers import mpirun, mpirun_command, mpirun_ft, process_options, python_command, torchrun
+from torch.optim.swa_utils import SWALR
 
 import pycomm
 from pycomm import runtime
-from pycomm.elastic import membership, values
+from pycomm.checkpoint import record as checkpoint_record
+from pycomm.elastic import membership, rescaling, running, values
+from pycomm.elastic.copies import Copy, Mark
 from pycomm.elastic.rescaling import rescale
-from pycomm.errors import InvalidArgumentError
+from pycomm.errors import CommTimeoutError, InvalidArgumentError, PeerLostError
 from pycomm_launch import recruit
 
 # Four processes import torch, and a fifth one later: on busy cores most of the time goes there.
@@ -162,6 +166,40 @@ def test_ranks_are_lost_in_a_commit_and_in_recoveries():
     assert re.search(r"\b1 go on from commit [23]\.", done.err)
 
 
+def test_too_few_ranks_without_a_folder_are_an_error():
+    arguments = {"die": {"1 1": 3}, "run": {"min_ranks": 2}}
+    done = mpirun_ft(2, PROGRAM + RUN, json.dumps(arguments), timeout_s=170)
+    assert done.returncode != 0
+    assert (
+        "PeerLostError: elastic.run: rank 1 was lost: 1 of 2 ranks are left, and min_ranks is 2."
+        in done.err
+    )
+    assert "Exit code 75" not in done.err
+
+
+# Rank 0 is on a host of its own. Rank 2 is lost, and rank 0 while the ranks that are left meet.
+CUT = """
+    import pycomm.elastic.membership as membership
+    init, own_rank = membership.runtime.init, int(os.environ["OMPI_COMM_WORLD_RANK"])
+    os.environ["PYCOMM_HOST"] = "a" if own_rank == 0 else "b"
+
+    def init_or_die(**keywords):
+        if keywords and own_rank == 0:
+            die()
+        init(**keywords)
+
+    membership.runtime.init = init_or_die
+"""
+
+
+def test_a_host_is_cut_off_while_the_new_world_is_made(tmp_path):
+    arguments = {"folder": str(tmp_path / "checkpoint"), "die": {"1 2": 3}}
+    done = mpirun_ft(3, PROGRAM + CUT + RUN, json.dumps(arguments), timeout_s=170)
+    assert "turn 2" not in done.out
+    assert "1 of 2 ranks are left: the others may be alive" in done.err
+    assert "Exit code 75." in done.err
+
+
 def test_an_exception_is_not_tried_again():
     raising = """
     def step_done(state, rank, steps):
@@ -294,6 +332,99 @@ def test_rules(rule, batch, rate):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(rate)
 
 
+def sequential(optimizer):
+    parts = [schedules.LinearLR(optimizer, 0.1, total_iters=3), schedules.StepLR(optimizer, 2)]
+    return schedules.SequentialLR(optimizer, parts, milestones=[3])
+
+
+def chained(optimizer):
+    return schedules.ChainedScheduler(
+        [schedules.ConstantLR(optimizer, 0.5, 7), schedules.ExponentialLR(optimizer, 0.9)]
+    )
+
+
+SCHEDULES = {
+    "ChainedScheduler": chained,
+    "ConstantLR": lambda optimizer: schedules.ConstantLR(optimizer, 0.5, 7),
+    "CosineAnnealingLR": lambda optimizer: schedules.CosineAnnealingLR(optimizer, 8, 0.01),
+    "CosineAnnealingWarmRestarts": lambda optimizer: schedules.CosineAnnealingWarmRestarts(
+        optimizer, 3, eta_min=0.01
+    ),
+    "CyclicLR": lambda optimizer: schedules.CyclicLR(optimizer, 0.1, 0.5, 3, cycle_momentum=False),
+    "ExponentialLR": lambda optimizer: schedules.ExponentialLR(optimizer, 0.9),
+    "LambdaLR": lambda optimizer: schedules.LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+    "LinearLR": lambda optimizer: schedules.LinearLR(optimizer, 0.1, total_iters=7),
+    "MultiplicativeLR": lambda optimizer: schedules.MultiplicativeLR(optimizer, lambda step: 0.9),
+    "MultiStepLR": lambda optimizer: schedules.MultiStepLR(optimizer, [2, 5]),
+    "OneCycleLR": lambda optimizer: schedules.OneCycleLR(
+        optimizer, 0.5, total_steps=10, cycle_momentum=False
+    ),
+    "PolynomialLR": lambda optimizer: schedules.PolynomialLR(optimizer, 9),
+    "ReduceLROnPlateau": lambda optimizer: schedules.ReduceLROnPlateau(
+        optimizer, factor=0.5, patience=0, min_lr=0.01
+    ),
+    "SequentialLR": sequential,
+    "StepLR": lambda optimizer: schedules.StepLR(optimizer, 2),
+    "SWALR": lambda optimizer: SWALR(optimizer, 0.05, anneal_epochs=6),
+}
+
+
+@pytest.mark.parametrize("rate_type", [float, torch.tensor])
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_schedule_goes_on_with_scaled_rates(kind, rate_type):
+    """What is left of it is what it would have been, times the factor; with two param groups."""
+
+    def rates_of(factor):
+        weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+        groups = [{"params": [weight]} for weight in weights]
+        optimizer = torch.optim.Adam(groups, lr=rate_type(0.4))
+        schedule = SCHEDULES[kind](optimizer)
+        state = pycomm.elastic.State(optimizer=optimizer, schedule=schedule)
+        rescaling.check("scale_learning_rate", state.things())
+        rates = []
+        for step in range(9):
+            if step == 4:
+                state.put(values.take(state.things(), {}))
+                rescale("scale_learning_rate", state, state.things(), 4, int(4 * factor))
+                rates += schedule.get_last_lr()
+            optimizer.step()
+            schedule.step(*([1.0] if kind == "ReduceLROnPlateau" else []))
+            if step >= 4:
+                rates += [float(group["lr"]) for group in optimizer.param_groups]
+        return [float(rate) for rate in rates]
+
+    wanted = [rate * 0.75 for rate in rates_of(1)]
+    assert rates_of(0.75) == pytest.approx(wanted)
+    assert len(set(wanted)) > 1 or kind == "ReduceLROnPlateau"  # at its lowest rate
+
+
+def test_a_schedule_that_is_not_known_is_refused_at_the_beginning():
+    class Own(schedules.StepLR):
+        pass
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
+    inner = schedules.ChainedScheduler([Own(optimizer, 2)])
+    state = pycomm.elastic.State(optimizer=optimizer, schedule=inner)
+    with pytest.raises(InvalidArgumentError, match=r"where 'schedule' keeps .* a .*Own"):
+        pycomm.elastic.run(print, state, rescale="scale_learning_rate")
+    assert not pycomm.is_initialized()
+    rescaling.check("none", state.things())
+
+
+def test_the_batch_comes_back_with_the_ranks():
+    sampler = pycomm.elastic.Sampler(100, 10)
+    state = pycomm.elastic.State(sampler=sampler)
+    batches = []
+    for before, now in ((4, 3), (3, 2), (2, 4), (4, 1), (1, 4)):
+        state.put(values.take(state.things(), {}))
+        rescale("none", state, state.things(), before, now)
+        batches.append(sampler.batch)
+    assert batches == [8, 5, 10, 2, 10]
+    sampler.batch = 20  # the program's own change counts
+    rescale("none", state, state.things(), 4, 2)
+    assert sampler.batch == 10
+
+
 def test_a_rule_of_ones_own():
     state = pycomm.elastic.State(rate=1.0)
 
@@ -304,6 +435,53 @@ def test_a_rule_of_ones_own():
     assert state.rate == 1.0
     rescale(halve, state, state.things(), 4, 2)
     assert state.rate == 0.5
+
+
+@pytest.mark.parametrize("is_recruit", [True, False])
+@pytest.mark.parametrize("folder", ["checkpoint", None])
+@pytest.mark.parametrize("error", [membership.TooFewError("1 left"), CommTimeoutError("late")])
+def test_ranks_are_lost_while_others_join(monkeypatch, place, is_recruit, folder, error):
+    def fail(members, min_ranks):
+        raise error
+
+    def leave(reason, its_folder):
+        raise SystemExit(f"{reason} {its_folder}")
+
+    place(0, 2)
+    members = membership.Members(None, [])
+    monkeypatch.setattr(running, "enlist", lambda: members)
+    monkeypatch.setattr(running, "leave", leave)
+    monkeypatch.setattr(membership, "all_agree", bool)
+    monkeypatch.setattr(membership, "form", fail)
+    monkeypatch.setattr(running.Recruits, "merged", lambda *_: members)
+    state = pycomm.elastic.State(folder=folder)
+    run = running._Run(print, state, "none", 1, 0, running.Preemption())
+    change = run.go if is_recruit else run._grow
+    ended = (SystemExit, CommTimeoutError if "late" in str(error) else PeerLostError)
+    with pytest.raises(ended[folder is None], match=str(error)):
+        change()
+
+
+@pytest.mark.parametrize(("holds", "expected"), [(True, "own"), (False, "rank 0's")])
+def test_who_holds_a_copy_goes_back_to_its_own(monkeypatch, place, holds, expected):
+    """In it are buffers that each rank has of its own; who has just come is given another's."""
+    mark = Mark(3, "world")
+    state = pycomm.elastic.State(buffers="")
+    run = running._Run(print, state, "none", 1, 0, running.Preemption())
+    if holds:
+        run._copies.take(Copy(mark, 3, {"buffers": "own"}))
+        run._copies.confirm()
+    marks = [[mark], [mark] if holds else [], []]
+    place(1, 3)
+    monkeypatch.setattr(
+        running, "all_gather_object", lambda mine: [(held, *mine[1:]) for held in marks]
+    )
+    monkeypatch.setattr(
+        running, "_given", lambda held, root: Copy(mark, 3, {"buffers": f"rank {root}'s"})
+    )
+    run._restore()
+    assert state.buffers == expected
+    assert run._number == 3
 
 
 def test_what_is_put_back_is_what_was_taken():
@@ -343,6 +521,19 @@ def test_tied_tensors_stay_tied_and_untied_ones_apart():
     assert (apart["a"].sum(), apart["b"].sum()) == (0, 3)
 
 
+def test_things_do_not_get_each_others_tensors():
+    """What state_dict() makes may die, and the next one's tensors be made in its place."""
+    net, teacher = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+    state = pycomm.elastic.State(model=net, ema=teacher)
+    for _ in range(20):
+        taken = values.take(state.things(), {})
+        assert equal(taken["model"], net.state_dict())
+        assert equal(taken["ema"], teacher.state_dict())
+    wanted = teacher.weight.detach().clone()
+    state.put(taken)
+    assert torch.equal(teacher.weight, wanted)
+
+
 def equal(a, b):
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b) and a.dtype == b.dtype
@@ -351,6 +542,21 @@ def equal(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b
+
+
+def test_a_state_that_cannot_be_written_is_an_error_before_train(tmp_path):
+    trained = []
+    try:
+        for folder, thing in ((tmp_path / "file" / "x", 1), (tmp_path / "x", object())):
+            (tmp_path / "file").touch()
+            state = pycomm.elastic.State(folder=folder, thing=thing)
+            with pytest.raises(InvalidArgumentError, match=r"checkpoint\.save"):
+                pycomm.elastic.run(trained.append, state)
+        pycomm.elastic.run(trained.append, pycomm.elastic.State(folder=tmp_path / "x", epoch=1))
+    finally:
+        pycomm.shutdown()
+    assert len(trained) == 1
+    assert pycomm.checkpoint.read(tmp_path / "x")["elastic"] == {"commit": 0, "ranks": 1}
 
 
 def test_what_cannot_be_in_a_state():
@@ -364,8 +570,9 @@ def test_what_cannot_be_in_a_state():
         _ = state.epohc
     with pytest.raises(pycomm.CommError, match=r"outside of pycomm\.elastic\.run"):
         state.commit()
-    with pytest.raises(InvalidArgumentError, match="named 'commit'"):
-        pycomm.elastic.State(commit=3)
+    for name in ("commit", "folder.x", checkpoint_record.NAME):
+        with pytest.raises(InvalidArgumentError, match=f"named '{name}'"):
+            pycomm.elastic.State(**{name: 3})
     pycomm.init()
     try:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -383,10 +590,20 @@ def test_what_cannot_be_in_a_state():
 @pytest.mark.parametrize(
     ("original", "command"),
     [
+        (
+            "python --check-hash-based-pycs never a.py",
+            "--check-hash-based-pycs never -m pycomm_launch.recruit a.py",
+        ),
         ("python train.py -c 3", "-m pycomm_launch.recruit train.py -c 3"),
         ("python -u -X dev -m train x", "-u -X dev -m pycomm_launch.recruit -m train x"),
         ("python -c pass x", "-m pycomm_launch.recruit -c pass x"),
         ("python -u -m pycomm_launch.recruit a.py", "-u -m pycomm_launch.recruit a.py"),
+        ("python -um train -m x", "-u -m pycomm_launch.recruit -m train -m x"),
+        ("python -mtrain", "-m pycomm_launch.recruit -m train"),
+        ("python -Ocpass -u", "-O -m pycomm_launch.recruit -c pass -u"),
+        ("python -Xdev -uWerror a.py -m", "-Xdev -uWerror -m pycomm_launch.recruit a.py -m"),
+        ("python -uX dev a.py", "-uX dev -m pycomm_launch.recruit a.py"),
+        ("python -B -- a.py", "-B -m pycomm_launch.recruit a.py"),
     ],
 )
 def test_the_command_of_a_recruit(original, command):

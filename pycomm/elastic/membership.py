@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pycomm import runtime, ulfm
+from pycomm.connection import host_key
 from pycomm.errors import CommError
+from pycomm.rendezvous import through_comm
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -21,6 +23,18 @@ _SHRINK_S = 60.0
 
 class TooFewError(Exception):
     """The ranks that are left must not go on."""
+
+
+class CutOffError(TooFewError):
+    """Others may be alive, cannot be reached, and go on."""
+
+
+class Members(NamedTuple):
+    """Those that are to join."""
+
+    comm: MPI.Intracomm
+    hosts: list[list[int]]
+    """The ranks of ``comm`` on each host."""
 
 
 def can_go_on() -> bool:
@@ -42,30 +56,47 @@ def leave_the_lost(min_ranks: int) -> None:
     """From here on those that are alive are the ranks, in their order. All of them call it.
 
     Raises:
-        TooFewError: they are fewer than ``min_ranks``; or there may be others that are alive, on
-            hosts that cannot be reached, and are more.
+        TooFewError: they are fewer than ``min_ranks``.
+        CutOffError: there may be others that are alive, on hosts that cannot be reached, and more.
         PeerLostError: an exception on a rank has ended the job.
         CommTimeoutError: a rank that is alive did not come.
     """
-    hosts, comm = runtime.hosts(), _comm()
-    survivors = ulfm.shrink(comm, timeout_s=_SHRINK_S)
+    members = Members(_comm(), runtime.hosts())
+    survivors = ulfm.shrink(members.comm, timeout_s=_SHRINK_S)
     _check_job_goes_on()
-    _check_enough(comm, survivors, hosts, min_ranks)
-    form(survivors, min_ranks)
+    form(_enough(members, survivors, min_ranks), min_ranks)
 
 
-def form(comm: MPI.Intracomm, min_ranks: int) -> None:
-    """The ranks of ``comm`` join, without those that are lost meanwhile. All of them call it."""
+def members_of(comm: MPI.Intracomm, timeout_s: float) -> Members:
+    """All processes of ``comm``, and where they are. Collective.
+
+    Raises:
+        CommError: some are lost, or did not come.
+    """
+    keys = through_comm(comm, timeout_s=timeout_s).all_gather_bytes(host_key(os.environ).encode())
+    by_key: dict[bytes, list[int]] = {}
+    for rank, key in enumerate(keys):
+        by_key.setdefault(key, []).append(rank)
+    return Members(comm, list(by_key.values()))
+
+
+def form(members: Members, min_ranks: int) -> None:
+    """They join, without those that are lost meanwhile. All of them call it.
+
+    Raises:
+        TooFewError, CutOffError, CommTimeoutError: as ``leave_the_lost``.
+        CommError: they cannot join, though nobody is lost.
+    """
     # With the same deadline as before; recruits read theirs as the others did.
     timeout_s = runtime.default_timeout_s() if runtime.is_initialized() else None
     attempts_in_vain = 0
-    while (problem := _join(comm, timeout_s)) is not None:
-        survivors = ulfm.shrink(comm, timeout_s=_SHRINK_S)
-        _check_enough(comm, survivors, [[]], min_ranks)
-        attempts_in_vain += survivors.Get_size() == comm.Get_size()  # nobody is to blame
+    while (problem := _join(members.comm, timeout_s)) is not None:
+        survivors = ulfm.shrink(members.comm, timeout_s=_SHRINK_S)
+        left = _enough(members, survivors, min_ranks)
+        attempts_in_vain += survivors.Get_size() == members.comm.Get_size()  # nobody is to blame
         if attempts_in_vain > 2:
             raise CommError(f"elastic.run: the ranks that are left cannot meet: {problem}")
-        comm = survivors
+        members = left
 
 
 def _join(comm: MPI.Intracomm, timeout_s: float | None) -> str | None:
@@ -102,16 +133,23 @@ def _check_job_goes_on() -> None:
     runtime.check_present([], "elastic.run")
 
 
-def _check_enough(
-    before: MPI.Intracomm, now: MPI.Intracomm, hosts: list[list[int]], min_ranks: int
-) -> None:
+def _enough(before: Members, survivors: MPI.Intracomm, min_ranks: int) -> Members:
+    """Those of ``before`` that are left, if they may go on.
+
+    Raises:
+        TooFewError, CutOffError: they may not.
+    """
     from mpi4py import MPI
 
-    were, left = before.Get_group(), now.Get_group()
-    has_first = MPI.Group.Translate_ranks(were, [0], left) != [MPI.UNDEFINED]
-    problem = too_few(left.Get_size(), were.Get_size(), len(hosts), has_first, min_ranks)
+    were, left = before.comm.Get_group(), survivors.Get_group()
+    ranks_now = MPI.Group.Translate_ranks(were, None, left)
+    has_first = ranks_now[0] != MPI.UNDEFINED
+    problem = too_few(left.Get_size(), were.Get_size(), len(before.hosts), has_first, min_ranks)
     if problem:
-        raise TooFewError(problem)
+        raise (TooFewError if left.Get_size() < min_ranks else CutOffError)(problem)
+    here = [[ranks_now[rank] for rank in ranks] for ranks in before.hosts]
+    hosts = [[rank for rank in ranks if rank != MPI.UNDEFINED] for ranks in here]
+    return Members(survivors, [ranks for ranks in hosts if ranks])
 
 
 def too_few(left: int, were: int, hosts: int, has_first: bool, min_ranks: int) -> str:

@@ -7,25 +7,28 @@ import gc
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from pycomm import _core, failure, runtime
+from pycomm import _core, failure, runtime, ulfm
 from pycomm.collectives import all_reduce_, barrier
 from pycomm.elastic import membership, rescaling, values
 from pycomm.elastic.copies import Copies, Copy, Mark, latest_in_common
 from pycomm.elastic.leaving import START_AGAIN, leave
+from pycomm.elastic.membership import Members
 from pycomm.elastic.preemption import Preemption
 from pycomm.elastic.recruits import Recruits, check_threads, enlist
 from pycomm.elastic.rescaling import Rule
 from pycomm.elastic.state import RECORD, State
-from pycomm.errors import CommError, CommTimeoutError, InvalidArgumentError
+from pycomm.errors import CommError, CommTimeoutError, InvalidArgumentError, PeerLostError
 from pycomm.objects import all_gather_object, broadcast_object
 from pycomm.structures import broadcast_structure
 
+_NOTHING = -1  # is on disk
+_LOST_IN_GROWTH = "ranks were lost while others joined"
 _NOTICE_S = 2.0  # for MPI to notice that a process of another host is gone
 
 
@@ -52,18 +55,22 @@ def run(
         rescale: what changes in the training when the number of ranks does, also when a job resumes
             on another number of ranks than it had.
         min_ranks: with fewer the job is not worth going on.
-        respawns: how many processes may be started in place of lost ones, in all. They run this
-            program from its beginning and join at a commit, where ``train`` is called again.
+        respawns: how many processes may be started in place of lost ones, in all, whatever becomes
+            of them. They run this program from its beginning and join at a commit, where ``train``
+            is called again.
 
     Raises:
-        InvalidArgumentError: an argument makes no sense, or the checkpoint does not fit.
+        InvalidArgumentError: an argument makes no sense, the state has a schedule that ``rescale``
+            does not know, the checkpoint does not fit, or none can be written.
         SystemExit: with ``START_AGAIN``, after SIGUSR1 (see docs/elastic.md).
+        PeerLostError, CommTimeoutError: ranks were lost, and those that are left cannot go on.
         ...: what ``train`` raises.
 
-    A job that cannot go on (no ``mpirun --with-ft ulfm``, too few ranks) ends with ``START_AGAIN``
-    if it has a folder to resume from, else with the error.
+    A job that cannot go on (no ``mpirun --with-ft ulfm``, fewer than ``min_ranks``) ends with
+    ``START_AGAIN`` if it has a folder to resume from, else with the error. Ranks that leave the job
+    to others, which may be alive where they cannot be reached, end with ``START_AGAIN``.
     """
-    rescaling.check(rescale)
+    rescaling.check(rescale, state.things())
     for name, value, least in (("min_ranks", min_ranks, 1), ("respawns", respawns, 0)):
         if not isinstance(value, int) or value < least:
             raise InvalidArgumentError(f"elastic.run: {name} is {value!r}. Pass at least {least}.")
@@ -102,7 +109,7 @@ class _Run:
         self._recruits = Recruits()
         self._number = 0  # of the last commit
         # The same on all ranks, recruits too, after _restore().
-        self._on_disk = -1  # the last commit that was written
+        self._on_disk = _NOTHING  # the last commit that was written
         self._wanted = 0  # ranks
         self._respawned = 0
         self._has_changed = False  # since train was called last
@@ -110,7 +117,8 @@ class _Run:
     def go(self) -> None:
         recruited = enlist()
         if recruited is not None:
-            membership.form(recruited, self._min_ranks)
+            with self._leaving(_LOST_IN_GROWTH):
+                membership.form(recruited, self._min_ranks)
         else:
             runtime.init()
             self._wanted = runtime.size()
@@ -160,8 +168,9 @@ class _Run:
             self._save()
         if recruits_failed:
             if runtime.rank() == 0:
-                _say(f"no process could be started in a lost one's place: {self._recruits.problem}")
-            self._recruits.dismiss(wait=False)
+                problem = self._recruits.problem or "another rank could not start processes"
+                _say(f"nobody takes a lost rank's place: {problem}")
+            self._recruits.give_up()
         elif not recruits_missing:
             raise _WorldGrowsError
         missing = min(self._wanted - runtime.size(), self._respawns - self._respawned)
@@ -200,14 +209,20 @@ class _Run:
         mine = (self._copies.marks(), self._wanted, self._respawned, self._on_disk)
         everyones_marks, wanted, respawned, on_disk = zip(*all_gather_object(mine), strict=True)
         self._wanted, self._respawned = max(wanted), max(respawned)
-        self._on_disk = min(on_disk)  # who was lost in a save left some ranks unsure
+        # Who was lost in a save left some ranks unsure. Who has just come does not know.
+        known = [of for of, marks in zip(on_disk, everyones_marks, strict=True) if marks]
+        self._on_disk = min(known, default=_NOTHING)
         mark = latest_in_common(everyones_marks)
         if mark is None:
             copy = self._beginning()
         else:
             holders = [rank for rank, marks in enumerate(everyones_marks) if mark in marks]
             held = self._copies.held(mark)
-            copy = held if len(holders) == size else _given(held, holders[0])  # type: ignore[assignment]
+            if len(holders) < size:
+                given = _given(held, holders[0])
+                held = held or given
+            assert held is not None
+            copy = held
         self._copies.settle(copy)
         self._number = copy.mark.number
         self._state.put(copy.values)
@@ -215,6 +230,8 @@ class _Run:
             _say(f"{size} go on from commit {self._number}.")
         self._has_changed = False
         rescaling.rescale(self._rescale, self._state, self._state.things(), copy.ranks, size)
+        if self._state.folder is not None and self._on_disk == _NOTHING:
+            self._save()  # what cannot be saved shows now, not hours later
 
     def _beginning(self) -> Copy:
         """What is on disk, else what rank 0 has made."""
@@ -277,32 +294,52 @@ class _Run:
         lost, size = runtime.lost_ranks(), runtime.size()
         failure.note_loss()
         runtime.withdraw()  # who waits for this rank in a group without the lost one
-        self._respawned -= self._recruits.count
+        self._respawned -= self._recruits.unstarted
         self._recruits.dismiss(wait=False)
-        try:
+        with self._leaving(f"{_ranks(lost)} lost"):
             if not agreed:
                 membership.all_agree(False)
             membership.leave_the_lost(self._min_ranks)
-        except (membership.TooFewError, CommTimeoutError) as error:
-            if self._state.folder is None and isinstance(error, CommTimeoutError):
-                raise
-            leave(f"{_ranks(lost)} lost: {error}", self._state.folder)
         seconds = time.monotonic() - began
         self._say_change(f"{_ranks(lost)} lost of {size}; {runtime.size()} left, {seconds:.2f} s.")
 
     def _grow(self) -> None:
         """Take the recruits in."""
-        if not membership.all_agree(True):
-            self._recover(agreed=True)
-            return
         count, size = self._recruits.count, runtime.size()
-        merged = self._recruits.merged(runtime.rank())
-        if not membership.all_agree(merged is not None):
+        with self._leaving(_LOST_IN_GROWTH):
+            merged = self._merged()
+            if merged is not None:
+                membership.form(merged, self._min_ranks)
+        if merged is None:
             self._recover(agreed=True)
-            return
-        assert merged is not None
-        membership.form(merged, self._min_ranks)
-        self._say_change(f"{count} more for {size} ranks.")
+        else:
+            self._say_change(f"{count} more for {size} ranks.")
+
+    def _merged(self) -> Members | None:
+        """The ranks and the recruits; None on all ranks if that fails on one."""
+        if not membership.all_agree(True):
+            return None
+        merged = self._recruits.merged(runtime.rank())
+        if membership.all_agree(merged is not None):
+            return merged
+        if merged is not None:
+            ulfm.revoke(merged.comm)  # for recruits that take themselves for taken in
+        return None
+
+    @contextlib.contextmanager
+    def _leaving(self, what_happened: str) -> Iterator[None]:
+        """Where the ranks cannot go on, end the job: to be started again if it can resume."""
+        try:
+            yield
+        except (membership.TooFewError, CommTimeoutError) as error:
+            if self._state.folder is not None or isinstance(error, membership.CutOffError):
+                leave(f"{what_happened}: {error}", self._state.folder)
+            if isinstance(error, CommTimeoutError):
+                raise
+            raise PeerLostError(
+                f"elastic.run: {what_happened}: {error}\n"
+                "  The state has no folder to resume from; pass State(folder=...)."
+            ) from None
 
     def _say_change(self, text: str) -> None:
         self._has_changed = True

@@ -43,6 +43,8 @@ class Sampler(TorchSampler[list[int]]):
         self.epoch = 0
         self.done = 0
         """Samples of this epoch that steps have taken."""
+        # The batch and the ranks it was for, before it was rescaled; 0: it never was.
+        self._first_batch, self._first_ranks = 0, 0
         for name, value in (("samples", self.samples), ("batch", batch)):
             if not isinstance(value, int) or value < 1:
                 raise InvalidArgumentError(f"Sampler: {name} is {value!r}. Pass at least 1.")
@@ -88,6 +90,18 @@ class Sampler(TorchSampler[list[int]]):
         self.epoch, self.done = self.epoch + 1, 0
         return True
 
+    def rescale(self, before: int, now: int) -> None:
+        """Let each of ``now`` ranks take as much as each of ``before`` did.
+
+        Rounded from the batch that there was at first, so that it comes back when the ranks do.
+        """
+        if not self._first_ranks or self.batch != self._batch_of(before):  # or set since
+            self._first_batch, self._first_ranks = self.batch, before
+        self.batch = self._batch_of(now)
+
+    def _batch_of(self, ranks: int) -> int:
+        return max(1, round(self._first_batch * ranks / self._first_ranks))
+
     def state_dict(self) -> dict[str, Any]:
         """How far it is; the same on all ranks."""
         return {
@@ -96,6 +110,8 @@ class Sampler(TorchSampler[list[int]]):
             "seed": self.seed,
             "epoch": self.epoch,
             "done": self.done,
+            "first_batch": self._first_batch,
+            "first_ranks": self._first_ranks,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -111,6 +127,7 @@ class Sampler(TorchSampler[list[int]]):
             )
         self.batch, self.seed = state["batch"], state["seed"]
         self.epoch, self.done = state["epoch"], state["done"]
+        self._first_batch, self._first_ranks = state["first_batch"], state["first_ranks"]
 
     def _order(self) -> list[int]:
         if not self.shuffle:

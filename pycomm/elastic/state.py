@@ -19,6 +19,8 @@ from pycomm.shares import named_shares
 
 RECORD = "elastic"
 """The name in a checkpoint of what ``run`` itself keeps there."""
+OF_CHECKPOINTS = "pycomm"
+"""``pycomm.checkpoint.record.NAME``, which takes half a second to import."""
 
 
 class State:
@@ -31,8 +33,8 @@ class State:
         folder: where checkpoints go (``pycomm.checkpoint``), and where a job that is started again
             resumes from. On a file system that all ranks see. None: a lost rank costs nothing, a
             lost job everything.
-        disk_every: how many commits between two checkpoints. Besides, one is written when the job
-            is preempted and when it ends.
+        disk_every: how many commits between two checkpoints. Besides, one is written before
+            ``train`` is called first, if there is none, when the job is preempted and when it ends.
         things: the same names on every rank. Models, bare optimizers, schedulers, samplers and
             anything else with ``state_dict`` and ``load_state_dict``, of which the same object
             stays; or values (numbers, tensors, lists, dicts), which are set anew. All are the same
@@ -104,11 +106,11 @@ class State:
         raise AttributeError(f"State has no {name!r}")
 
 
-_RESERVED = {RECORD, "folder", "disk_every", "commit", "things", "put", "attach"}
+_RESERVED = {RECORD, OF_CHECKPOINTS, "folder", "disk_every", "commit", "things", "put", "attach"}
 
 
 def _check(name: str, thing: object) -> None:
-    if name in _RESERVED or name.startswith("_"):
+    if name in _RESERVED or name.startswith("_") or "." in name:  # of a checkpoint's names
         raise InvalidArgumentError(f"State: nothing in it can be named {name!r}. Rename it.")
     if isinstance(thing, DistributedOptimizer):
         raise InvalidArgumentError(

@@ -68,14 +68,15 @@ class _Copier:
     """Copies tensors to the host's memory, one that is there twice once."""
 
     def __init__(self) -> None:
-        self._made: dict[int, Tensor] = {}
+        # Tensors and their copies by the tensors' ids, which stay theirs while they are alive.
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}
         self._written: set[int] = set()  # spare ones
 
     def copied(self, value: Any, spare: Any = None) -> Any:
         if isinstance(value, Tensor):
             if id(value) not in self._made:
-                self._made[id(value)] = self._copied_tensor(value.detach(), spare)
-            return self._made[id(value)]
+                self._made[id(value)] = value, self._copied_tensor(value.detach(), spare)
+            return self._made[id(value)][1]
         if type(value) in (dict, OrderedDict):
             of_key = spare if isinstance(spare, dict) else {}
             made = type(value)((k, self.copied(v, of_key.get(k))) for k, v in value.items())
