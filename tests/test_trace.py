@@ -267,7 +267,7 @@ def test_a_mismatch_shows_both_places(job, tmp_path, capsys):
     [
         (["abc45678-9", "def"], "x", "name begins with 'x'; there are: abc45678, def."),
         ([], "x", "name begins with 'x'; no job of this user runs here."),
-        (["abc45678-9", "abd", "def"], "ab", "several jobs run on this host: abc45678, abd.\n"),
+        (["abc45678-9", "abx", "def"], "ab", "several jobs run on this host: abc45678, abx.\n"),
         (["abc45678-9", "def"], None, "several jobs run on this host: abc45678, def.\n"),
     ],
 )
