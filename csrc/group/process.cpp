@@ -82,13 +82,14 @@ std::shared_ptr<Process> Process::connect(int rank, int size, const std::string&
   const auto& locals = placement.hosts[static_cast<std::size_t>(placement.host_of[me])];
   std::vector<std::string> addresses;
   for (const int peer : locals) addresses.push_back(all[static_cast<std::size_t>(peer)].address);
-  const auto descriptors = handover.exchange(
+  auto descriptors = handover.exchange(
       placement.local_rank_of[me], addresses, locals, all.front().token, arena->descriptor(),
       std::chrono::nanoseconds(static_cast<std::int64_t>(std::min(options.timeout_s, 9e9) * 1e9)));
   std::vector<std::shared_ptr<Arena>> local_arenas;
   for (std::size_t i = 0; i < locals.size(); ++i) {
     const std::size_t bytes = all[static_cast<std::size_t>(locals[i])].arena_bytes;
-    local_arenas.push_back(descriptors[i] < 0 ? arena : Arena::map(descriptors[i], bytes));
+    local_arenas.push_back(descriptors[i].get() < 0 ? arena
+                                                    : Arena::map(descriptors[i].release(), bytes));
   }
   auto names = names_of(placement, keys);
   if (channel != nullptr) {

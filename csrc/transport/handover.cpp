@@ -24,25 +24,6 @@ using Clock = std::chrono::steady_clock;
 
 constexpr const char* kRemedy = "Unix sockets must work between the ranks of a host.";
 
-/// Owns a descriptor, or none (-1).
-class Descriptor {
- public:
-  explicit Descriptor(int descriptor) : descriptor_(descriptor) {}
-  Descriptor(Descriptor&& other) noexcept : descriptor_(other.release()) {}
-  Descriptor& operator=(Descriptor&& other) noexcept {
-    std::swap(descriptor_, other.descriptor_);
-    return *this;
-  }
-  ~Descriptor() {
-    if (descriptor_ >= 0) close(descriptor_);
-  }
-  int get() const { return descriptor_; }
-  int release() { return std::exchange(descriptor_, -1); }
-
- private:
-  int descriptor_;
-};
-
 /// The abstract namespace: the first byte of the path is 0, the length ends the name.
 std::pair<sockaddr_un, socklen_t> socket_address(const std::string& name) {
   if (!Handover::is_address(name)) throw CommError("init: '" + name + "' is no address of a rank.");
@@ -242,9 +223,11 @@ void Handover::serve(const std::array<char, kTokenLength>& token, int descriptor
   }
 }
 
-std::vector<int> Handover::exchange(int local_rank, const std::vector<std::string>& addresses,
-                                    const std::vector<int>& world_ranks, const std::string& token,
-                                    int descriptor, std::chrono::nanoseconds timeout) {
+std::vector<Descriptor> Handover::exchange(int local_rank,
+                                           const std::vector<std::string>& addresses,
+                                           const std::vector<int>& world_ranks,
+                                           const std::string& token, int descriptor,
+                                           std::chrono::nanoseconds timeout) {
   const auto deadline = Clock::now() + timeout;
   const auto whom = [&](std::size_t peer) { return "rank " + std::to_string(world_ranks[peer]); };
   Hello hello{};
@@ -280,10 +263,7 @@ std::vector<int> Handover::exchange(int local_rank, const std::vector<std::strin
     await_readable(calls[peer].get(), deadline, whom(peer));
     received.push_back(receive_descriptor(calls[peer].get(), whom(peer)));
   }
-  std::vector<int> descriptors;
-  for (Descriptor& descriptor_of_peer : received)
-    descriptors.push_back(descriptor_of_peer.release());
-  return descriptors;
+  return received;
 }
 
 }  // namespace pycomm

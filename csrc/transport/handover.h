@@ -7,6 +7,8 @@
 #include <string_view>
 #include <vector>
 
+#include "transport/descriptor.h"
+
 namespace pycomm {
 
 /// Passes descriptors of shared memory between the ranks of one host, over Unix sockets in the
@@ -35,12 +37,12 @@ class Handover {
   /// @param addresses   of all ranks of the host, this one's among them at `local_rank`.
   /// @param world_ranks their ranks in the world, for errors.
   /// @param token       known to the ranks of this job alone.
-  /// @return  one descriptor for each rank, owned by the caller; -1 at `local_rank`.
+  /// @return  one descriptor for each rank; none at `local_rank`.
   /// @throws PeerLostError  a rank did not come within `timeout`, or has hung up.
   /// @throws CommError  a rank runs as another user.
-  std::vector<int> exchange(int local_rank, const std::vector<std::string>& addresses,
-                            const std::vector<int>& world_ranks, const std::string& token,
-                            int descriptor, std::chrono::nanoseconds timeout);
+  std::vector<Descriptor> exchange(int local_rank, const std::vector<std::string>& addresses,
+                                   const std::vector<int>& world_ranks, const std::string& token,
+                                   int descriptor, std::chrono::nanoseconds timeout);
 
  private:
   /// Give `descriptor` to as many callers who know the token.

@@ -15,6 +15,7 @@
 
 #include "core/error.h"
 #include "core/system_error.h"
+#include "transport/descriptor.h"
 
 namespace pycomm {
 namespace {
@@ -22,20 +23,11 @@ namespace {
 /// Ends with the version of what follows.
 constexpr std::string_view kBeginning = "pycomm trace 2\n";
 
-class Descriptor {
- public:
-  Descriptor(const std::string& path, int flags)
-      : descriptor_(open(path.c_str(), flags | O_CLOEXEC, S_IRUSR | S_IWUSR)) {
-    if (descriptor_ < 0) throw_system_error("open " + path, "");
-  }
-  ~Descriptor() { close(descriptor_); }
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  int get() const { return descriptor_; }
-
- private:
-  int descriptor_;
-};
+Descriptor opened(const std::string& path, int flags) {
+  Descriptor file(open(path.c_str(), flags | O_CLOEXEC, S_IRUSR | S_IWUSR));
+  if (file.get() < 0) throw_system_error("open " + path, "");
+  return file;
+}
 
 template <typename T>
 void append(std::string& bytes, const T& value) {
@@ -98,7 +90,7 @@ RankTrace read_page(const ProcessPage& page) {
 }
 
 RankTrace read_page_at(const std::string& path) {
-  const Descriptor file(path, O_RDONLY);
+  const Descriptor file = opened(path, O_RDONLY);
   struct stat status{};
   const bool long_enough =
       fstat(file.get(), &status) == 0 && status.st_size >= static_cast<off_t>(sizeof(ProcessPage));
@@ -134,7 +126,7 @@ void write_trace(const std::string& path, const Trace& trace) {
   }
   const std::string temporary = path + "." + std::to_string(getpid()) + ".new";
   try {
-    const Descriptor file(temporary, O_WRONLY | O_CREAT | O_TRUNC);
+    const Descriptor file = opened(temporary, O_WRONLY | O_CREAT | O_TRUNC);
     for (std::size_t written = 0; written < bytes.size();) {
       const ssize_t part = write(file.get(), bytes.data() + written, bytes.size() - written);
       if (part < 0 && errno == EINTR) continue;

@@ -132,7 +132,7 @@ TEST(handover_maps_the_same_memory_in_another_process) {
   const int own = memfd_create("mine", MFD_CLOEXEC);
   const auto descriptors = mine.exchange(0, {mine.address(), address}, {0, 1}, token, own, 10s);
   const auto* bytes =
-      static_cast<char*>(mmap(nullptr, 4096, PROT_READ, MAP_SHARED, descriptors[1], 0));
+      static_cast<char*>(mmap(nullptr, 4096, PROT_READ, MAP_SHARED, descriptors[1].get(), 0));
   CHECK_EQUAL(std::string(bytes), std::string("written by the child"));
   int status = -1;
   waitpid(child, &status, 0);
@@ -200,17 +200,17 @@ TEST(handover_is_held_up_by_no_stranger_whatever_it_says) {
   const std::vector<std::string> addresses{first.address(), second.address()};
   const auto theirs = pycomm::Arena::create(1 << 20);
   const auto mine = pycomm::Arena::create(1 << 20);
-  std::vector<int> others;
+  std::vector<pycomm::Descriptor> others;
   std::thread other(
       [&] { others = second.exchange(1, addresses, {0, 1}, token, theirs->descriptor(), 10s); });
   const auto began = Clock::now();
   const auto descriptors = first.exchange(0, addresses, {0, 1}, token, mine->descriptor(), 10s);
   other.join();
   CHECK(Clock::now() - began < 5s);
-  CHECK(descriptors[1] >= 0 && others[0] >= 0);
+  CHECK(descriptors[1].get() >= 0 && others[0].get() >= 0);
   char byte = 0;
   CHECK_EQUAL(recv(wrong, &byte, 1, 0), ssize_t{0});  // it was hung up on, without a descriptor
-  for (const int descriptor : {silent, slow, wrong, descriptors[1], others[0]}) close(descriptor);
+  for (const int descriptor : {silent, slow, wrong}) close(descriptor);
 }
 
 TEST(handover_calls_nothing_that_is_no_rank) {
