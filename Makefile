@@ -121,7 +121,6 @@ test-cpp: $(built)
 	cmake --build build/dev --target cpp_tests
 	ctest --test-dir build/dev --parallel 2 --output-on-failure --no-tests=error
 
-# What it finds it says how to run again. 100000 take some ten minutes of a core.
 # Real jobs, broken on purpose: minutes to hours. One that was interrupted goes on where it was,
 # if the code is still the same.
 SEED ?= 1
@@ -133,6 +132,7 @@ ROUNDS ?= 3
 fault-table: $(built)
 	cd tests && python -m faults.table --rounds $(ROUNDS) $(ARGS)
 
+# What it finds it says how to run again. 100000 take some ten minutes of a core.
 simulate: $(built)
 	cmake --build build/dev --target simulate
 	build/dev/simulate --seeds $(SEED) $(or $(N),100000) $(ARGS)
