@@ -81,8 +81,8 @@ TORCH_BACKEND_LAYERS = [
 
 # Within pycomm/elastic, likewise.
 ELASTIC_LAYERS = [
-    {"copies", "leaving", "membership", "preemption", "recruits", "sampler", "values"},
-    {"state"},
+    {"copies", "leaving", "membership", "preemption", "sampler", "values"},
+    {"recruits", "state"},
     {"rescaling"},
     {"running"},
     {"__init__"},

@@ -6,10 +6,10 @@
 #include <filesystem>
 #include <future>
 #include <system_error>
-#include <thread>
 #include <utility>
 
 #include "core/clock.h"
+#include "core/thread.h"
 
 namespace pycomm {
 namespace {
@@ -47,7 +47,7 @@ void BlackBox::save(Trace trace) {
   const auto saved = std::make_shared<std::promise<void>>();
   const std::future<void> done = saved->get_future();
   try {
-    std::thread([shelf = shelf_, trace = std::move(trace), saved] {
+    Thread([shelf = shelf_, trace = std::move(trace), saved] {
       shelf->put(trace);
       saved->set_value();
     }).detach();
