@@ -560,8 +560,9 @@ TEST(word_of_a_dead_process_reaches_the_other_hosts) {
   }
   std::this_thread::sleep_for(std::chrono::milliseconds(200));
   std::thread([&] {
-    // Never destroyed, as in a process that is killed.
-    new pycomm::LifeKeeper(processes[2]->page().life);
+    // Never destroyed, as in a process that is killed; known, so that it is no leak.
+    static auto& kept = *new std::vector<pycomm::LifeKeeper*>();
+    kept.push_back(new pycomm::LifeKeeper(processes[2]->page().life));
   }).join();
   for (auto& thread : threads) thread.join();
   for (const std::size_t rank : {0u, 1u, 3u}) {
