@@ -375,7 +375,7 @@ void Program::fail(Outcome& outcome, int group, const Issued* issued) {
   failed_[at] = true;
   if (issued != nullptr && issued->output != nullptr) {
     outcome.untouched =
-        std::memcmp(issued->output->data(), issued->before.data(), issued->before.size()) == 0;
+        std::equal(issued->before.begin(), issued->before.end(), issued->output->data());
   }
 }
 
