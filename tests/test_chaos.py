@@ -208,6 +208,13 @@ class Rounds:
         monkeypatch.setattr(run, "what_is_missing", lambda: "")
         monkeypatch.setattr(run, "_round", self._round)
 
+    def interrupted(self, arguments: list[str], number: int) -> None:
+        """A run that ends in this round."""
+        self.interrupt_at = number
+        with pytest.raises(KeyboardInterrupt):
+            run.main(arguments)
+        self.interrupt_at = -1
+
     def _round(self, fault: Fault, folder: Path) -> Outcome:
         number = int(folder.name)
         if number == self.interrupt_at:
@@ -228,10 +235,7 @@ def test_an_interrupted_run_goes_on(
     rounds: Rounds, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--rounds", "5", "--folder", str(tmp_path)]
-    rounds.interrupt_at = 3
-    with pytest.raises(KeyboardInterrupt):
-        run.main(arguments)
-    rounds.interrupt_at = -1
+    rounds.interrupted(arguments, 3)
     assert run.main(arguments) == 0
     assert rounds.run == [0, 1, 2, 3, 4]
     assert "3 rounds were done before." in capsys.readouterr().out
@@ -255,10 +259,7 @@ def test_a_run_of_other_code_is_not_gone_on_with(
     rounds: Rounds, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--rounds", "2", "--folder", str(tmp_path)]
-    rounds.interrupt_at = 1
-    with pytest.raises(KeyboardInterrupt):
-        run.main(arguments)
-    rounds.interrupt_at = -1
+    rounds.interrupted(arguments, 1)
     rounds.code = {"commit": "b"}
     assert run.main(arguments) == 0
     assert rounds.run == [0, 0, 1]

@@ -108,8 +108,7 @@ void require_running_with_threads() {
     throw CommError("init: MPI runs at thread level " + thread_level_name(level) +
                     ", but with several hosts pycomm's progress thread calls it beside the main "
                     "thread, which needs MULTIPLE.\n  Set mpi4py.rc.thread_level = \"multiple\" "
-                    "before the first "
-                    "import of mpi4py.MPI.");
+                    "before the first import of mpi4py.MPI.");
   }
 }
 
