@@ -559,6 +559,23 @@ def test_a_state_that_cannot_be_written_is_an_error_before_train(tmp_path):
     assert pycomm.checkpoint.read(tmp_path / "x")["elastic"] == {"commit": 0, "ranks": 1}
 
 
+def test_a_training_that_changes_its_folder_keeps_its_checkpoint(tmp_path, monkeypatch):
+    """Later checkpoints went elsewhere, and the job that was started again resumed the first."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    state = pycomm.elastic.State(folder="x", disk_every=1, epoch=0)
+
+    def train(state):
+        monkeypatch.chdir("elsewhere")
+        state.commit()
+
+    try:
+        pycomm.elastic.run(train, state)
+    finally:
+        pycomm.shutdown()
+    assert pycomm.checkpoint.read(tmp_path / "x")["elastic"]["commit"] > 0
+
+
 def test_what_cannot_be_in_a_state():
     model = torch.nn.Linear(2, 2)
     state = pycomm.elastic.State(model=model, epoch=0)

@@ -31,8 +31,8 @@ class State:
 
     Args:
         folder: where checkpoints go (``pycomm.checkpoint``), and where a job that is started again
-            resumes from. On a file system that all ranks see. None: a lost rank costs nothing, a
-            lost job everything.
+            resumes from. On a file system that all ranks see; a relative one is below the working
+            directory of now. None: a lost rank costs nothing, a lost job everything.
         disk_every: how many commits between two checkpoints. Besides, one is written before
             ``train`` is called first, if there is none, when the job is preempted and when it ends.
         things: the same names on every rank. Models, bare optimizers, schedulers, samplers and
@@ -57,7 +57,7 @@ class State:
         for name, thing in things.items():
             _check(name, thing)
         self.__dict__.update(
-            folder=None if folder is None else Path(folder),
+            folder=None if folder is None else Path(folder).absolute(),
             disk_every=disk_every,
             _names=tuple(things),
             _commit=None,
