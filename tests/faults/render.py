@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -129,5 +130,4 @@ def _over(row: Row) -> str:
 
 
 def _short(text: str) -> str:
-    text = text.replace("|", "\\|")
-    return text if len(text) <= _LONGEST_TEXT else text[:_LONGEST_TEXT].rstrip() + " ..."
+    return textwrap.shorten(text.replace("|", "\\|"), _LONGEST_TEXT, placeholder=" ...")
