@@ -11,7 +11,7 @@ from pycomm.collectives import all_reduce_, barrier
 RANKS = 4
 WAIT_S = 0.1
 MOST_CPU_S = 0.005  # of each rank that waits so long; one that tests and sleeps 1 ms needs 0.004
-REPEATS = 5  # of which the least counts: a busy machine adds to all, by cold caches
+REPEATS = 30  # until one needs less: a busy machine adds to most, by cold caches
 
 
 def small(group):
@@ -34,18 +34,21 @@ def at_a_barrier(group):
 @pytest.mark.parametrize("call", [small, large, in_flight, at_a_barrier])
 def test_waiting_burns_no_core(call, hosts):
     """The ranks are threads, so the process's CPU time is that of all who wait for the last."""
+    most = (RANKS - 1) * MOST_CPU_S
+    spent = []  # as rank 0 sees it, who adds to it before it comes to the next barrier
 
     def body(group):
         call(group)
-        spent = []
         for _ in range(REPEATS):
             barrier(group=group)
+            if spent and min(spent) < most:
+                return
             before = time.process_time()
             if group.rank == RANKS - 1:
                 time.sleep(WAIT_S)
             call(group)
-            spent.append(time.process_time() - before)
-        return min(spent)
+            if group.rank == 0:
+                spent.append(time.process_time() - before)
 
-    waiting = RANKS - 1
-    assert run_ranks(RANKS, body, hosts=hosts)[0] < waiting * MOST_CPU_S
+    run_ranks(RANKS, body, hosts=hosts)
+    assert min(spent) < most

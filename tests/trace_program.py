@@ -23,7 +23,7 @@ def main(what: str) -> None:
     last = pycomm.size() - 1
     pycomm.all_reduce_(torch.ones(4))
     pycomm.broadcast_(torch.ones(2, 3), root=1)
-    print(f"ready {pycomm.rank()}", flush=True)
+    print(f"ready: process {os.getpid()}", flush=True)
     if pycomm.rank() != last:
         timeout_s = float(os.environ.get("CALL_TIMEOUT_S", "600"))
         if what == "message":
