@@ -11,10 +11,11 @@ from chaos import run, shared_memory
 from chaos.job import CHECKPOINT
 from chaos.kept import state_of_code
 from chaos.plan import ELASTIC_KINDS, ELASTIC_PHASE, KINDS, PHASES, RANKS, Fault, fault_of
-from chaos.reports import LEFT_MPI, Line, left_mpi
+from chaos.reports import LEFT_MPI, left_mpi
 from chaos.rounds import _only_the_launcher_waits
 from chaos.saved import _judge_next_save, judge_checkpoint
 from chaos.verdict import Outcome, judge
+from journal import Line
 from launchers import alone
 
 from pycomm import failure

@@ -7,14 +7,15 @@ import pytest
 from faults.every import FAULTS
 from faults.fault import RANKS
 from faults.render import BEGIN, END, table, write
-from faults.runner import Notes, Seen
+from faults.runner import Seen
 from faults.table import main
 from faults.verdict import Row
+from journal import Line
 
 NAME = "another_shape"
 
 
-def notes(rank: int, **changes: object) -> Notes:
+def notes(rank: int, **changes: object) -> list[Line]:
     """Of a rank that sees what it is to see, 0.25 s after the fault, but for the changes."""
     saw = {"type": "MismatchError", "text": f"call #2 differs: {rank}", "usable": False} | changes
     began = [{"fault": NAME, "event": "began", "t": 10.0}] if rank == RANKS - 1 else []
@@ -49,7 +50,7 @@ def test_what_is_as_it_is_to_be() -> None:
         (notes(1)[:2], "rank 1: starting over: did not happen"),
     ],
 )
-def test_what_is_not(of_rank_1: Notes, problem: str) -> None:
+def test_what_is_not(of_rank_1: list[Line], problem: str) -> None:
     ranks = [notes(rank) for rank in range(RANKS)]
     ranks[1] = of_rank_1
     assert any(found.startswith(problem) for found in row(Seen(ranks, "")).problems)

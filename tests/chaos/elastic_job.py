@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pycomm
 from chaos.job import warm_up
 from chaos.plan import Fault
-from chaos.victim import Journal, Victim
+from chaos.victim import Victim, open_journal
 
 SAMPLES, BATCH, EPOCHS = 400, 20, 14
 
@@ -32,7 +32,7 @@ def digest(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:
 
 def main(folder: Path, fault: Fault) -> None:
     rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
-    journal = Journal(folder, rank)
+    journal = open_journal(folder, rank)
     victim = Victim(fault, rank, journal)
     warm_up()
     torch.set_printoptions(precision=17)

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from journal import Journal
 from torch import nn
 
 import pycomm
 from chaos.plan import Fault
-from chaos.victim import ChaosError, Journal, Victim
+from chaos.victim import ChaosError, Victim, open_journal
 
 CHECKPOINT = "checkpoint"  # in the folder of the round; saves have numbers, from 0
 SAVED = torch.arange(500_000, dtype=torch.float32)
@@ -114,7 +115,7 @@ def warm_up() -> None:
 
 def main(folder: Path, fault: Fault) -> None:
     rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
-    journal = Journal(folder, rank)
+    journal = open_journal(folder, rank)
     victim = Victim(fault, rank, journal)
     warm_up()
     try:

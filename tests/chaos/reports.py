@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
-from typing import Any
+
+import journal
+from journal import Line
 
 from chaos.plan import RANKS, Fault
 
 HOST_FILE = "host-broke"  # holds when
 LEFT_MPI = "left MPI"  # the event of a rank whose wait in MPI_Finalize came to its bound
 
-Line = dict[str, Any]
-
 
 def read(folder: Path) -> dict[int, list[Line]]:
     """The lines of each rank; a rank that never wrote has none."""
-    found: dict[int, list[Line]] = {rank: _lines(folder, rank) for rank in range(RANKS)}
+    found: dict[int, list[Line]] = {rank: journal.read(folder, rank) for rank in range(RANKS)}
     # A rank that MPI_Init holds cannot write anything: it ends with words of the core, or, if the
     # others have ended so just before, of MPI.
     for match in re.finditer(r"init on rank (\d+): MPI did not start within.*", output(folder)):
@@ -65,17 +64,11 @@ def broke_at(folder: Path, fault: Fault, reports: dict[int, list[Line]]) -> floa
 def all_others_ended(folder: Path, fault: Fault) -> bool:
     """Whether every rank but the victims has done all its work."""
     return all(
-        any(line["event"] == "end" for line in _lines(folder, rank))
+        any(line["event"] == "end" for line in journal.read(folder, rank))
         for rank in range(RANKS)
         if rank not in fault.victims
     )
 
 
 def phase_has_begun(folder: Path, fault: Fault) -> bool:
-    return any(line.get("phase") == fault.phase for line in _lines(folder, fault.rank))
-
-
-def _lines(folder: Path, rank: int) -> list[Line]:
-    path = folder / f"rank-{rank}.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return any(line.get("phase") == fault.phase for line in journal.read(folder, fault.rank))

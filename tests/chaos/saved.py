@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import torch
+from journal import Line
 from launchers import TIMEOUT_S, process_options
 
 import pycomm
 from chaos.job import CHECKPOINT, SAVED
 from chaos.plan import Fault
-from chaos.reports import Line
 from chaos.verdict import Outcome
 
 # What pycomm.checkpoint leaves beside it if it is killed: `folder.py` there.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from journal import Line
+
 from chaos.plan import RANKS, RANKS_OF_A_HOST, Fault
-from chaos.reports import LEFT_MPI, Line
+from chaos.reports import LEFT_MPI
 
 COUNTED = (
     "hangs",

@@ -5,37 +5,29 @@ The victim breaks itself, since it knows best when a phase has begun.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO
 
 import torch
+from journal import Journal
 
 import pycomm
 from chaos.plan import Fault
 
 
-class Journal:
-    """What this rank has to say, for the one who counts.
+def open_journal(folder: Path, rank: int) -> Journal:
+    """Where this rank says what it sees, to the one who counts.
 
     What it writes to stderr is kept in the folder, too: from a host that was cut off it comes no
     other way.
     """
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        with open(folder / f"rank-{rank}.stderr", "wb") as words:
-            os.dup2(words.fileno(), sys.stderr.fileno())
-        self._file: IO[str] = open(folder / f"rank-{rank}.jsonl", "a")  # noqa: SIM115
-
-    def write(self, event: str, **fields: object) -> None:
-        line = {"event": event, "t": time.monotonic(), "process": os.getpid(), **fields}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+    with open(folder / f"rank-{rank}.stderr", "wb") as words:
+        os.dup2(words.fileno(), sys.stderr.fileno())
+    return Journal(folder, rank)
 
 
 class ChaosError(Exception):

@@ -10,7 +10,6 @@ fault that loses a rank is the last.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -18,26 +17,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import journal
 import torch
 from chaos.job import warm_up
+from journal import Journal
 
 import pycomm
 from faults.every import FAULTS
 from faults.fault import RANKS, Fault, Part
 
 _FIRST_INIT_S = 60.0
-
-
-class Notes:
-    """What this rank has seen, a line at a time."""
-
-    def __init__(self, folder: Path, rank: int) -> None:
-        self._file = open(folder / f"rank-{rank}.jsonl", "a")  # noqa: SIM115
-
-    def write(self, fault: str, event: str, **fields: object) -> None:
-        line = {"fault": fault, "event": event, "t": time.monotonic(), **fields}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
 
 
 def raised_by(call: Callable[[], object]) -> BaseException | None:
@@ -48,12 +37,12 @@ def raised_by(call: Callable[[], object]) -> BaseException | None:
     return None
 
 
-def make(fault: Fault, part: Part, notes: Notes) -> None:
+def make(fault: Fault, part: Part, notes: Journal) -> None:
     """The fault, and what comes after."""
     error = raised_by(lambda: fault.do(part))
     notes.write(
-        fault.name,
         "saw",
+        fault=fault.name,
         type="" if error is None else type(error).__name__,
         text=str(error or ""),
         usable=getattr(error, "group_usable", None),
@@ -64,10 +53,10 @@ def make(fault: Fault, part: Part, notes: Notes) -> None:
         for deed in part.afterwards:
             deed()
         failed = raised_by(part.again)
-        notes.write(fault.name, "again", works=failed is None, text=str(failed or ""))
+        notes.write("again", fault=fault.name, works=failed is None, text=str(failed or ""))
 
 
-def start_over(fault: Fault, notes: Notes) -> None:
+def start_over(fault: Fault, notes: Journal) -> None:
     def attempt() -> None:
         with contextlib.suppress(pycomm.CommError):  # of the group that is over
             pycomm.shutdown()
@@ -75,7 +64,7 @@ def start_over(fault: Fault, notes: Notes) -> None:
         pycomm.barrier()
 
     failed = raised_by(attempt)
-    notes.write(fault.name, "over", works=failed is None, text=str(failed or ""))
+    notes.write("over", fault=fault.name, works=failed is None, text=str(failed or ""))
     if failed is not None:
         raise failed
 
@@ -85,8 +74,8 @@ def leave(folder: Path, fault: Fault) -> None:
     deadline = time.monotonic() + 20
     awaited = [rank for rank in range(RANKS) if fault.expected(rank)]
     while time.monotonic() < deadline:
-        notes = [folder / f"rank-{rank}.jsonl" for rank in awaited]
-        if all(path.exists() and '"saw"' in path.read_text() for path in notes):
+        seen = [journal.read(folder, rank) for rank in awaited]
+        if all(any(line["event"] == "saw" for line in lines) for lines in seen):
             break
         time.sleep(0.05)
     time.sleep(0.5)
@@ -97,7 +86,7 @@ def main(folder: Path, names: list[str]) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
     torch.set_num_threads(1)
-    notes = Notes(folder, rank)
+    notes = Journal(folder, rank)
     warm_up()
     faults = [FAULTS[name] for name in names]
     if not faults[0].early:
@@ -108,7 +97,7 @@ def main(folder: Path, names: list[str]) -> None:
         part = Part(
             rank,
             rank == fault.victim_rank,
-            lambda event, name=fault.name: notes.write(name, event),  # type: ignore[misc]
+            lambda event, name=fault.name: notes.write(event, fault=name),  # type: ignore[misc]
             float(os.environ["PYCOMM_TIMEOUT_S"]),
             pycomm.barrier,
         )

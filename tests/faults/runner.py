@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -14,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import journal
 from chaos import processes
 from cluster import Cluster
+from journal import Line
 from launchers import ULFM_BETWEEN_HOSTS, mpirun_command, process_options
 
 from faults.fault import RANKS, Fault
@@ -25,18 +26,16 @@ HOST_TIMEOUT_S = 6.0
 _SILENCE_S = 90.0  # no rank notes anything for so long: the job hangs
 _END_S = 5.0  # for a job whose ranks have noted everything
 
-Notes = list[dict[str, Any]]
-
 
 @dataclass
 class Seen:
     """What came of a fault that was made once: the notes of each rank, of this fault."""
 
-    notes: list[Notes]
+    notes: list[list[Line]]
     output: str
     hung: bool = False
 
-    def find(self, rank: int, event: str) -> dict[str, Any] | None:
+    def find(self, rank: int, event: str) -> Line | None:
         return next((note for note in self.notes[rank] if note["event"] == event), None)
 
 
@@ -114,8 +113,8 @@ class _Watch:
         cluster: Cluster | None,
     ) -> None:
         self._faults, self._folder, self._job, self._cluster = faults, folder, job, cluster
-        self._notes: list[Notes] = [[] for _ in range(RANKS)]
-        self._own: Notes = []  # what is seen from outside
+        self._notes: list[list[Line]] = [[] for _ in range(RANKS)]
+        self._own: list[Line] = []  # what is seen from outside
         self._hung = False
 
     def run(self) -> None:
@@ -153,9 +152,7 @@ class _Watch:
         """Whether there is something new."""
         before = sum(map(len, self._notes)) + len(self._own)
         for rank in range(RANKS):
-            path = self._folder / f"rank-{rank}.jsonl"
-            lines = path.read_text().splitlines() if path.exists() else []
-            self._notes[rank] = [json.loads(line) for line in lines if line.endswith("}")]
+            self._notes[rank] = journal.read(self._folder, rank)
         said = {note["rank"] for note in self._own if note["event"] == "said"}
         if self._faults[0].says:
             for match in re.finditer(self._faults[0].says, self._output()):
