@@ -86,7 +86,8 @@ std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
   return World::connect(
       rank, size, host_key, gather, std::move(channel),
       options_of(timeout_s, arena_bytes, {cost, algorithm}, gpu_places, gpu_transport, ask,
-                 {host_name, job, trace_folder, warn_after_s}, host_timeout_s));
+                 {host_name, job, trace_folder, warn_after_s}, host_timeout_s),
+      interrupt_check());
 }
 
 }  // namespace

@@ -56,7 +56,8 @@ std::shared_ptr<ArenaBlock> make_process_page(Arena& arena) {
 
 std::shared_ptr<Process> Process::connect(int rank, int size, const std::string& host_key,
                                           const AllGatherBytes& all_gather_bytes,
-                                          std::shared_ptr<Channel> channel, Options options) {
+                                          std::shared_ptr<Channel> channel, Options options,
+                                          const InterruptCheck& check_interrupt) {
   auto arena = Arena::create(options.arena_bytes);
   auto page = make_process_page(*arena);
   Handover handover;
@@ -84,7 +85,8 @@ std::shared_ptr<Process> Process::connect(int rank, int size, const std::string&
   for (const int peer : locals) addresses.push_back(all[static_cast<std::size_t>(peer)].address);
   auto descriptors = handover.exchange(
       placement.local_rank_of[me], addresses, locals, all.front().token, arena->descriptor(),
-      std::chrono::nanoseconds(static_cast<std::int64_t>(std::min(options.timeout_s, 9e9) * 1e9)));
+      std::chrono::nanoseconds(static_cast<std::int64_t>(std::min(options.timeout_s, 9e9) * 1e9)),
+      check_interrupt);
   std::vector<std::shared_ptr<Arena>> local_arenas;
   for (std::size_t i = 0; i < locals.size(); ++i) {
     const std::size_t bytes = all[static_cast<std::size_t>(locals[i])].arena_bytes;

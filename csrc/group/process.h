@@ -10,6 +10,7 @@
 
 #include "collectives/context.h"
 #include "collectives/placement.h"
+#include "core/interrupt_check.h"
 #include "group/black_box.h"
 #include "group/engine.h"
 #include "group/roster.h"
@@ -54,7 +55,8 @@ class Process {
   /// @param channel   may be null if all ranks have the same key.
   static std::shared_ptr<Process> connect(int rank, int size, const std::string& host_key,
                                           const AllGatherBytes& all_gather_bytes,
-                                          std::shared_ptr<Channel> channel, Options options);
+                                          std::shared_ptr<Channel> channel, Options options,
+                                          const InterruptCheck& check_interrupt);
 
   /// Ranks of one process, for tests: rank i lies on pretend host `hosts[i]`.
   /// @param channels  one for each rank; none: make_loopback_channels().

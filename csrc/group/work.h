@@ -7,14 +7,12 @@
 #include <utility>
 
 #include "core/device_call.h"
+#include "core/interrupt_check.h"
 #include "group/completions.h"
 #include "group/roster.h"
 #include "transport/doorbell.h"
 
 namespace pycomm {
-
-/// Called now and then while a thread waits, without any lock held; throws to give up (Ctrl-C).
-using InterruptCheck = std::function<void()>;
 
 /// An operation somebody may wait for. Completed by the progress thread, which rings the process's
 /// doorbell; it never calls back.

@@ -35,9 +35,10 @@ auto through(const Process::AllGatherBytes& all_gather_bytes, int size) {
 
 std::unique_ptr<World> World::connect(int rank, int size, const std::string& host_key,
                                       const Process::AllGatherBytes& all_gather_bytes,
-                                      std::shared_ptr<Channel> channel, Process::Options options) {
-  auto process =
-      Process::connect(rank, size, host_key, all_gather_bytes, std::move(channel), options);
+                                      std::shared_ptr<Channel> channel, Process::Options options,
+                                      const InterruptCheck& check_interrupt) {
+  auto process = Process::connect(rank, size, host_key, all_gather_bytes, std::move(channel),
+                                  options, check_interrupt);
   auto group = Group::create(process, all_ranks(size), through(all_gather_bytes, size));
   return std::unique_ptr<World>(new World(std::move(process), std::move(group)));
 }

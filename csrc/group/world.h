@@ -15,7 +15,8 @@ class World {
   /// Collective; see Process::connect.
   static std::unique_ptr<World> connect(int rank, int size, const std::string& host_key,
                                         const Process::AllGatherBytes& all_gather_bytes,
-                                        std::shared_ptr<Channel> channel, Process::Options options);
+                                        std::shared_ptr<Channel> channel, Process::Options options,
+                                        const InterruptCheck& check_interrupt);
 
   /// Ranks of one process, for tests; see Process::loopback.
   static std::vector<std::unique_ptr<World>> loopback(

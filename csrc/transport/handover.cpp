@@ -11,8 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <span>
 #include <utility>
+#include <vector>
 
 #include "core/error.h"
 #include "core/system_error.h"
@@ -22,6 +22,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+constexpr std::chrono::milliseconds kInterruptEvery{50};
 constexpr const char* kRemedy = "Unix sockets must work between the ranks of a host.";
 
 /// The abstract namespace: the first byte of the path is 0, the length ends the name.
@@ -65,30 +66,6 @@ uid_t user_behind(int socket) {
   return peer.uid;
 }
 
-/// Wait until one of the sockets can be read.
-void await_readable(std::span<pollfd> sockets, Clock::time_point deadline,
-                    const std::string& whom) {
-  constexpr std::int64_t kMostMs = 1000 * 1000;  // poll counts in int
-  for (;;) {
-    const std::int64_t left =
-        std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
-    const int ready =
-        left > 0 ? poll(sockets.data(), sockets.size(), static_cast<int>(std::min(left, kMostMs)))
-                 : 0;
-    if (ready > 0) return;
-    if (left <= 0) {
-      throw PeerLostError("init: " + whom +
-                          " did not come to exchange shared memory. Read its log first.");
-    }
-    if (ready < 0 && errno != EINTR) throw_system_error("poll", kRemedy);
-  }
-}
-
-void await_readable(int socket, Clock::time_point deadline, const std::string& whom) {
-  pollfd entry{socket, POLLIN, 0};
-  await_readable({&entry, 1}, deadline, whom);
-}
-
 /// Somebody who has called and not yet said enough to be known.
 struct Caller {
   Descriptor socket;
@@ -106,6 +83,10 @@ struct Caller {
     return received == hello.token.size() ? Says::kHello : Says::kMore;
   }
 };
+
+std::string has_ended(const std::string& whom) {
+  return "init: " + whom + " ended, or refused to hand over its shared memory. Read its log first.";
+}
 
 /// A message of one byte that carries one descriptor.
 struct DescriptorMessage {
@@ -133,7 +114,7 @@ void send_descriptor(int socket, int descriptor) {
   std::memcpy(CMSG_DATA(rights), &descriptor, sizeof(int));
   if (sendmsg(socket, &message.header, MSG_NOSIGNAL) == 1) return;
   if (errno == EPIPE || errno == ECONNRESET) {
-    throw PeerLostError("init: a rank of this host ended while it exchanged shared memory.");
+    throw PeerLostError(has_ended("a rank of this host"));
   }
   throw_system_error("sendmsg", kRemedy);
 }
@@ -141,7 +122,7 @@ void send_descriptor(int socket, int descriptor) {
 Descriptor receive_descriptor(int socket, const std::string& whom) {
   DescriptorMessage message;
   if (recvmsg(socket, &message.header, MSG_CMSG_CLOEXEC) != 1) {
-    throw PeerLostError("init: " + whom + " ended, or refused to hand over its shared memory.");
+    throw PeerLostError(has_ended(whom));
   }
   const cmsghdr* rights = CMSG_FIRSTHDR(&message.header);
   if (rights == nullptr || rights->cmsg_level != SOL_SOCKET || rights->cmsg_type != SCM_RIGHTS ||
@@ -152,6 +133,134 @@ Descriptor receive_descriptor(int socket, const std::string& whom) {
   std::memcpy(&descriptor, CMSG_DATA(rights), sizeof(int));
   return Descriptor(descriptor);
 }
+
+/// One rank's part: it gives its descriptor to those that call it and receives theirs where it has
+/// called.
+class Exchange {
+ public:
+  Exchange(int listener, const std::string& token, int descriptor)
+      : listener_(listener), descriptor_(descriptor) {
+    std::memcpy(hello_.token.data(), token.data(), std::min(token.size(), hello_.token.size()));
+  }
+
+  /// Every rank's listener is open before its address is known, so a call succeeds at once, and
+  /// nobody waits in a circle.
+  void call(int world_rank, const std::string& address_text) {
+    Call made{open_socket(), world_rank, Descriptor(-1)};
+    const auto [address, length] = socket_address(address_text);
+    const int socket = made.socket.get();
+    if (connect(socket, reinterpret_cast<const sockaddr*>(&address), length) != 0) {
+      throw PeerLostError("init: " + made.whom() + " cannot be reached on this host (" +
+                          std::strerror(errno) + "). Read its log first.");
+    }
+    if (const uid_t user = user_behind(socket); user != geteuid()) {
+      throw CommError("init: " + made.whom() + " runs as user " + std::to_string(user) +
+                      ", this rank as user " + std::to_string(geteuid()) +
+                      ".\n  Start all ranks of a job as one user.");
+    }
+    if (send(socket, &hello_, sizeof(hello_), MSG_NOSIGNAL) != sizeof(hello_)) {
+      if (errno == EPIPE || errno == ECONNRESET) throw PeerLostError(has_ended(made.whom()));
+      throw_system_error("send to " + made.whom(), kRemedy);
+    }
+    calls_.push_back(std::move(made));
+  }
+
+  bool done() const {
+    return given_ == calls_.size() && std::ranges::none_of(calls_, &Call::is_awaited);
+  }
+
+  /// Do what can be done, and wait for it no longer than `slice`.
+  ///
+  /// A rank that ends closes its sockets: one that was called and has not given its descriptor is
+  /// known to be gone then. One that has given it has called everybody before.
+  void go_on(std::chrono::milliseconds slice) {
+    std::vector<pollfd> sockets{{listener_, POLLIN, 0}};
+    for (const Caller& caller : callers_) sockets.push_back({caller.socket.get(), POLLIN, 0});
+    std::vector<Call*> awaited;
+    for (Call& call : calls_) {
+      if (!call.is_awaited()) continue;
+      awaited.push_back(&call);
+      sockets.push_back({call.socket.get(), POLLIN, 0});
+    }
+    const int ready = poll(sockets.data(), sockets.size(), static_cast<int>(slice.count()));
+    if (ready < 0 && errno != EINTR) throw_system_error("poll", kRemedy);
+    if (ready <= 0) return;
+    const std::size_t first_call = 1 + callers_.size();
+    for (std::size_t i = 0; i < awaited.size(); ++i) {
+      if (sockets[first_call + i].revents == 0) continue;
+      awaited[i]->received = receive_descriptor(awaited[i]->socket.get(), awaited[i]->whom());
+    }
+    for (std::size_t i = callers_.size(); i-- > 0;) {
+      if (sockets[1 + i].revents != 0) listen_to(i);
+    }
+    if (sockets.front().revents != 0) accept_caller();
+  }
+
+  std::string who_is_missing() const {
+    std::string whom;
+    for (const Call& call : calls_) {
+      if (call.is_awaited()) whom += (whom.empty() ? "" : ", ") + call.whom();
+    }
+    return "init: " + (whom.empty() ? "a rank of this host" : whom) +
+           " did not come to exchange shared memory" +
+           (strangers_ == 0 ? ""
+                            : " (while " + std::to_string(strangers_) +
+                                  " strangers called, who were sent away)") +
+           ". Read its log first.";
+  }
+
+  /// What each of those that were called has given, in that order.
+  std::vector<Descriptor> received() {
+    std::vector<Descriptor> all;
+    for (Call& call : calls_) all.push_back(std::move(call.received));
+    return all;
+  }
+
+ private:
+  /// A rank that was called.
+  struct Call {
+    Descriptor socket;
+    int world_rank;
+    Descriptor received;
+
+    bool is_awaited() const { return received.get() < 0; }
+    std::string whom() const { return "rank " + std::to_string(world_rank); }
+  };
+
+  void accept_caller() {
+    Descriptor socket(accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC));
+    if (socket.get() < 0) {
+      if (errno == ECONNABORTED || errno == EINTR) return;
+      throw_system_error("accept", kRemedy);
+    }
+    if (user_behind(socket.get()) == geteuid()) {
+      callers_.push_back({std::move(socket)});
+    } else {
+      ++strangers_;
+    }
+  }
+
+  void listen_to(std::size_t index) {
+    Caller& caller = callers_[index];
+    const Caller::Says says = caller.listen();
+    if (says == Caller::Says::kMore) return;
+    if (says == Caller::Says::kHello && caller.hello == hello_) {
+      send_descriptor(caller.socket.get(), descriptor_);
+      ++given_;
+    } else {
+      ++strangers_;
+    }
+    callers_.erase(callers_.begin() + static_cast<std::ptrdiff_t>(index));
+  }
+
+  const int listener_;
+  const int descriptor_;
+  Hello hello_{};
+  std::vector<Call> calls_;
+  std::vector<Caller> callers_;
+  std::size_t given_ = 0;
+  std::size_t strangers_ = 0;
+};
 
 }  // namespace
 
@@ -185,84 +294,24 @@ Handover::Handover() : address_(std::string(kPrefix) + random_hex(kNameBytes)) {
 
 Handover::~Handover() { close(listener_); }
 
-void Handover::serve(const std::array<char, kTokenLength>& token, int descriptor, std::size_t ranks,
-                     std::chrono::steady_clock::time_point deadline) const {
-  std::vector<Caller> callers;
-  std::size_t strangers = 0;
-  while (ranks > 0) {
-    std::vector<pollfd> sockets{{listener_, POLLIN, 0}};
-    for (const Caller& caller : callers) sockets.push_back({caller.socket.get(), POLLIN, 0});
-    await_readable(
-        sockets, deadline,
-        "a rank of this host" + (strangers == 0 ? std::string()
-                                                : " (while " + std::to_string(strangers) +
-                                                      " strangers called, who were sent away)"));
-    for (std::size_t i = callers.size(); i-- > 0;) {
-      if (sockets[i + 1].revents == 0) continue;
-      const Caller::Says says = callers[i].listen();
-      if (says == Caller::Says::kMore) continue;
-      if (says == Caller::Says::kHello && callers[i].hello == Hello{token}) {
-        send_descriptor(callers[i].socket.get(), descriptor);
-        --ranks;
-      } else {
-        ++strangers;
-      }
-      callers.erase(callers.begin() + static_cast<std::ptrdiff_t>(i));
-    }
-    if (sockets.front().revents == 0) continue;
-    Descriptor socket(accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC));
-    if (socket.get() < 0) {
-      if (errno == ECONNABORTED || errno == EINTR) continue;
-      throw_system_error("accept", kRemedy);
-    }
-    if (user_behind(socket.get()) == geteuid()) {
-      callers.push_back({std::move(socket)});
-    } else {
-      ++strangers;
-    }
-  }
-}
-
 std::vector<Descriptor> Handover::exchange(int local_rank,
                                            const std::vector<std::string>& addresses,
                                            const std::vector<int>& world_ranks,
                                            const std::string& token, int descriptor,
-                                           std::chrono::nanoseconds timeout) {
+                                           std::chrono::nanoseconds timeout,
+                                           const InterruptCheck& check_interrupt) {
   const auto deadline = Clock::now() + timeout;
-  const auto whom = [&](std::size_t peer) { return "rank " + std::to_string(world_ranks[peer]); };
-  Hello hello{};
-  std::memcpy(hello.token.data(), token.data(), std::min(token.size(), hello.token.size()));
-
-  // Everybody's listener is open before its address is known, so every connect succeeds at once
-  // and nobody waits in a circle.
-  std::vector<Descriptor> calls;
+  Exchange part(listener_, token, descriptor);
   for (std::size_t peer = 0; peer < addresses.size(); ++peer) {
-    calls.push_back(open_socket());
-    if (static_cast<int>(peer) == local_rank) continue;
-    const auto [address, length] = socket_address(addresses[peer]);
-    if (connect(calls[peer].get(), reinterpret_cast<const sockaddr*>(&address), length) != 0) {
-      throw PeerLostError("init: " + whom(peer) + " cannot be reached on this host (" +
-                          std::strerror(errno) + "). Read its log first.");
-    }
-    if (const uid_t user = user_behind(calls[peer].get()); user != geteuid()) {
-      throw CommError("init: " + whom(peer) + " runs as user " + std::to_string(user) +
-                      ", this rank as user " + std::to_string(geteuid()) +
-                      ".\n  Start all ranks of a job as one user.");
-    }
-    if (send(calls[peer].get(), &hello, sizeof(hello), MSG_NOSIGNAL) != sizeof(hello)) {
-      throw_system_error("send to " + whom(peer), kRemedy);
-    }
+    if (static_cast<int>(peer) != local_rank) part.call(world_ranks[peer], addresses[peer]);
   }
-  serve(hello.token, descriptor, addresses.size() - 1, deadline);
-  std::vector<Descriptor> received;
-  for (std::size_t peer = 0; peer < addresses.size(); ++peer) {
-    if (static_cast<int>(peer) == local_rank) {
-      received.emplace_back(-1);
-      continue;
-    }
-    await_readable(calls[peer].get(), deadline, whom(peer));
-    received.push_back(receive_descriptor(calls[peer].get(), whom(peer)));
+  while (!part.done()) {
+    if (check_interrupt) check_interrupt();
+    if (Clock::now() >= deadline) throw PeerLostError(part.who_is_missing());
+    part.go_on(kInterruptEvery);
   }
+  std::vector<Descriptor> received = part.received();
+  received.emplace(received.begin() + local_rank, -1);
   return received;
 }
 

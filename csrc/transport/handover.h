@@ -1,12 +1,12 @@
 #pragma once
 
-#include <array>
 #include <chrono>
 #include <cstddef>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "core/interrupt_check.h"
 #include "transport/descriptor.h"
 
 namespace pycomm {
@@ -38,17 +38,14 @@ class Handover {
   /// @param world_ranks their ranks in the world, for errors.
   /// @param token       known to the ranks of this job alone.
   /// @return  one descriptor for each rank; none at `local_rank`.
-  /// @throws PeerLostError  a rank did not come within `timeout`, or has hung up.
+  /// @throws PeerLostError  a rank did not come within `timeout`, or has ended.
   /// @throws CommError  a rank runs as another user.
   std::vector<Descriptor> exchange(int local_rank, const std::vector<std::string>& addresses,
                                    const std::vector<int>& world_ranks, const std::string& token,
-                                   int descriptor, std::chrono::nanoseconds timeout);
+                                   int descriptor, std::chrono::nanoseconds timeout,
+                                   const InterruptCheck& check_interrupt = {});
 
  private:
-  /// Give `descriptor` to as many callers who know the token.
-  void serve(const std::array<char, kTokenLength>& token, int descriptor, std::size_t ranks,
-             std::chrono::steady_clock::time_point deadline) const;
-
   int listener_;
   std::string address_;
 };
