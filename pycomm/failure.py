@@ -10,8 +10,9 @@ ranks that wait for it. Instead:
 - A rank that fails because another did lets that one end the job, and prints nothing then, so that
   the first traceback is the last thing to read. It leaves a moment later, because launchers kill
   the job when the first rank has gone, and report that rank's exit code.
-- ``sys.exit(3)`` on one rank is a failure too, with exit code 3, unless every rank has shut down;
-  ``sys.exit(0)`` is a normal end. Ctrl-C leaves with 130 and one line from the first rank.
+- ``sys.exit(3)`` or ``exit(3)`` on one rank is a failure too, with exit code 3, unless every rank
+  has shut down; ``sys.exit(0)`` is a normal end. Ctrl-C leaves with 130 and one line from the first
+  rank. A plain ``raise SystemExit(3)`` nobody can see: it counts as a normal end.
 - Processes of ``multiprocessing`` (torch's ``spawn``) catch everything themselves: they fail if
   their exit code is not 0.
 - Exceptions that are caught, and those of threads other than the main one, end nothing.
@@ -21,9 +22,9 @@ A world of one rank, an interactive session and a forked child fail as Python do
 
 from __future__ import annotations
 
+import _sitebuiltins
 import atexit
 import contextlib
-import faulthandler
 import math
 import os
 import sys
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 # Together below the 5 s within which every rank has to be gone.
-_HANDLERS_S = 3.0  # for atexit handlers; who is not done by then is cut off, with exit code 1
+_HANDLERS_S = 3.0  # for atexit handlers; who is not done by then is cut off
 _ECHO_DELAY_S = 1.0  # how long ranks that only echo another's failure stay for it to be printed
 _HEAD_START_S = 0.5  # of that, how long they leave it to the other to end the job
 # A launcher that ends the job kills one rank after another: who is left for a moment would complain
@@ -94,6 +95,8 @@ def _install_hooks() -> None:
         _previous_hook = sys.excepthook
         sys.excepthook = _on_uncaught
         sys.exit = _exit
+        # What the built-in exit() and quit() raise, which site makes (`python -S` has neither).
+        _sitebuiltins.SystemExit = _Exit  # type: ignore[attr-defined]
         # Before all atexit handlers, so that they can still be run with a bound. Private in
         # `threading`, and what concurrent.futures uses.
         threading._register_atexit(_on_main_thread_end)  # type: ignore[attr-defined]
@@ -221,7 +224,8 @@ def _on_uncaught(
     if member is None or hasattr(sys, "ps1"):
         _previous_hook(kind, error, trace)
         if _end_bound is not None:
-            _left_with = _Departure(1, 0.0)
+            interrupted = issubclass(kind, KeyboardInterrupt)
+            _left_with = _Departure(130 if interrupted else 1, 0.0)
     elif issubclass(kind, KeyboardInterrupt):
         _end_job(member, 130, "interrupted", f"{member}: interrupted\n", 0.0)
     elif _previous_hook is sys.__excepthook__:
@@ -251,7 +255,9 @@ class _Departure:
 
 
 class _Exit(SystemExit):
-    """What ``sys.exit()`` raises on a watched rank: it notes whether it left the script.
+    """What ``sys.exit()`` and ``exit()`` raise on a watched rank.
+
+    It notes whether it left the script.
 
     Python tells exit handlers neither that a SystemExit ended the script nor its code, and one
     that was caught (a test runner, click) must not count. But Python drops an exception that left
@@ -320,9 +326,10 @@ def _end_job(
     """Tell the others, say what happened if this rank is the first to, and leave with ``code``."""
     start = time.monotonic()
     try:
-        # A thread of C: it cuts off handlers that hold the GIL, too.
-        with open(os.devnull, "w") as nowhere:
-            faulthandler.dump_traceback_later(_HANDLERS_S, exit=True, file=nowhere)
+        with contextlib.ExitStack() as bound:
+            with contextlib.suppress(RuntimeError):  # there is no thread to be had
+                # It cuts off handlers that hold the GIL, too.
+                bound.enter_context(_core.Watchdog(_HANDLERS_S, "", code))
             time.sleep(head_start_s)
             first = member.abort(f"{_ENDED_BY}{member}: {summary}")
             if first:

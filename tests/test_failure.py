@@ -318,6 +318,57 @@ def test_a_failure_before_mpi_has_started():
     assert one_failing_rank(done.err) == 1
 
 
+WATCHED = """
+    import atexit, os, resource, sys, time
+    from pycomm import failure
+
+    def abort(reason):
+        os.write(1, b"told\\n")
+        return True
+
+    def end(how):
+        if how == "no descriptor is free":
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+            files = []
+            while True:
+                files.append(open(os.devnull))
+        if how == "slow handler":
+            atexit.register(time.sleep, 60)
+            failure.leave_job(75, "preempted")
+        if how == "exit":
+            exit(3)
+        if how == "interrupt":
+            raise KeyboardInterrupt
+
+    if sys.argv[2] == "watched":
+        failure.watch(failure.Member(0, 2, "node7", abort))
+    else:
+        failure.bound_end(0)
+    end(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "said"),
+    [
+        ("no descriptor is free", 1, "OSError: [Errno 24] Too many open files"),
+        ("slow handler", 75, "preempted"),
+        ("exit", 3, "sys.exit(3)"),
+        ("interrupt", 130, "interrupted"),
+    ],
+)
+def test_a_watched_rank_tells_and_leaves_with_its_code(how, code, said):
+    """For want of a descriptor it was silent, and who was cut off in a handler left with 1."""
+    done = alone(WATCHED, how, "watched")
+    assert (done.returncode, done.out) == (code, "told\n")
+    assert said in ours(done.err)[-1]
+
+
+@pytest.mark.parametrize(("how", "code"), [("exit", 3), ("interrupt", 130), ("return", 0)])
+def test_who_leaves_without_mpi_has_the_exit_code_of_python(how, code):
+    assert alone(WATCHED, how, "bounded").returncode == code
+
+
 def test_alone_python_prints_its_own_traceback():
     done = alone("import pycomm; pycomm.init(); raise ValueError('bad batch')")
     assert done.returncode == 1
