@@ -174,7 +174,7 @@ def find(path: Path) -> Path:
 
 def exists(path: str | os.PathLike[str]) -> bool:
     """Whether ``load`` would find a checkpoint there, on this host; also after any crash."""
-    place = absolute(path)
+    place = Path(os.path.realpath(absolute(path)))
     return is_checkpoint(place) or (not place.exists() and is_checkpoint(replaced(place)))
 
 
