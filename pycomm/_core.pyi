@@ -461,9 +461,9 @@ class World:
     def offer_stacks(self, signal: int, descriptor: int) -> None:
         """This process writes the stacks of its threads to ``descriptor`` on ``signal``."""
     def lost(self) -> list[int]:
-        """The ranks of this host whose processes have ended without leaving the job.
+        """The ranks whose processes are known to have ended without leaving the job.
 
-        Of those on other hosts this one knows nothing.
+        Those of this host at once, those of another when it has told so, or been silent for long.
         """
     def withdraw(self) -> None:
         """This rank makes no more calls: who waits for it, in any group, hears of it.

@@ -152,7 +152,8 @@ def check_present(ranks: Sequence[int], call: str) -> None:
 def lost_ranks() -> list[int]:
     """The ranks whose processes are known to have ended without leaving the job, as if killed.
 
-    Those of this host are known at once, those of others when MPI has noticed, which takes ULFM.
+    Those of this host are known at once, those of others when they have told, or have been silent
+    for ``PYCOMM_HOST_TIMEOUT_S``, or MPI has noticed, which takes ULFM.
     """
     if _session is None:
         return []

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import pycomm
-from pycomm.runtime import world_group
+from pycomm.runtime import lost_ranks, world_group
 
 FOLDER = Path(sys.argv[1])
 
@@ -30,6 +30,7 @@ def note(name: str, call: Callable[[], object]) -> None:
     except pycomm.CommError as error:
         found = {"error": type(error).__name__, "text": str(error)}
     found["at"] = str(time.time())
+    found["lost"] = ", ".join(map(str, lost_ranks()))
     path = FOLDER / f"{name}.{pycomm.rank()}"
     path.with_suffix(f".{pycomm.rank()}.part").write_text(json.dumps(found))
     path.with_suffix(f".{pycomm.rank()}.part").rename(path)

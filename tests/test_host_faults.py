@@ -90,6 +90,7 @@ def test_word_of_a_killed_process_reaches_the_other_host(tmp_path: Path) -> None
     for one in noted(tmp_path, "kill", survivors):
         assert one["error"] == "PeerLostError"
         assert "rank 3" in one["text"] or "peer is gone" in one["text"]
+        assert one["lost"] == "3"
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,7 @@ def test_a_cut_cable(tmp_path: Path) -> None:
         assert "all_reduce of 1 float32" in one["text"]
         assert f"no answer from host '{other}' (ranks {others})" in one["text"]
         assert "it is down, frozen, or the network between is cut" in one["text"]
+        assert one["lost"] == others
 
 
 def wait_for(folder: Path, names: list[str], seconds: float) -> None:

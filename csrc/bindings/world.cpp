@@ -118,7 +118,7 @@ void bind_world(py::module_& module) {
            "Raise what ends a call if one of these ranks of the world is gone or leaves.")
       .def("offer_stacks", &World::offer_stacks, py::arg("signal"), py::arg("descriptor"),
            "This process writes the stacks of its threads to `descriptor` on `signal`.")
-      .def("lost", &World::lost, "The ranks of this host that ended without leaving the job.")
+      .def("lost", &World::lost, "The ranks that are known to have ended without leaving the job.")
       .def("withdraw", &World::withdraw,
            "Make no more calls: who waits for this rank, in any group, hears of it.")
       .def("abort", &World::abort, py::arg("reason"), py::call_guard<py::gil_scoped_release>(),

@@ -157,10 +157,14 @@ std::exception_ptr World::failure() const {
 std::vector<int> World::lost() const {
   std::vector<int> ranks;
   const Placement& placement = process_->placement;
-  const auto host = placement.host_of[static_cast<std::size_t>(process_->rank)];
-  for (const int rank : placement.hosts[static_cast<std::size_t>(host)]) {
-    const auto local =
-        static_cast<std::size_t>(placement.local_rank_of[static_cast<std::size_t>(rank)]);
+  const int here = placement.host_of[static_cast<std::size_t>(process_->rank)];
+  for (int rank = 0; rank < process_->size; ++rank) {
+    const auto at = static_cast<std::size_t>(rank);
+    if (placement.host_of[at] != here) {
+      if (!process_->loss_among({rank}).empty()) ranks.push_back(rank);
+      continue;
+    }
+    const auto local = static_cast<std::size_t>(placement.local_rank_of[at]);
     const ProcessPage& page = Process::page_of(*process_->local_arenas[local]);
     if (page.life.owner_died() && !page.leaving.load(std::memory_order_acquire)) {
       ranks.push_back(rank);

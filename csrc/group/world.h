@@ -45,8 +45,8 @@ class World {
   /// From now on this process writes the stacks of its threads to `descriptor` on `signal`.
   void offer_stacks(int signal, int descriptor);
 
-  /// The ranks of this host whose processes have ended without leaving the job. Of those on other
-  /// hosts this one knows nothing.
+  /// The ranks whose processes have ended without leaving the job: those of this host as soon as
+  /// they have, those of another when it has told so, or been silent for too long.
   std::vector<int> lost() const;
 
   /// This rank will make no more calls: who waits for it, in any group, hears of it. Until close(),
