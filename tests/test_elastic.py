@@ -310,8 +310,32 @@ def reloaded(sampler):
 def test_a_sampler_of_other_data_is_refused():
     with pytest.raises(InvalidArgumentError, match="5 samples here and 6"):
         pycomm.elastic.Sampler(5, 2).load_state_dict(pycomm.elastic.Sampler(6, 2).state_dict())
-    with pytest.raises(InvalidArgumentError, match="batch is 0"):
-        pycomm.elastic.Sampler(5, 0)
+    for arguments, problem in (
+        ({"batch": 0}, "batch is 0"),
+        ({"batch": 1, "seed": "x"}, "seed is 'x'"),
+        ({"batch": 1, "shuffle": "no"}, "shuffle 'no'"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=problem):
+            pycomm.elastic.Sampler(5, **arguments)
+
+
+def test_a_resumed_sampler_goes_on_with_its_order(place):
+    """Half an epoch was taken shuffled and half in order: samples were taken twice, and never."""
+    place(0, 1)
+    first = pycomm.elastic.Sampler(10, 5, seed=3)
+    taken = next(iter(first))
+    first.advance()
+    second = pycomm.elastic.Sampler(10, 2, shuffle=False)
+    second.load_state_dict(first.state_dict())
+    assert sorted(taken + next(iter(second))) == list(range(10))
+
+
+def test_what_has_two_names_is_rescaled_once():
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1.0)
+    sampler = pycomm.elastic.Sampler(100, 32)
+    state = pycomm.elastic.State(a=optimizer, b=optimizer, c=sampler, d=sampler)
+    rescale("scale_learning_rate", state, state.things(), 4, 2)
+    assert (optimizer.param_groups[0]["lr"], sampler.batch) == (0.5, 16)
 
 
 @pytest.mark.parametrize(
@@ -513,6 +537,19 @@ def test_what_is_put_back_is_what_was_taken():
     assert all(param.grad is None for param in model.parameters())
 
 
+def test_values_are_put_back_where_they_were():
+    elsewhere = torch.zeros(2, device="meta")
+    state = pycomm.elastic.State(x={"of": [elsewhere, 1]}, y=(elsewhere,), z=torch.zeros(1))
+    here = torch.ones(2)
+    state.put({"x": {"of": [here, 2, here], "new": here}, "y": (here,), "z": here})
+    assert [value.device.type for value in (*state.x["of"][::2], *state.y)] == [
+        "meta",
+        "cpu",
+        "meta",
+    ]
+    assert (state.x["of"][1], state.x["new"].device.type, state.z.device.type) == (2, "cpu", "cpu")
+
+
 def test_tied_tensors_stay_tied_and_untied_ones_apart():
     shared = torch.ones(3)
     tied = values.take({"a": shared, "b": shared}, {})
@@ -556,7 +593,52 @@ def test_a_state_that_cannot_be_written_is_an_error_before_train(tmp_path):
     finally:
         pycomm.shutdown()
     assert len(trained) == 1
-    assert pycomm.checkpoint.read(tmp_path / "x")["elastic"] == {"commit": 0, "ranks": 1}
+    assert pycomm.checkpoint.read(tmp_path / "x")["elastic"] == {"commit": 1, "ranks": 1}
+
+
+@pytest.mark.parametrize("disk_every", [1, 100])
+def test_what_was_done_since_the_last_commit_is_on_disk_at_the_end(tmp_path, disk_every):
+    """With ``disk_every=1`` it was not, and otherwise bore the last commit's number."""
+
+    def train(state):
+        state.epoch = 1
+        state.commit()
+        state.epoch = 2
+
+    state = pycomm.elastic.State(folder=tmp_path / "x", disk_every=disk_every, epoch=0)
+    try:
+        pycomm.elastic.run(train, state)
+    finally:
+        pycomm.shutdown()
+    read = pycomm.checkpoint.read(tmp_path / "x")
+    assert (read["epoch"], read["elastic"]["commit"]) == (2, 2)
+
+
+def test_a_start_with_too_few_ranks_is_refused():
+    try:
+        with pytest.raises(InvalidArgumentError, match="1 ranks were started, and min_ranks is 2"):
+            pycomm.elastic.run(print, pycomm.elastic.State(epoch=0), min_ranks=2)
+    finally:
+        pycomm.shutdown()
+
+
+def test_who_is_preempted_leaves_with_its_code_though_another_is_lost(tmp_path, monkeypatch):
+    """The commit is on disk, and the others may have left with that code."""
+
+    def lost(**_):
+        raise PeerLostError("shutdown: rank 1 is gone")
+
+    def train(state):
+        signal.raise_signal(signal.SIGUSR1)
+        state.commit()
+
+    state = pycomm.elastic.State(folder=tmp_path / "x", epoch=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime, "shutdown", lost)
+        with pytest.raises(SystemExit) as left:
+            pycomm.elastic.run(train, state)
+    pycomm.shutdown()
+    assert left.value.code == pycomm.elastic.START_AGAIN
 
 
 def test_a_training_that_changes_its_folder_keeps_its_checkpoint(tmp_path, monkeypatch):
@@ -590,6 +672,14 @@ def test_what_cannot_be_in_a_state():
     for name in ("commit", "folder.x", checkpoint_record.NAME):
         with pytest.raises(InvalidArgumentError, match=f"named '{name}'"):
             pycomm.elastic.State(**{name: 3})
+    for value in (torch.nn.Parameter(torch.ones(1)), {"of": [torch.ones(1, requires_grad=True)]}):
+        with pytest.raises(InvalidArgumentError, match="'rate' is, or has in it, a tensor that"):
+            pycomm.elastic.State(rate=value)
+    with pytest.raises(InvalidArgumentError, match="folder is 5"):
+        pycomm.elastic.State(folder=5)
+    for train, of in ((None, state), (state, print)):
+        with pytest.raises(InvalidArgumentError, match=r"elastic\.run: (train|state) is"):
+            pycomm.elastic.run(train, of)
     pycomm.init()
     try:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -133,6 +133,26 @@ def test_a_failure_is_told_once():
     assert (found.problem, found.count) == ("", 0)
 
 
+def test_any_failure_to_start_them_is_told():
+    comm = Comm(ValueError("no such info"))
+    found = begun(comm)
+    comm.finish()
+    assert found.problem == "no process could be started: no such info"
+
+
+def test_those_that_mpi_starts_for_ever_are_given_up(monkeypatch):
+    """MPI waits for a process that ended before it was in MPI."""
+    comm = Comm(Intercomm())
+    found = begun(comm, 2)
+    assert not found.are_ready(0)
+    monkeypatch.setattr(recruits, "_WAIT_S", -1.0)
+    assert not found.are_ready(0)
+    assert "did not come within" in found.problem
+    found.give_up()
+    comm.finish()
+    assert comm.outcome.told == [(0, b"away"), (1, b"away")]
+
+
 def test_a_dismissed_attempt_that_fails_is_not_the_next_ones_failure():
     first, second = Comm(MpiError("a rank was lost")), Comm(Intercomm())
     found = begun(first)

@@ -8,6 +8,7 @@ in when all of them wait to be taken in.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -123,7 +124,7 @@ class _Attempt:
         self.found: MPI.Intercomm | None = None
         self._waiting: list[MPI.Request] = []  # messages that say: I wait to be taken in
         self._thread: threading.Thread | None = None
-        self._started = 0.0
+        self._began = math.inf
         self._lock = threading.Lock()
         self._is_dismissed = False
 
@@ -136,6 +137,7 @@ class _Attempt:
         except MPI.Exception as error:  # a rank is lost
             self.is_in_vain, self.problem = True, _problem(error)
             return
+        self._began = time.monotonic()
         self._thread = threading.Thread(
             target=self._spawn, args=(own,), name="pycomm recruits", daemon=True
         )
@@ -149,10 +151,9 @@ class _Attempt:
             arguments = command(sys.orig_argv)
             found = comm.Spawn(sys.executable, arguments, maxprocs=self.count, info=info)
             ulfm.raise_errors(found)
-        except MPI.Exception as error:
+        except Exception as error:
             self.problem = _problem(error)
             return
-        self._started = time.monotonic()
         with self._lock:
             self.found = found
             is_late = self._is_dismissed
@@ -163,23 +164,22 @@ class _Attempt:
         """As ``Recruits.are_ready``."""
         from mpi4py import MPI
 
-        if self.found is None:
-            return False
         if rank != 0:
-            return True
+            return self.found is not None
         try:
-            if not self._waiting:
+            if self.found is not None and not self._waiting:
                 self._waiting = [
                     self.found.Irecv([bytearray(1), MPI.BYTE], source, _READY)
                     for source in range(self.count)
                 ]
-            if MPI.Request.Testall(self._waiting):
+            if self._waiting and MPI.Request.Testall(self._waiting):
                 return True
         except MPI.Exception:
             self.problem = "a process that was started ended before it joined"
-        else:  # MPI does not always say that it ended
-            if time.monotonic() > self._started + _WAIT_S:
-                self.problem = f"a process that was started did not come within {_WAIT_S:g} s"
+        # MPI does not always say that one ended, and waits itself for one that ended before it was
+        # in MPI.
+        if not self.problem and time.monotonic() > self._began + _WAIT_S:
+            self.problem = f"a process that was started did not come within {_WAIT_S:g} s"
         return False
 
     def wait(self, timeout_s: float) -> None:

@@ -88,11 +88,12 @@ def rescale(rule: Rule, state: State, things: Mapping[str, Any], before: int, no
         return
     if rule == "keep_global_batch":
         return
-    for thing in things.values():
+    each = list({id(thing): thing for thing in things.values()}.values())  # one may have two names
+    for thing in each:
         if isinstance(thing, Sampler):
             thing.rescale(before, now)
     if rule == "scale_learning_rate":
-        _scale(list(things.values()), now / before)
+        _scale(each, now / before)
 
 
 def _scale(things: list[Any], factor: float) -> None:

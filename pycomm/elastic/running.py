@@ -70,6 +70,10 @@ def run(
     ``START_AGAIN`` if it has a folder to resume from, else with the error. Ranks that leave the job
     to others, which may be alive where they cannot be reached, end with ``START_AGAIN``.
     """
+    if not callable(train):
+        raise InvalidArgumentError(f"elastic.run: train is {train!r}. Pass what is to be called.")
+    if not isinstance(state, State):
+        raise InvalidArgumentError(f"elastic.run: state is {state!r}. Pass a State.")
     rescaling.check(rescale, state.things())
     for name, value, least in (("min_ranks", min_ranks, 1), ("respawns", respawns, 0)):
         if not isinstance(value, int) or value < least:
@@ -122,6 +126,11 @@ class _Run:
         else:
             runtime.init()
             self._wanted = runtime.size()
+            if self._wanted < self._min_ranks:
+                raise InvalidArgumentError(
+                    f"elastic.run: {self._wanted} ranks were started, and min_ranks is "
+                    f"{self._min_ranks}.\n  Start as many, or pass a smaller number."
+                )
             if self._respawns > 0 and membership.can_go_on():
                 check_threads()
         while (change := self._trained()) is not None:
@@ -148,20 +157,11 @@ class _Run:
 
     def commit(self) -> None:
         """``State.commit``."""
-        spare = self._copies.spare()
-        taken = values.take(self._state.things(), spare.values if spare is not None else {})
-        world = runtime.job()
-        assert world is not None
-        self._copies.take(Copy(Mark(self._number + 1, world), runtime.size(), taken))
-        recruits_missing = not self._recruits.are_ready(runtime.rank())
-        flags = torch.tensor(
-            [self._preemption.requested, recruits_missing, self._recruits.problem != ""],
-            dtype=torch.uint8,
+        preempted, recruits_missing, recruits_failed = self._commit_to_memory(
+            self._preemption.requested,
+            not self._recruits.are_ready(runtime.rank()),
+            self._recruits.problem != "",
         )
-        all_reduce_(flags, _core.ReduceOp.MAX)
-        self._copies.confirm()
-        self._number += 1
-        preempted, recruits_missing, recruits_failed = map(bool, flags.tolist())
         if preempted:
             self._leave_preempted()
         if self._state.folder is not None and self._number % self._state.disk_every == 0:
@@ -179,6 +179,19 @@ class _Run:
             assert comm is not None
             self._respawned += missing
             self._recruits.start(comm, missing)
+
+    def _commit_to_memory(self, *flags: bool) -> list[bool]:
+        """Returns which of ``flags`` are set on any rank."""
+        spare = self._copies.spare()
+        taken = values.take(self._state.things(), spare.values if spare is not None else {})
+        world = runtime.job()
+        assert world is not None
+        self._copies.take(Copy(Mark(self._number + 1, world), runtime.size(), taken))
+        anybodys = torch.tensor([*flags, True], dtype=torch.uint8)
+        all_reduce_(anybodys, _core.ReduceOp.MAX)
+        self._copies.confirm()
+        self._number += 1
+        return [bool(flag) for flag in anybodys[:-1].tolist()]
 
     def _save(self) -> None:
         if self._on_disk == self._number:
@@ -198,7 +211,8 @@ class _Run:
                 f"  Start the job again to go on from there. Exit code {START_AGAIN}."
             )
         self._recruits.dismiss(wait=False)
-        runtime.shutdown()
+        with contextlib.suppress(CommError):  # who is lost now has lost nothing
+            runtime.shutdown()
         sys.exit(START_AGAIN)
 
     # --- the same state on all ranks --------------------------------------------------------------
@@ -238,6 +252,8 @@ class _Run:
         folder, things, world = self._state.folder, self._state.things(), runtime.job()
         assert world is not None
         if folder is None or not broadcast_object(_is_checkpoint(folder)):
+            if folder is not None and runtime.rank() == 0:
+                _say(f"there is no checkpoint in {folder}: starting from the beginning.")
             copy = Copy(Mark(0, world), runtime.size(), {})
             if runtime.rank() == 0:
                 copy.values.update(values.take(things, {}))
@@ -253,7 +269,8 @@ class _Run:
                 f"{sorted(loaded)}, and state has {sorted(expected)}.\n"
                 "  Go on with the State it was written from, or pass another folder."
             )
-        self._state.__dict__.update(loaded)
+        for name, value in loaded.items():
+            self._state.__dict__[name] = values.placed(value, things[name])
         self._on_disk = record["commit"]
         if runtime.rank() == 0:
             _say(f"going on from commit {self._on_disk} in {folder}.")
@@ -264,6 +281,7 @@ class _Run:
 
     def _all_done(self) -> bool:
         """Whether ``train`` has returned on all ranks that are alive, the same on all of them."""
+        self._commit_to_memory()  # what was done since the last one is in it, too
         if self._state.folder is not None:
             self._save()
         barrier()

@@ -29,6 +29,9 @@ class Sampler(TorchSampler[list[int]]):
         batch: samples that all ranks together take a step. The last one of an epoch may have less.
         shuffle: a new order each epoch, which follows from ``seed`` and the epoch alone.
 
+    All but ``samples`` go with the state: a training that is resumed goes on with the batch, the
+    seed and the shuffling that it had, whatever the program passes now.
+
     Raises:
         InvalidArgumentError: a number that makes no sense.
     """
@@ -48,6 +51,10 @@ class Sampler(TorchSampler[list[int]]):
         for name, value in (("samples", self.samples), ("batch", batch)):
             if not isinstance(value, int) or value < 1:
                 raise InvalidArgumentError(f"Sampler: {name} is {value!r}. Pass at least 1.")
+        if not isinstance(seed, int) or not isinstance(shuffle, bool):
+            raise InvalidArgumentError(
+                f"Sampler: seed is {seed!r} and shuffle {shuffle!r}. Pass an int and a bool."
+            )
 
     def __iter__(self) -> Iterator[list[int]]:
         """This rank's samples of each step that is left of the epoch."""
@@ -108,6 +115,7 @@ class Sampler(TorchSampler[list[int]]):
             "samples": self.samples,
             "batch": self.batch,
             "seed": self.seed,
+            "shuffle": self.shuffle,
             "epoch": self.epoch,
             "done": self.done,
             "first_batch": self._first_batch,
@@ -115,7 +123,7 @@ class Sampler(TorchSampler[list[int]]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there.
+        """Go on from there, with the batch, the seed and the shuffling of there.
 
         Raises:
             InvalidArgumentError: it is of another number of samples.
@@ -125,7 +133,7 @@ class Sampler(TorchSampler[list[int]]):
                 f"Sampler: there are {self.samples} samples here and {state['samples']} in the "
                 "state that is loaded.\n  Go on with the same dataset, or from a new folder."
             )
-        self.batch, self.seed = state["batch"], state["seed"]
+        self.batch, self.seed, self.shuffle = state["batch"], state["seed"], state["shuffle"]
         self.epoch, self.done = state["epoch"], state["done"]
         self._first_batch, self._first_ranks = state["first_batch"], state["first_ranks"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from pycomm.elastic.values import put
+from pycomm.elastic.values import has_state, put, requires_gradients
 from pycomm.errors import CommError, InvalidArgumentError
 from pycomm.optimizer import DistributedOptimizer
 from pycomm.pipeline import Pipeline
@@ -37,12 +37,14 @@ class State:
             ``train`` is called first, if there is none, when the job is preempted and when it ends.
         things: the same names on every rank. Models, bare optimizers, schedulers, samplers and
             anything else with ``state_dict`` and ``load_state_dict``, of which the same object
-            stays; or values (numbers, tensors, lists, dicts), which are set anew. All are the same
-            on every rank after a step, but for buffers that each replica has of its own.
+            stays; or values (numbers, tensors, lists, dicts), which are set anew: tensors on the
+            device of the one in their place. All are the same on every rank after a step, but for
+            buffers that each replica has of its own.
 
     Raises:
         InvalidArgumentError: a thing of which each rank has a share, which would be lost with it,
-            or that belongs to one world; a name that cannot be one.
+            or that belongs to one world; a value with a tensor that requires gradients; a name that
+            cannot be one.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class State:
     ) -> None:
         if not isinstance(disk_every, int) or disk_every < 1:
             raise InvalidArgumentError(f"State: disk_every is {disk_every!r}. Pass at least 1.")
+        if folder is not None and not isinstance(folder, (str, os.PathLike)):
+            raise InvalidArgumentError(f"State: folder is {folder!r}. Pass a path, or None.")
         for name, thing in things.items():
             _check(name, thing)
         self.__dict__.update(
@@ -125,6 +129,12 @@ def _check(name: str, thing: object) -> None:
             f"State: each rank has a share of '{name}' ({type(thing).__name__}), which would be "
             "lost with it.\n  Keep it in checkpoints (pycomm.checkpoint), which any number of "
             "ranks can resume from."
+        )
+    if not has_state(thing) and requires_gradients(thing):
+        raise InvalidArgumentError(
+            f"State: '{name}' is, or has in it, a tensor that requires gradients. It would be set "
+            "anew, and no optimizer would know the new one.\n"
+            "  Put it into a module (nn.ParameterDict), or pass tensor.detach()."
         )
     if isinstance(thing, type) or (isinstance(thing, Optimizer) and not thing.param_groups):
         raise InvalidArgumentError(f"State: '{name}' is {thing!r}. Pass an object of it.")

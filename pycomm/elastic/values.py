@@ -5,11 +5,16 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+# In which tensors are looked for; of these types alone, whose copies are made up of copies.
+_MAPPINGS = (dict, OrderedDict)
+_SEQUENCES = (list, tuple)
 
 
 def has_state(thing: object) -> bool:
@@ -49,8 +54,29 @@ def put(things: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
             if isinstance(thing, nn.Module):
                 thing.zero_grad(set_to_none=True)
         else:
-            plain[name] = value.to(thing.device) if isinstance(thing, Tensor) else value
+            plain[name] = placed(value, thing)
     return plain
+
+
+def placed(value: Any, like: Any) -> Any:
+    """``value`` with its tensors on the devices of those in the same place in ``like``."""
+    if isinstance(value, Tensor):
+        return value.to(like.device) if isinstance(like, Tensor) else value
+    if type(value) in _MAPPINGS and isinstance(like, Mapping):
+        return type(value)((key, placed(of_key, like.get(key))) for key, of_key in value.items())
+    if type(value) in _SEQUENCES and type(like) is type(value):
+        pairs = zip_longest(value, like[: len(value)])
+        return type(value)(placed(item, of_item) for item, of_item in pairs)
+    return value
+
+
+def requires_gradients(value: Any) -> bool:
+    """Whether one of the tensors in it does."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if type(value) in _MAPPINGS:
+        return any(map(requires_gradients, value.values()))
+    return type(value) in _SEQUENCES and any(map(requires_gradients, value))
 
 
 def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -77,13 +103,13 @@ class _Copier:
             if id(value) not in self._made:
                 self._made[id(value)] = value, self._copied_tensor(value.detach(), spare)
             return self._made[id(value)][1]
-        if type(value) in (dict, OrderedDict):
+        if type(value) in _MAPPINGS:
             of_key = spare if isinstance(spare, dict) else {}
             made = type(value)((k, self.copied(v, of_key.get(k))) for k, v in value.items())
             if hasattr(value, "_metadata"):  # of a module's
                 made._metadata = value._metadata
             return made
-        if type(value) in (list, tuple):
+        if type(value) in _SEQUENCES:
             fits = type(spare) is type(value) and len(spare) == len(value)
             spares = spare if fits else [None] * len(value)
             return type(value)(self.copied(v, s) for v, s in zip(value, spares, strict=True))
