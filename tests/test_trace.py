@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from run_ranks import RankError, run_ranks
 import pycomm
 from pycomm import _core
 from pycomm.cli import main
-from pycomm.cli.trace import live_jobs
+from pycomm.cli.trace import _cell, _summary, live_jobs
 from pycomm.cli.trace_rows import RankView, first_divergence, rows
 from pycomm.errors import CommTimeoutError, MismatchError
 
@@ -81,6 +82,65 @@ def test_a_mismatch_is_saved_and_pointed_at(tmp_path, capsys):
     assert main(["trace", str(tmp_path / "job")]) == 0
     shown = capsys.readouterr().out
     assert "First divergence" in shown and "call #2 differs" in shown
+
+
+def recorded(rank, calls, size=3):
+    """A rank's recorder: of each call its number, sequence (0: a message), text and duration."""
+    records = [
+        SimpleNamespace(
+            number=number,
+            group=1,
+            group_name="world",
+            sequence=sequence,
+            is_message=sequence == 0,
+            call=call,
+            site="",
+            hash=0,
+            state=_core.OperationState.DONE,
+            queued_s=float(number),
+            started_s=float(number),
+            ended_s=number + seconds,
+        )
+        for number, sequence, call, seconds in calls
+    ]
+    identity = {"size": size, "host": 0, "process": 1, "host_name": "node7", "job": "j"}
+    state = {"gone": False, "left": False, "to_time_of_day_s": 0.0}
+    return RankView(SimpleNamespace(rank=rank, records=records, **identity, **state), 9e3)
+
+
+def test_a_rank_that_has_forgotten_its_calls_is_not_one_that_did_not_come():
+    """Half as many messages, and rank 0 still knew of the barrier: rank 1 was said to miss it."""
+    few = recorded(0, [(1, 1, "barrier", 0.001), *((n, 0, "send", 0.001) for n in range(2, 600))])
+    many = recorded(1, [(n, 0, "send", 0.001) for n in range(178, 1202)])
+    aligned = rows([few, many])
+    assert first_divergence([few, many], aligned) is None
+    assert _cell(aligned[0], many) == "not kept"
+    # It does not know of a call that others began since.
+    late = recorded(0, [(300, 1, "barrier", 0.001)])
+    assert str(first_divergence([late, many], rows([late, many]))).startswith(
+        "First divergence: rank 1 (alive) has not come to call #1 of world: barrier"
+    )
+    nothing = recorded(1, [])
+    assert "rank 1 (alive) has not come" in str(first_divergence([few, nothing], aligned))
+
+
+def test_of_many_ranks_one_that_did_something_else_stands_out():
+    """It was among those that were done, for its call had taken milliseconds."""
+    views = [
+        recorded(rank, [(1, 1, "broadcast" if rank == 3 else "barrier", 0.002)])
+        for rank in range(9)
+    ]
+    [row] = rows(views)
+    assert _summary(row, views) == "done: 0-2, 4-8; broadcast: 2.0 ms: 3"
+
+
+def test_arguments_that_make_no_sense(capsys):
+    for arguments in (["--last", "0"], ["--last", "-3"], ["folder", "--job", "x"]):
+        with pytest.raises(SystemExit):
+            main(["trace", *arguments])
+    errors = capsys.readouterr().err
+    assert "'-3' is no number of calls; pass at least 1" in errors
+    assert "not allowed with argument" in errors
 
 
 def test_every_host_saves_its_ranks(tmp_path):

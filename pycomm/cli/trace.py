@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pycomm import _core
+from pycomm._core import OperationState
 from pycomm.cli.trace_rows import Divergence, RankView, Row, first_divergence, rows
 from pycomm.connection import DEFAULT_TRACE_FOLDER
 from pycomm.errors import CommError
@@ -24,16 +25,23 @@ _ARENA = "/memfd:pycomm (deleted)"  # how /proc shows a descriptor of a rank's m
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "source",
         nargs="?",
         type=Path,
         help="a folder or file that an error has saved; otherwise the job that runs on this host "
         f"as this user or, without one, the newest folder in {DEFAULT_TRACE_FOLDER}/",
     )
-    parser.add_argument("--job", help="which of several running jobs: how its name begins")
-    parser.add_argument("--last", type=int, default=20, metavar="N", help="calls (default: 20)")
+    which.add_argument("--job", help="which of several running jobs: how its name begins")
+    parser.add_argument("--last", type=_count, default=20, metavar="N", help="calls (default: 20)")
     parser.add_argument("--rank", type=int, metavar="R", help="all that one rank did, messages too")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of calls; pass at least 1")
+    return int(text)
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -53,7 +61,7 @@ def run(chosen: argparse.Namespace) -> int:
         return _print_rank(console, ranks, chosen.rank)
     aligned = rows(ranks)
     divergence = first_divergence(ranks, aligned)
-    console.print(_table(ranks, aligned[-max(chosen.last, 1) :], divergence))
+    console.print(_table(ranks, aligned[-chosen.last :], divergence))
     for text in _unfinished_messages(ranks):
         console.print(text, highlight=False)
     found = str(divergence) if divergence else "All ranks have made the same calls."
@@ -171,9 +179,7 @@ def _table(ranks: list[RankView], shown: list[Row], divergence: Divergence | Non
         table.add_column("ranks", overflow="fold")
     for row in shown:
         style = "bold red" if divergence is not None and row.key == divergence.row.key else ""
-        cells = [_cell(row, view) for view in ranks]
-        if wide:
-            cells = [_summary(ranks, cells)]
+        cells = [_summary(row, ranks)] if wide else [_cell(row, view) for view in ranks]
         table.add_row(str(row), *cells, style=style)
     return table
 
@@ -186,11 +192,13 @@ def _cell(row: Row, view: RankView) -> str:
     return text if row.agrees(record) else f"{record.call}{record.site}: {text}"
 
 
-def _summary(ranks: list[RankView], cells: list[str]) -> str:
-    """Ranks by what they did: of those that are done, only which."""
+def _summary(row: Row, ranks: list[RankView]) -> str:
+    """Ranks by what they did: of those that are done with the usual call, only which."""
     by_text: dict[str, list[int]] = {}
-    for view, cell in zip(ranks, cells, strict=True):
-        by_text.setdefault("done" if cell.endswith("ms") else cell, []).append(view.rank)
+    for view in ranks:
+        record = row.records.get(view.rank)
+        done = record is not None and record.state is OperationState.DONE and row.agrees(record)
+        by_text.setdefault("done" if done else _cell(row, view), []).append(view.rank)
     return "; ".join(f"{text}: {_ranges(of)}" for text, of in by_text.items())
 
 
@@ -208,7 +216,7 @@ def _ranges(numbers: Iterable[int]) -> str:
 def _unfinished_messages(ranks: list[RankView]) -> Iterator[str]:
     for view in ranks:
         for record in view.records:
-            if record.is_message and record.state is _core.OperationState.RUNNING:
+            if record.is_message and record.state is OperationState.RUNNING:
                 yield f"rank {view.rank}: {record.call}{record.site}: {view.progress(record)}"
 
 

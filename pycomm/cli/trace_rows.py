@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pycomm import _core
 from pycomm._core import OperationState
+
+_FIRST = 1  # the number of a rank's first record
 
 
 class RankView:
@@ -20,20 +23,31 @@ class RankView:
         self.to_time_of_day_s = trace.to_time_of_day_s
         self.records = trace.records
         self._now_s = now_s
-        self._latest: dict[int, int] = {}  # by group
+        self._latest: dict[int, int] = {}  # by group; 0: only messages are kept
         for record in self.records:
             latest = self._latest.get(record.group, 0)
             self._latest[record.group] = max(latest, record.sequence)
+        forgot = bool(self.records) and self.records[0].number > _FIRST
+        self._knows_since_s = self.began_s(self.records[0]) if forgot else -math.inf
 
     def may_miss(self, row: Row) -> bool:
-        """Whether the rank has not come to this call; an earlier one may be forgotten."""
-        return row.sequence > self._latest.get(row.group, 0)
+        """Whether the rank has not come to this call; an earlier one may be forgotten.
+
+        Where all of the group's may be: if others began it since what is the oldest here.
+        """
+        if latest := self._latest.get(row.group, 0):
+            return row.sequence > latest
+        return row.began_s >= self._knows_since_s
 
     def is_in(self, row: Row) -> bool:
         """Whether the rank is known to be in the group: it has called something, or is named."""
         if row.group in self._latest or not row.group_name.startswith("ranks "):
             return True
         return str(self.rank) in row.group_name.removeprefix("ranks ").split(", ")
+
+    def began_s(self, record: _core.Record) -> float:
+        """When a call began: time of day."""
+        return (record.started_s or record.queued_s) + self.to_time_of_day_s
 
     def progress(self, record: _core.Record) -> str:
         """What has become of a call."""
@@ -95,7 +109,7 @@ def rows(ranks: Sequence[RankView]) -> list[Row]:
         for record in view.records:
             if record.is_message or not record.sequence:
                 continue
-            began_s = (record.started_s or record.queued_s) + view.to_time_of_day_s
+            began_s = view.began_s(record)
             key = record.group, record.sequence
             row = found.setdefault(key, Row(record.group, record.group_name, record.sequence))
             row.began_s = min(row.began_s, began_s) if row.records else began_s
