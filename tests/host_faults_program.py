@@ -22,14 +22,16 @@ from pycomm.runtime import lost_ranks, world_group
 FOLDER = Path(sys.argv[1])
 
 
-def note(name: str, call: Callable[[], object]) -> None:
-    """Make ``call``, and note what it raised."""
+def note(name: str, call: Callable[[], object], *, loses: bool = False) -> None:
+    """Make ``call``, and note what it raised, and whom it lost: word of them may come later."""
     try:
         call()
         found = {"error": "nothing was raised", "text": ""}
     except pycomm.CommError as error:
         found = {"error": type(error).__name__, "text": str(error)}
     found["at"] = str(time.time())
+    while loses and not lost_ranks():
+        time.sleep(0.01)
     found["lost"] = ", ".join(map(str, lost_ranks()))
     path = FOLDER / f"{name}.{pycomm.rank()}"
     path.with_suffix(f".{pycomm.rank()}.part").write_text(json.dumps(found))
@@ -112,7 +114,7 @@ def kill() -> None:
             one(world_group())
         began("kill")
         os.kill(os.getpid(), signal.SIGKILL)
-    note("kill", lambda: for_ever(world_group()))
+    note("kill", lambda: for_ever(world_group()), loses=True)
     wait_for_others("kill", 3)
 
 
@@ -121,7 +123,7 @@ def cut() -> None:
     one(world_group())
     time.sleep(1.5)  # everybody was heard
     (FOLDER / f"cut.{pycomm.rank()}.ready").touch()
-    note("cut", lambda: for_ever(world_group()))
+    note("cut", lambda: for_ever(world_group()), loses=True)
     wait_for_others("cut", 4)
 
 
