@@ -130,10 +130,10 @@ SHRINK = """
     comm = MPI.COMM_WORLD
     for victim in (2, 0, None):
         pycomm.init(comm=comm)
-        pair = pycomm.new_group([0, 1])
-        if pycomm.rank() == victim:
-            os.kill(os.getpid(), signal.SIGKILL)
         try:
+            pair = pycomm.new_group([0, 1])  # others may still be in it when the victim is killed
+            if pycomm.rank() == victim:
+                os.kill(os.getpid(), signal.SIGKILL)
             if victim == 2 and pycomm.rank() == 1:
                 try:
                     pycomm.barrier(group=pair)
