@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import no_compiler
 import torch
 from journal import Journal
 from torch import nn
@@ -107,6 +108,7 @@ def save_checkpoints(folder: Path, journal: Journal, victim: Victim) -> None:
 
 def warm_up() -> None:
     """What torch does when it is first used takes seconds: survivors are to be in their calls."""
+    no_compiler.stand_in_for_it()
     weight = nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([weight], lr=0.1)
     nn.functional.mse_loss(weight, torch.ones(3)).backward()
