@@ -3,6 +3,7 @@
 #include <poll.h>
 #include <sys/random.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -23,6 +24,9 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 constexpr std::chrono::milliseconds kInterruptEvery{50};
+// What a process that ends may still take when its sockets are closed; a large one has torn its
+// memory down before.
+constexpr std::chrono::milliseconds kTeardown{500};
 constexpr const char* kRemedy = "Unix sockets must work between the ranks of a host.";
 
 /// The abstract namespace: the first byte of the path is 0, the length ends the name.
@@ -57,13 +61,18 @@ Descriptor open_socket() {
   return opened;
 }
 
-uid_t user_behind(int socket) {
+ucred peer_behind(int socket) {
   ucred peer{};
   socklen_t length = sizeof(peer);
   if (getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &length) != 0) {
     throw_system_error("getsockopt(SO_PEERCRED)", kRemedy);
   }
-  return peer.uid;
+  return peer;
+}
+
+/// What can be read once the process has ended; none if it cannot be seen from here.
+Descriptor open_process(pid_t process) {
+  return Descriptor(process > 0 ? static_cast<int>(syscall(SYS_pidfd_open, process, 0)) : -1);
 }
 
 /// Somebody who has called and not yet said enough to be known.
@@ -84,10 +93,6 @@ struct Caller {
   }
 };
 
-std::string has_ended(const std::string& whom) {
-  return "init: " + whom + " ended, or refused to hand over its shared memory. Read its log first.";
-}
-
 /// A message of one byte that carries one descriptor.
 struct DescriptorMessage {
   char byte = 0;
@@ -105,25 +110,23 @@ struct DescriptorMessage {
   DescriptorMessage& operator=(const DescriptorMessage&) = delete;
 };
 
-void send_descriptor(int socket, int descriptor) {
+/// False: the other one has hung up.
+bool send_descriptor(int socket, int descriptor) {
   DescriptorMessage message;
   cmsghdr* rights = CMSG_FIRSTHDR(&message.header);
   rights->cmsg_level = SOL_SOCKET;
   rights->cmsg_type = SCM_RIGHTS;
   rights->cmsg_len = CMSG_LEN(sizeof(int));
   std::memcpy(CMSG_DATA(rights), &descriptor, sizeof(int));
-  if (sendmsg(socket, &message.header, MSG_NOSIGNAL) == 1) return;
-  if (errno == EPIPE || errno == ECONNRESET) {
-    throw PeerLostError(has_ended("a rank of this host"));
-  }
-  throw_system_error("sendmsg", kRemedy);
+  if (sendmsg(socket, &message.header, MSG_NOSIGNAL) == 1) return true;
+  if (errno != EPIPE && errno != ECONNRESET) throw_system_error("sendmsg", kRemedy);
+  return false;
 }
 
+/// None: the other one, who is `whom`, has hung up.
 Descriptor receive_descriptor(int socket, const std::string& whom) {
   DescriptorMessage message;
-  if (recvmsg(socket, &message.header, MSG_CMSG_CLOEXEC) != 1) {
-    throw PeerLostError(has_ended(whom));
-  }
+  if (recvmsg(socket, &message.header, MSG_CMSG_CLOEXEC) != 1) return Descriptor(-1);
   const cmsghdr* rights = CMSG_FIRSTHDR(&message.header);
   if (rights == nullptr || rights->cmsg_level != SOL_SOCKET || rights->cmsg_type != SCM_RIGHTS ||
       rights->cmsg_len != CMSG_LEN(sizeof(int)) || (message.header.msg_flags & MSG_CTRUNC) != 0) {
@@ -146,23 +149,25 @@ class Exchange {
   /// Every rank's listener is open before its address is known, so a call succeeds at once, and
   /// nobody waits in a circle.
   void call(int world_rank, const std::string& address_text) {
-    Call made{open_socket(), world_rank, Descriptor(-1)};
+    calls_.push_back({world_rank, open_socket(), Descriptor(-1), Descriptor(-1)});
+    Call& made = calls_.back();
     const auto [address, length] = socket_address(address_text);
     const int socket = made.socket.get();
     if (connect(socket, reinterpret_cast<const sockaddr*>(&address), length) != 0) {
       throw PeerLostError("init: " + made.whom() + " cannot be reached on this host (" +
                           std::strerror(errno) + "). Read its log first.");
     }
-    if (const uid_t user = user_behind(socket); user != geteuid()) {
-      throw CommError("init: " + made.whom() + " runs as user " + std::to_string(user) +
+    const ucred peer = peer_behind(socket);
+    if (peer.uid != geteuid()) {
+      throw CommError("init: " + made.whom() + " runs as user " + std::to_string(peer.uid) +
                       ", this rank as user " + std::to_string(geteuid()) +
                       ".\n  Start all ranks of a job as one user.");
     }
+    made.process = open_process(peer.pid);
     if (send(socket, &hello_, sizeof(hello_), MSG_NOSIGNAL) != sizeof(hello_)) {
-      if (errno == EPIPE || errno == ECONNRESET) throw PeerLostError(has_ended(made.whom()));
+      if (errno == EPIPE || errno == ECONNRESET) throw PeerLostError(who_has_left(made.whom()));
       throw_system_error("send to " + made.whom(), kRemedy);
     }
-    calls_.push_back(std::move(made));
   }
 
   bool done() const {
@@ -171,8 +176,8 @@ class Exchange {
 
   /// Do what can be done, and wait for it no longer than `slice`.
   ///
-  /// A rank that ends closes its sockets: one that was called and has not given its descriptor is
-  /// known to be gone then. One that has given it has called everybody before.
+  /// A rank that ends closes its sockets: who was called and hangs up without giving its descriptor
+  /// will not come. One that has given it has called everybody before.
   void go_on(std::chrono::milliseconds slice) {
     std::vector<pollfd> sockets{{listener_, POLLIN, 0}};
     for (const Caller& caller : callers_) sockets.push_back({caller.socket.get(), POLLIN, 0});
@@ -188,7 +193,9 @@ class Exchange {
     const std::size_t first_call = 1 + callers_.size();
     for (std::size_t i = 0; i < awaited.size(); ++i) {
       if (sockets[first_call + i].revents == 0) continue;
-      awaited[i]->received = receive_descriptor(awaited[i]->socket.get(), awaited[i]->whom());
+      Call& call = *awaited[i];
+      call.received = receive_descriptor(call.socket.get(), call.whom());
+      if (call.is_awaited()) throw PeerLostError(who_has_left(call.whom()));
     }
     for (std::size_t i = callers_.size(); i-- > 0;) {
       if (sockets[1 + i].revents != 0) listen_to(i);
@@ -219,13 +226,31 @@ class Exchange {
  private:
   /// A rank that was called.
   struct Call {
-    Descriptor socket;
     int world_rank;
+    Descriptor socket;
+    Descriptor process;
     Descriptor received;
 
     bool is_awaited() const { return received.get() < 0; }
     std::string whom() const { return "rank " + std::to_string(world_rank); }
   };
+
+  /// Why there will be no exchange. Who hangs up may do so because another one has ended, whom this
+  /// rank waits for no more, or has not looked at yet.
+  std::string who_has_left(const std::string& who_hung_up) const {
+    std::vector<pollfd> processes;
+    for (const Call& call : calls_) processes.push_back({call.process.get(), POLLIN, 0});
+    poll(processes.data(), processes.size(), static_cast<int>(kTeardown.count()));
+    std::string ended;
+    for (std::size_t i = 0; i < calls_.size(); ++i) {
+      if ((processes[i].revents & POLLIN) == 0) continue;
+      ended += (ended.empty() ? "" : ", ") + calls_[i].whom();
+    }
+    const std::string what =
+        ended.empty() ? who_hung_up + " has given up, or refuses this rank," : ended + " ended";
+    return "init: " + what + " while the ranks of this host exchanged their shared memory. Read " +
+           "its log first.";
+  }
 
   void accept_caller() {
     Descriptor socket(accept4(listener_, nullptr, nullptr, SOCK_CLOEXEC));
@@ -233,7 +258,7 @@ class Exchange {
       if (errno == ECONNABORTED || errno == EINTR) return;
       throw_system_error("accept", kRemedy);
     }
-    if (user_behind(socket.get()) == geteuid()) {
+    if (peer_behind(socket.get()).uid == geteuid()) {
       callers_.push_back({std::move(socket)});
     } else {
       ++strangers_;
@@ -245,7 +270,9 @@ class Exchange {
     const Caller::Says says = caller.listen();
     if (says == Caller::Says::kMore) return;
     if (says == Caller::Says::kHello && caller.hello == hello_) {
-      send_descriptor(caller.socket.get(), descriptor_);
+      if (!send_descriptor(caller.socket.get(), descriptor_)) {
+        throw PeerLostError(who_has_left("a rank of this host"));
+      }
       ++given_;
     } else {
       ++strangers_;

@@ -156,13 +156,53 @@ TEST(handover_maps_the_same_memory_in_another_process) {
 // It was waited for until the deadline, and not named.
 TEST(handover_names_a_rank_that_ends_in_it_at_once) {
   pycomm::Handover mine;
+  int pipe_ends[2];
+  CHECK_EQUAL(pipe(pipe_ends), 0);
+  const pid_t child = fork();
+  if (child == 0) {
+    pycomm::Handover theirs;
+    const auto& address = theirs.address();
+    if (write(pipe_ends[1], address.data(), address.size()) < 0) _exit(2);
+    pause();
+  }
+  std::string address(mine.address().size(), '\0');
+  CHECK_EQUAL(read(pipe_ends[0], address.data(), address.size()),
+              static_cast<ssize_t>(address.size()));
+  std::thread end([&] {
+    std::this_thread::sleep_for(200ms);
+    kill(child, SIGKILL);
+  });
+  // Rank 4 gives up for it: rank 7 is to be named for all that.
+  pycomm::Handover witness;
+  const std::vector<std::string> addresses{mine.address(), witness.address(), address};
+  std::string texts[2];
+  const auto exchange = [&](int local_rank, pycomm::Handover& handover) {
+    try {
+      handover.exchange(local_rank, addresses, {2, 4, 7}, "token", 0, 60s);
+    } catch (const pycomm::PeerLostError& error) {
+      texts[local_rank] = error.what();
+    }
+  };
+  const auto began = Clock::now();
+  std::thread other([&] { exchange(1, witness); });
+  exchange(0, mine);
+  other.join();
+  end.join();
+  for (const std::string& text : texts) {
+    CHECK(text.find("init: rank 7 ended while") != std::string::npos);
+  }
+  CHECK(Clock::now() - began < 30s);
+  waitpid(child, nullptr, 0);
+}
+
+TEST(handover_says_that_a_rank_gave_up_which_has_not_ended) {
+  pycomm::Handover mine;
   auto theirs = std::make_unique<pycomm::Handover>();
   const std::vector<std::string> addresses{mine.address(), theirs->address()};
   std::thread other([&] {
     std::this_thread::sleep_for(200ms);
     theirs.reset();
   });
-  const auto began = Clock::now();
   std::string text;
   try {
     mine.exchange(0, addresses, {4, 7}, "token", 0, 60s);
@@ -170,8 +210,7 @@ TEST(handover_names_a_rank_that_ends_in_it_at_once) {
     text = error.what();
   }
   other.join();
-  CHECK(text.find("rank 7 ended") != std::string::npos);
-  CHECK(Clock::now() - began < 30s);
+  CHECK(text.find("rank 7 has given up, or refuses this rank") != std::string::npos);
 }
 
 TEST(handover_can_be_interrupted) {
@@ -222,7 +261,7 @@ TEST(handover_refuses_a_stranger_and_names_who_did_not_come) {
   stranger.join();
   // Who is refused first leaves, and may not have looked at the other's call.
   const auto is_error = [](const std::string& found, const std::string& whom) {
-    return found.find(whom + " ended, or refused") != std::string::npos ||
+    return found.find(whom + " has given up, or refuses") != std::string::npos ||
            found.find(whom + " did not come") != std::string::npos;
   };
   CHECK(is_error(text, "rank 1"));
