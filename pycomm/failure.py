@@ -10,6 +10,8 @@ ranks that wait for it. Instead:
 - A rank that fails because another did lets that one end the job, and prints nothing then, so that
   the first traceback is the last thing to read. It leaves a moment later, because launchers kill
   the job when the first rank has gone, and report that rank's exit code.
+- A rank that lost a peer, by a kill say, leaves the ranks of other hosts time to raise that
+  themselves, where the launcher does (ULFM).
 - ``sys.exit(3)`` or ``exit(3)`` on one rank is a failure too, with exit code 3, unless every rank
   has shut down; ``sys.exit(0)`` is a normal end. Ctrl-C leaves with 130 and one line from the first
   rank. A plain ``raise SystemExit(3)`` nobody can see: it counts as a normal end.
@@ -52,6 +54,9 @@ _HEAD_START_S = 0.5  # of that, how long they leave it to the other to end the j
 # of those that are gone. Open MPI 5.0.11 ends ranks 0.5 s after a peer was killed.
 _LAUNCHER_S = 0.2
 _LAUNCHER_ENDS_RANKS_S = 1.0  # those of another host; Open MPI 5.0.11 does it in 0.3 s
+# Ranks of other hosts, if the launcher spares them, are to hear of a loss by themselves: so long a
+# rank that heard of it leaves them to come to their next call, before it has them ended.
+_OTHERS_HEAR_S = 2.0
 _FINALISE_S = 2  # for MPI to finalise after a process was lost, where it may wait for ever
 
 _ENDED_BY = "the job was ended by "
@@ -68,6 +73,7 @@ class Member:
     host: str
     abort: Callable[[str], bool]  # World.abort: tell the others; True if nobody was first
     leave: Callable[[int], object] = os._exit  # with this exit code, without finalising MPI
+    spared: bool = False  # a loss ends no rank of the other hosts, before this one leaves
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.size} on {self.host}"
@@ -338,8 +344,10 @@ def _end_job(
             if run_handlers:
                 atexit._run_exitfuncs()
             _flush()
-            if not first:
-                time.sleep(max(0.0, start + _ECHO_DELAY_S - time.monotonic()))
+            stay_s = 0.0 if first else _ECHO_DELAY_S
+            if member.spared and head_start_s > 0:  # a peer was lost
+                stay_s = _OTHERS_HEAR_S
+            time.sleep(max(0.0, start + stay_s - time.monotonic()))
             member.leave(code)
     finally:  # whatever else goes wrong, do not stay
         os._exit(code)

@@ -294,7 +294,8 @@ def _enter(
         member = failure.Member(rendezvous.rank, rendezvous.size, name, world.abort)
         if rendezvous.comm is not None and len(world.group.hosts) > 1:
             leave = functools.partial(failure.abort_mpi, rendezvous.comm)
-            member = dataclasses.replace(member, leave=leave)
+            spared = ulfm.is_on(os.environ)
+            member = dataclasses.replace(member, leave=leave, spared=spared)
         failure.watch(member)
         if rendezvous.comm is not None and rendezvous.rank < 2:
             failure.warn_at_end(member, settings.warn_after_s)

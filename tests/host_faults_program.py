@@ -118,6 +118,19 @@ def kill() -> None:
     wait_for_others("kill", 3)
 
 
+def kill_uncaught() -> None:
+    """Rank 3 is killed, and nobody catches that; rank 1, of the other host, still computes."""
+    one(world_group())
+    if pycomm.rank() == 3:
+        began("kill_uncaught")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if pycomm.rank() == 1:
+        time.sleep(1.0)
+        note("kill_uncaught", lambda: one(world_group()))
+        os._exit(1)
+    one(world_group())
+
+
 def cut() -> None:
     """Somebody pulls the cable between the hosts."""
     one(world_group())

@@ -65,26 +65,34 @@ def test_pretended_hosts(tmp_path: Path) -> None:
     assert_all_found(tmp_path)
 
 
-@pytest.mark.timeout(150)
-def test_word_of_a_killed_process_reaches_the_other_host(tmp_path: Path) -> None:
+def with_survivors(fault: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Make one fault under a launcher that leaves other ranks alone."""
     command = mpirun_command(4)
     version = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
     if not version.startswith("mpirun (Open MPI) 5"):
         pytest.skip("needs the ULFM of Open MPI 5: any other mpirun ends the survivors")
-    done = subprocess.run(
-        [
-            command[0],
-            *ULFM_BETWEEN_HOSTS,
-            *command[1:],
-            sys.executable,
-            str(PROGRAM),
-            str(tmp_path),
-            "kill",
-        ],
+    program = [sys.executable, str(PROGRAM), str(folder), fault]
+    return subprocess.run(
+        [command[0], *ULFM_BETWEEN_HOSTS, *command[1:], *program],
         capture_output=True,
         timeout=140,
         **process_options(PYCOMM_HOSTS="0,0,1,1", **environment()),
     )
+
+
+@pytest.mark.timeout(150)
+def test_who_computes_on_another_host_hears_of_a_loss_before_it_is_ended(tmp_path: Path) -> None:
+    done = with_survivors("kill_uncaught", tmp_path)
+    assert done.returncode == 1
+    assert (tmp_path / "kill_uncaught.1").exists(), done.stdout + done.stderr
+    [late] = noted(tmp_path, "kill_uncaught", [1])
+    assert late["error"] == "PeerLostError"
+    assert "rank 3" in late["text"]
+
+
+@pytest.mark.timeout(150)
+def test_word_of_a_killed_process_reaches_the_other_host(tmp_path: Path) -> None:
+    done = with_survivors("kill", tmp_path)
     survivors = [rank for rank in range(3) if (tmp_path / f"kill.{rank}").exists()]
     assert survivors == [0, 1, 2], done.stdout + done.stderr
     for one in noted(tmp_path, "kill", survivors):
