@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from launchers import Result
+from launchers import Result, files_of_mpirun
 
 _NAMESPACES = ["--net", "--uts", "--ipc", "--mount"]
 _NAMESPACES_WITH_PIDS = [*_NAMESPACES, "--pid", "--fork", "--mount-proc"]
@@ -159,7 +159,9 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         return {
             **os.environ,
-            "TMPDIR": "/dev/shm",  # mpirun's files: each host needs its own
+            # Each host needs its own.
+            **files_of_mpirun(Path("/dev/shm")),
+            "TMPDIR": "/dev/shm",
             "OMP_NUM_THREADS": "1",
             "PRTE_MCA_plm_ssh_agent": _AGENT_PATH,
             "OMPI_MCA_pml": "ob1",

@@ -11,11 +11,14 @@ import ctypes
 import faulthandler
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Generator
+from pathlib import Path
 
 import hypothesis
 import pytest
+from launchers import files_of_mpirun, remove_files_of_killed_mpiruns
 
 ON_GPUS = "PYCOMM_GPU_CHECK" in os.environ
 AUTOGRAD = os.environ.get("PYCOMM_DOUBLE_AUTOGRAD")
@@ -40,6 +43,7 @@ UNDER_MPIRUN = "OMPI_COMM_WORLD_SIZE" in os.environ or "PMI_SIZE" in os.environ
 SECONDS_TO_START_OR_END = 60.0  # to collect the tests; to exit after the last one
 SECONDS_TO_PRINT = 15.0  # every rank's stacks, before the first rank to be ended ends the job
 STDERR = pytest.StashKey[int]()
+MPIRUN_FILES = pytest.StashKey[tempfile.TemporaryDirectory[str]]()
 
 # Ranks and threads share few cores, so no deadline for one example. Under mpirun every rank must
 # draw the same examples, and replay none that only it has seen fail.
@@ -64,9 +68,15 @@ def pytest_configure(config: pytest.Config) -> None:
         dump_stacks_later(SECONDS_TO_START_OR_END, config)
     if RANK != 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives
+    if not UNDER_MPIRUN:
+        folder = tempfile.TemporaryDirectory(prefix="pycomm-", ignore_cleanup_errors=True)
+        config.stash[MPIRUN_FILES] = folder
+        os.environ.update(files_of_mpirun(Path(folder.name)))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    if MPIRUN_FILES in config.stash:
+        config.stash[MPIRUN_FILES].cleanup()
     if not hasattr(config, "workerinput"):  # else pytest-xdist's, which stays until all are done
         dump_stacks_later(SECONDS_TO_START_OR_END, config)
 
@@ -80,6 +90,8 @@ def pytest_runtest_protocol(
         return (yield)
     finally:
         faulthandler.cancel_dump_traceback_later()
+        if MPIRUN_FILES in item.config.stash:
+            remove_files_of_killed_mpiruns(Path(item.config.stash[MPIRUN_FILES].name))
 
 
 def _timeout_s(item: pytest.Item) -> float:

@@ -70,6 +70,21 @@ def mpirun_command(ranks: int, *options: str) -> list[str]:
     return [launcher, *flags, *options, "-np", str(ranks)]
 
 
+def files_of_mpirun(folder: Path) -> dict[str, str]:
+    """The environment in which Open MPI's mpirun keeps its files in ``folder``.
+
+    It names them by its process's number, and where one that was killed has left some, the next of
+    the same number does not start ("The PMIx server's listener thread failed").
+    """
+    return {"PRTE_MCA_prte_tmpdir_base": str(folder)}
+
+
+def remove_files_of_killed_mpiruns(folder: Path) -> None:
+    for left in folder.glob("ompi.*"):
+        if not Path("/proc", left.suffix[1:]).exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def torchrun_command(ranks: int) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, f"--nproc-per-node={ranks}", "--no-python"]

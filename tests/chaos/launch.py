@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster import Cluster
-from launchers import ULFM_BETWEEN_HOSTS, mpirun_command, process_options
+from launchers import ULFM_BETWEEN_HOSTS, files_of_mpirun, mpirun_command, process_options
 
 from chaos import processes
 from chaos.plan import RANKS, RANKS_OF_A_HOST, Fault
@@ -37,8 +37,10 @@ def started(fault: Fault, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
         "PYCOMM_TRACE_FOLDER": str(folder / "traces"),
     }
     with contextlib.ExitStack() as stack:
-        command = mpirun_command(RANKS, "--with-ft", "ulfm")
-        if fault.hosts > 1:
+        if fault.hosts == 1:
+            command = mpirun_command(RANKS, "--with-ft", "ulfm")
+            environ.update(files_of_mpirun(folder))
+        else:
             cluster = stack.enter_context(Cluster([RANKS_OF_A_HOST] * fault.hosts))
             command = cluster.mpirun_command("slot", *ULFM_BETWEEN_HOSTS)
             environ = {**cluster.environment(), **environ}

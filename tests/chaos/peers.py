@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster import Cluster
-from launchers import ULFM_BETWEEN_HOSTS, mpirun_command, process_options
+from launchers import ULFM_BETWEEN_HOSTS, files_of_mpirun, mpirun_command, process_options
 from rich.console import Console
 from rich.table import Table
 
@@ -123,7 +123,7 @@ def _time_in(path: Path) -> float | None:
 def _started(peer: str, fault: str, value: str, cluster: Cluster | None) -> Iterator[None]:
     command = [sys.executable, "-m", "chaos.peer_rank", peer, fault]
     environ = {
-        **(cluster.environment() if cluster else {}),
+        **(cluster.environment() if cluster else files_of_mpirun(Path(value))),
         "PYTHONPATH": str(Path(__file__).parent.parent),
         "PYCOMM_TRACE_FOLDER": "",
         "PYCOMM_HOST_TIMEOUT_S": str(TIMEOUT_S),

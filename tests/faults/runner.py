@@ -17,7 +17,7 @@ import journal
 from chaos import processes
 from cluster import Cluster
 from journal import Line
-from launchers import ULFM_BETWEEN_HOSTS, mpirun_command, process_options
+from launchers import ULFM_BETWEEN_HOSTS, files_of_mpirun, mpirun_command, process_options
 
 from faults.fault import RANKS, Fault
 
@@ -84,7 +84,7 @@ def _started(
         "PYCOMM_HOST_TIMEOUT_S": str(HOST_TIMEOUT_S),
         "PYCOMM_TRACE_FOLDER": "",
     }
-    options = process_options(**environ)
+    options = process_options(**environ, **files_of_mpirun(folder))
     output = open(folder / "output", "w")  # noqa: SIM115
     streams: dict[str, Any] = {
         "stdin": subprocess.DEVNULL,
