@@ -56,7 +56,7 @@ _LAUNCHER_S = 0.2
 _LAUNCHER_ENDS_RANKS_S = 1.0  # those of another host; Open MPI 5.0.11 does it in 0.3 s
 # Ranks of other hosts, if the launcher spares them, are to hear of a loss by themselves: so long a
 # rank that heard of it leaves them to come to their next call, before it has them ended.
-_OTHERS_HEAR_S = 2.0
+_OTHERS_HEAR_S = 1.5
 _FINALISE_S = 2  # for MPI to finalise after a process was lost, where it may wait for ever
 
 _ENDED_BY = "the job was ended by "
@@ -344,9 +344,9 @@ def _end_job(
             if run_handlers:
                 atexit._run_exitfuncs()
             _flush()
-            stay_s = 0.0 if first else _ECHO_DELAY_S
-            if member.spared and head_start_s > 0:  # a peer was lost
-                stay_s = _OTHERS_HEAR_S
+            stay_s = _OTHERS_HEAR_S if member.spared and head_start_s > 0 else 0.0
+            if not first:  # Open MPI 5.0.11 returns 0 if two ranks of a host abort at once
+                stay_s += _ECHO_DELAY_S
             time.sleep(max(0.0, start + stay_s - time.monotonic()))
             member.leave(code)
     finally:  # whatever else goes wrong, do not stay

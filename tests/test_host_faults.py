@@ -83,7 +83,7 @@ def with_survivors(fault: str, folder: Path) -> subprocess.CompletedProcess[str]
 @pytest.mark.timeout(150)
 def test_who_computes_on_another_host_hears_of_a_loss_before_it_is_ended(tmp_path: Path) -> None:
     done = with_survivors("kill_uncaught", tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 1, done.stdout + done.stderr
     assert (tmp_path / "kill_uncaught.1").exists(), done.stdout + done.stderr
     [late] = noted(tmp_path, "kill_uncaught", [1])
     assert late["error"] == "PeerLostError"
