@@ -11,6 +11,7 @@ from journal import Line
 from chaos.plan import RANKS, Fault
 
 HOST_FILE = "host-broke"  # holds when
+_OF_MPI = re.compile(r"MPI_ERRORS_ARE_FATAL|Segmentation fault.*MPI_Comm_dup", re.DOTALL)
 LEFT_MPI = "left MPI"  # the event of a rank whose wait in MPI_Finalize came to its bound
 
 
@@ -18,13 +19,14 @@ def read(folder: Path) -> dict[int, list[Line]]:
     """The lines of each rank; a rank that never wrote has none."""
     found: dict[int, list[Line]] = {rank: journal.read(folder, rank) for rank in range(RANKS)}
     # A rank that MPI_Init holds cannot write anything: it ends with words of the core, or, if the
-    # others have ended so just before, of MPI.
+    # others have ended so just before, of MPI. Open MPI crashes if it notices a loss in MPI_Comm_dup,
+    # the last that init() does before hosts know each other, and shows where.
     for match in re.finditer(r"init on rank (\d+): MPI did not start within.*", output(folder)):
         found[int(match[1])].append(_held_by_mpi(match[0]))
     for rank, lines in found.items():
         words = folder / f"rank-{rank}.stderr"
         in_start_up = [line["event"] for line in lines] == ["phase"]
-        if in_start_up and "MPI_ERRORS_ARE_FATAL" in words.read_text(errors="replace"):
+        if in_start_up and _OF_MPI.search(words.read_text(errors="replace")):
             lines.append(_held_by_mpi(words.read_text(errors="replace")))
     # Once one has ended so, the launcher may end the others before their time.
     if any(line.get("type") == "Watchdog" for lines in found.values() for line in lines):
