@@ -90,16 +90,30 @@ def absent() -> None:
 
 
 def stop() -> None:
-    """Rank 3 is stopped by its neighbour; its host goes on."""
+    """Rank 3 is stopped, and all call for it."""
+    with_rank_3_stopped("stop", lambda group: one(group, timeout_s=6))
+
+
+def stop_and_receive() -> None:
+    """Rank 3 is stopped; rank 2 waits for its message, rank 1, elsewhere, for rank 2's, and so on."""
+    source = pycomm.rank() + 1
+    with_rank_3_stopped(
+        "stop_and_receive",
+        lambda group: pycomm.recv(torch.empty(1), source, group=group, timeout_s=6),
+    )
+
+
+def with_rank_3_stopped(name: str, call: Callable[[pycomm.Group], object]) -> None:
+    """Its neighbour stops it; its host goes on."""
     group = world_group().duplicate()
     pids = pycomm.all_gather_object(os.getpid())
     if pycomm.rank() == 2:
-        began("stop")
+        began(name)
         os.kill(pids[3], signal.SIGSTOP)
     if pycomm.rank() == 3:
         time.sleep(0.2)  # stopped in here, and for the rest of it
     else:
-        note("stop", lambda: one(group, timeout_s=6))
+        note(name, lambda: call(group))
     if pycomm.rank() == 2:
         time.sleep(0.5)  # the others' deadlines
         os.kill(pids[3], signal.SIGCONT)

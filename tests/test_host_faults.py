@@ -20,7 +20,7 @@ from pycomm.errors import InvalidArgumentError
 
 PROGRAM = Path(__file__).with_name("host_faults_program.py")
 HOST_TIMEOUT_S = 6.0  # four ranks share two busy cores with whatever else tests
-FAULTS = ["give_up", "circle", "absent", "stop"]
+FAULTS = ["give_up", "circle", "absent", "stop", "stop_and_receive"]
 
 
 def noted(folder: Path, fault: str, ranks: Iterable[int]) -> list[dict[str, str]]:
@@ -44,9 +44,10 @@ def assert_all_found(folder: Path) -> None:
     for one in noted(folder, "absent", range(4)):
         assert one["error"] == "MismatchError"
         assert "root 0" in one["text"] and "root 1" in one["text"]
-    for one in noted(folder, "stop", range(3)):
-        assert one["error"] == "CommTimeoutError"
-        assert "The process of rank 3 does not run, while its host does" in one["text"]
+    for fault in ("stop", "stop_and_receive"):
+        for one in noted(folder, fault, range(3)):
+            assert one["error"] == "CommTimeoutError"
+            assert "The process of rank 3 does not run, while its host does" in one["text"]
 
 
 def environment() -> dict[str, str]:

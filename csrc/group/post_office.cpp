@@ -395,7 +395,8 @@ void PostOffice::check(Item& item) {
     }
     throw CommTimeoutError(describe(item) + ": timeout after " + seconds_text(seconds) +
                            ", waiting for " + awaited + "." +
-                           describe_missing(group_.window_, missing) + "\n  " + kTimeoutRemedy);
+                           describe_missing(group_.window_, missing) + "\n  " + kTimeoutRemedy +
+                           group_.process_->remark_on(group_.ranks_));
   }
 }
 

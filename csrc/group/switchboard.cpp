@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <set>
 #include <utility>
 
 #include "core/error.h"
@@ -157,7 +158,10 @@ std::string Switchboard::remark_on(const std::vector<int>& ranks) const {
   std::lock_guard lock(mutex_);
   for (const int rank : ranks) {
     if (host_of(rank) != my_host_) {
-      if (stalled_.contains(rank)) text += text_of_stall(rank);
+      const auto told = stalled_.find(rank);
+      const bool is_news =
+          told != stalled_.end() && Clock::now() - told->second <= kPeriodsToStall * period_;
+      if (is_news) text += text_of_stall(rank);
     } else if (rank != setting_.rank && !runs(setting_.placement.local_rank_of[index(rank)])) {
       text += text_of_stall(rank);
     }
@@ -318,7 +322,7 @@ void Switchboard::handle(int from, const control::Beat& beat) {
   hosts_[index(host_of(from))].speaker = from;
   std::lock_guard lock(mutex_);
   for (const int rank : ranks_of(host_of(from))) stalled_.erase(rank);
-  for (int i = 0; i < beat.stalled_count; ++i) stalled_.insert(beat.stalled[index(i)]);
+  for (int i = 0; i < beat.stalled_count; ++i) stalled_[beat.stalled[index(i)]] = Clock::now();
 }
 
 void Switchboard::handle(int from, const control::Loss& loss) {
@@ -428,7 +432,7 @@ void Switchboard::beat() {
     if (runs(static_cast<int>(peer))) continue;
     beat.stalled[index(beat.stalled_count++)] = ranks_of(my_host_)[peer];
   }
-  std::vector<int> to = speakers();
+  std::vector<int> to = beat.stalled_count > 0 ? of_other_hosts() : speakers();
   // One that takes nothing gets no more: what is on its way will serve as a beat.
   std::erase_if(to, [&](int rank) {
     return std::any_of(on_their_way_.begin(), on_their_way_.end(),

@@ -9,7 +9,6 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <set>
 #include <string>
 #include <vector>
 
@@ -31,10 +30,12 @@ namespace pycomm {
 /// One rank speaks for each host: the first whose progress thread has been seen lately, so that a
 /// rank that is stopped does not silence its host. Speakers send each other a beat every period,
 /// busy or idle; a host of which nothing has come for the time-out is lost. (A host that computes,
-/// or shares its cores, still answers: its progress threads only have to run once in that time.)
-/// Speakers also tell all ranks of the job of a rank of their host that has died, which they see in
-/// shared memory, and collect all hosts' standings, among which each looks for faults. That a group
-/// is over the rank that says so first tells its members itself.
+/// or shares its cores, still answers: its progress threads only have to run once in that time.) A
+/// beat names the ranks of its host that do not run, and goes to all of the other hosts then: any
+/// of them may be the first to give up, and has to say so. Speakers also tell all ranks of the job
+/// of a rank of their host that has died, which they see in shared memory, and collect all hosts'
+/// standings, among which each looks for faults. That a group is over the rank that says so first
+/// tells its members itself.
 ///
 /// A loss ends the groups that have a lost member, each at its next look.
 ///
@@ -171,8 +172,8 @@ class Switchboard {
   std::atomic<bool> has_letters_{false};
   std::map<int, std::string> lost_;  // why, by rank
   std::atomic<bool> has_lost_{false};
-  std::set<int> stalled_;                   // ranks of other hosts that do not run
-  std::map<int, control::End> early_ends_;  // of groups that are not known yet, by tag
+  std::map<int, Clock::time_point> stalled_;  // ranks of other hosts that do not run: last told
+  std::map<int, control::End> early_ends_;    // of groups that are not known yet, by tag
 };
 
 }  // namespace pycomm
