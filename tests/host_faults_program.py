@@ -95,7 +95,7 @@ def stop() -> None:
 
 
 def stop_and_receive() -> None:
-    """Rank 3 is stopped; rank 2 waits for its message, rank 1, elsewhere, for rank 2's, and so on."""
+    """Rank 3 is stopped; rank 2 waits for its message, rank 1, elsewhere, for that of rank 2."""
     source = pycomm.rank() + 1
     with_rank_3_stopped(
         "stop_and_receive",

@@ -19,8 +19,8 @@ def read(folder: Path) -> dict[int, list[Line]]:
     """The lines of each rank; a rank that never wrote has none."""
     found: dict[int, list[Line]] = {rank: journal.read(folder, rank) for rank in range(RANKS)}
     # A rank that MPI_Init holds cannot write anything: it ends with words of the core, or, if the
-    # others have ended so just before, of MPI. Open MPI crashes if it notices a loss in MPI_Comm_dup,
-    # the last that init() does before hosts know each other, and shows where.
+    # others have ended so just before, of MPI. Open MPI crashes, and shows where, if it notices a
+    # loss in MPI_Comm_dup, the last that init() does before hosts know each other.
     for match in re.finditer(r"init on rank (\d+): MPI did not start within.*", output(folder)):
         found[int(match[1])].append(_held_by_mpi(match[0]))
     for rank, lines in found.items():
