@@ -456,26 +456,35 @@ TEST(who_speaks_next_for_a_host_gives_the_others_no_second_start) {
       options(1), cuttable_channels(cables));
 }
 
-/// The ranks of `stopped` are, from before their first beat; the two others on two hosts hear of
-/// each other once, and are to make a call long after.
+/// Channels of so many ranks, of which those of `stopped` are, from before their first beat.
+struct Stopped {
+  Stopped(int size, const std::vector<int>& stopped) : of_rank(static_cast<std::size_t>(size)) {
+    for (auto& channel : pycomm::make_loopback_channels(size)) {
+      channels.push_back(std::move(channel));
+    }
+    for (const int rank : stopped) {
+      const auto at = static_cast<std::size_t>(rank);
+      of_rank[at] = std::make_shared<StoppedChannel>(channels[at]);
+      channels[at] = of_rank[at];
+    }
+  }
+
+  std::vector<std::shared_ptr<pycomm::Channel>> channels;
+  std::vector<std::shared_ptr<StoppedChannel>> of_rank;  // null: it runs
+};
+
+/// The ranks of `stopped` are; the two others on two hosts hear of each other once, and are to make
+/// a call long after.
 void check_pair_beside_stopped(const std::vector<int>& hosts, const std::vector<int>& stopped,
                                const std::vector<int>& pair) {
-  const int size = static_cast<int>(hosts.size());
-  std::vector<std::shared_ptr<pycomm::Channel>> channels;
-  for (auto& channel : pycomm::make_loopback_channels(size)) channels.push_back(std::move(channel));
-  std::vector<std::shared_ptr<StoppedChannel>> of_rank(hosts.size());
-  for (const int rank : stopped) {
-    const auto at = static_cast<std::size_t>(rank);
-    of_rank[at] = std::make_shared<StoppedChannel>(channels[at]);
-    channels[at] = of_rank[at];
-  }
+  const Stopped ranks(static_cast<int>(hosts.size()), stopped);
   std::vector<std::string> brought(2);
   std::barrier both(2);
   std::atomic<int> done{0};
   run_failing(
       hosts,
       [&](World& world) {
-        if (const auto& channel = of_rank[static_cast<std::size_t>(rank_of(world))]) {
+        if (const auto& channel = ranks.of_rank[static_cast<std::size_t>(rank_of(world))]) {
           while (done.load() < 2) std::this_thread::sleep_for(std::chrono::milliseconds(10));
           return channel->go_on();
         }
@@ -499,7 +508,7 @@ void check_pair_beside_stopped(const std::vector<int>& hosts, const std::vector<
         ++done;
         CHECK_EQUAL(text, std::string("nothing was thrown"));
       },
-      options(1), channels);
+      options(1), ranks.channels);
 }
 
 // It counted as one that begins, and so as the one that speaks for its host, for ever.
@@ -510,6 +519,35 @@ TEST(a_rank_that_is_stopped_before_its_first_beat_does_not_silence_its_host) {
 // Each of those who speak next told the other host's first rank alone.
 TEST(two_hosts_whose_first_ranks_are_stopped_find_each_other) {
   check_pair_beside_stopped({0, 0, 1, 1}, {0, 2}, {1, 3});
+}
+
+// Beats name who is stopped, and went only to the rank that speaks for a host: the next one, which
+// gave up first, could not know whom the rank that it waited for waited for itself.
+TEST(any_rank_that_gives_up_names_one_that_is_stopped_on_another_host) {
+  const Stopped ranks(4, {3});
+  std::atomic<int> told{0};
+  run_failing(
+      {0, 0, 1, 1},
+      [&](World& world) {
+        const int me = rank_of(world);
+        if (me == 3) {
+          while (told.load() < 3) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+          return ranks.of_rank[3]->go_on();
+        }
+        std::vector<std::byte> bytes(4);
+        pycomm::Transfer message;
+        message.direction = pycomm::Transfer::Direction::kReceive;
+        message.memory = bytes.data();
+        message.count = bytes.size();
+        message.peer = me + 1;
+        const double timeout_s = me == 1 ? 3 : kDeadlineS;
+        const auto text = thrown<pycomm::CommTimeoutError>(
+            [&] { world.group()->post_office().run(message, timeout_s, kNoInterrupt); });
+        ++told;
+        CHECK(contains(text, "from rank 2, tag 0, on rank 1: timeout"));
+        CHECK(contains(text, "The process of rank 3 does not run, while its host does"));
+      },
+      options(2), ranks.channels);
 }
 
 TEST(a_host_that_is_only_slow_is_not_lost) {
