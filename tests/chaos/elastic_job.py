@@ -20,7 +20,7 @@ from chaos.job import warm_up
 from chaos.plan import Fault
 from chaos.victim import Victim, open_journal
 
-SAMPLES, BATCH, EPOCHS = 400, 20, 14
+SAMPLES, BATCH, EPOCHS = 400, 20, 24  # on idle cores longer than the latest fault
 
 
 def digest(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:

@@ -41,7 +41,8 @@ def run(fault: Fault, folder: Path) -> Outcome:
     judge(outcome, fault, found, reports.broke_at(folder, fault, found), exit_code)
     judge_checkpoint(outcome, fault, folder, found)
     gone = fault.of_host == "power off" and fault.host == 1
-    leaves = fault.is_elastic and fault.of_host and outcome.happened and not gone
+    done = all(any(line["event"] == "end" for line in lines) for lines in found.values())
+    leaves = fault.is_elastic and fault.of_host and outcome.happened and not (gone or done)
     if leaves and "Exit code 75" not in reports.output(folder):
         outcome.count("silent ranks", "the half without rank 0 did not say that it leaves")
     return outcome
