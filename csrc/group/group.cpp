@@ -1,6 +1,7 @@
 #include "group/group.h"
 
 #include <algorithm>
+#include <array>
 #include <new>
 #include <numeric>
 #include <utility>
@@ -52,6 +53,12 @@ NoticeKind kind_of(const std::exception_ptr& error) {
   } catch (...) {
     return NoticeKind::kPeerLost;
   }
+}
+
+/// Errors of MPI, CUDA, NCCL and a GPU's memory know of no call: who made one says which.
+bool knows_no_call(const std::string& text) {
+  constexpr std::array beginnings{Channel::kFailure, "CUDA: ", "NCCL: ", "GPU "};
+  return std::ranges::any_of(beginnings, [&](const char* it) { return text.starts_with(it); });
 }
 
 /// The error with another text, if it is one of those that finish a group; else as it is.
@@ -479,8 +486,10 @@ bool Group::end(NoticeKind kind, int rank, const std::string& text) {
 }
 
 std::string Group::describe_gpu_call() const {
-  const std::string call = gpus_->describe();
-  return call.empty() ? "what is on the GPU of rank " + std::to_string(rank()) : call;
+  const std::string launched = gpus_->describe();
+  if (!launched.empty()) return launched;
+  if (current_ && pending_.operation.device >= 0) return current_->describe();
+  return "what is on the GPU of rank " + std::to_string(rank());
 }
 
 void Group::watch_gpus() {
@@ -572,7 +581,7 @@ std::exception_ptr Group::fail(const std::string& call) {
     std::rethrow_exception(error);
   } catch (const CommError& comm_error) {
     text = comm_error.what();
-    if (text.starts_with(Channel::kFailure)) text.insert(0, call + ": ");
+    if (knows_no_call(text)) text.insert(0, call + ": ");
     for (const std::string& line : {describe_ranks(ranks_), hint}) {
       if (text.find(line) == text.npos) text += line;  // as an error that another rank told has
     }

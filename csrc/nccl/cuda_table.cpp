@@ -40,7 +40,7 @@ CudaTable CudaTable::load(const std::vector<std::string>& folders) {
 void CudaTable::check(cudaError_t result, const char* call) const {
   if (result == cudaSuccess) return;
   cudaGetLastError();  // so that PyTorch does not find our error
-  throw CommError(std::string(call) + " failed: " + cudaGetErrorName(result) + ", " +
+  throw CommError(std::string("CUDA: ") + call + " failed: " + cudaGetErrorName(result) + ", " +
                   cudaGetErrorString(result) + " (CUDA runtime " + cuda_version_text(version) +
                   ", " + library.path() + ").");
 }

@@ -28,8 +28,7 @@ class Channel {
  public:
   /// For what the processes tell each other beside the data; groups use those above.
   static constexpr int kControlTag = 0;
-  /// What the text of an error of the network begins with. It knows of no call: who made one says
-  /// which.
+  /// What the text of an error of the network begins with; it knows of no call.
   static constexpr const char* kFailure = "MPI failed";
 
   virtual ~Channel() = default;

@@ -420,7 +420,9 @@ TEST(double_a_peer_that_nccl_has_lost_is_a_lost_peer) {
   });
   gpu_double::set_nccl_error(0, 0);
   CHECK(is_told_as_such);
-  check_all(errors, "NCCL: a call before failed");
+  check_all(
+      errors,
+      "all_reduce of 1 float32, SUM, on GPUs (call #3) on rank 0: NCCL: a call before failed");
 }
 
 TEST(double_two_ranks_on_one_gpu_are_refused_everywhere_and_cpus_go_on) {
